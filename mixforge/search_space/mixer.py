@@ -1,0 +1,75 @@
+"""What every mixer of the catalogue says of itself: its genes, when it is illegal, what it costs, how it is built.
+
+A mixer's file holds one final subclass of `Mixer`, a frozen dataclass whose fields are its genes (see `genes`).
+This module loads no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Literal, Self
+
+from mixforge.search_space.genes import GeneValue
+from mixforge.search_space.part import Part
+
+Backend = Literal["reference", "torch"]
+BACKENDS: tuple[Backend, ...] = ("reference", "torch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Exact costs of a module for one sequence of `length` tokens (batch 1).
+
+    params: weights, counted once however often they are applied.
+    flops: matmul FLOPs of one forward pass over the sequence in the `torch` form, two for each multiply-add.
+    state_bytes: bytes that decoding keeps after `length` tokens (caches and recurrent states).
+    decode_bytes: bytes moved to decode one more token: weights read, state read, state written.
+    """
+
+    params: int
+    flops: int
+    state_bytes: int
+    decode_bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            params=self.params + other.params,
+            flops=self.flops + other.flops,
+            state_bytes=self.state_bytes + other.state_bytes,
+            decode_bytes=self.decode_bytes + other.decode_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer(ABC):
+    """A residual unit's function: `token` mixers mix along time, `channel` mixers along width."""
+
+    kind: ClassVar[Literal["token", "channel"]]
+    # Famous points of the gene space by their short names: {"gdn": {"rule": "delta", "decay": "scalar"}}.
+    aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {}
+
+    @abstractmethod
+    def why_illegal(self, width: int) -> str | None:
+        """None where the genes make a module of this width, else a sentence with the numbers in it."""
+
+    @abstractmethod
+    def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
+        """Exact costs; `itemsize` is bytes per weight and per cached value (recurrent states stay float32)."""
+
+    @abstractmethod
+    def build(self, width: int, backend: Backend) -> Part:
+        """The module, as a part. Raises ValueError where the backend cannot run it."""
+
+    def canonical(self, width: int) -> Self:
+        """The same mixer with genes that say what already follows from the width put back to their default."""
+        return self
+
+    def narrow(self, width: int, share: Fraction) -> Self:
+        """This mixer with only `share` of its heads (or channels), as one branch of an intra-layer hybrid.
+
+        Raises ValueError, with the numbers, where the heads do not divide so.
+        """
+        raise ValueError(f"{type(self).__name__.lower()} has no heads to share; give it no factor inside '|'")
