@@ -1,0 +1,312 @@
+"""Linear recurrences with a matrix state: every decay and both rules, in one operation.
+
+For each value head, with state S [K, V], log decay g and step size beta:
+
+    S = e^g_t S                                     decay: none, per head, per token, or per key channel
+    S = S + k_t v_t^T                               rule add
+    S = S + k_t (beta_t (v_t - S^T k_t))^T          rule delta
+    o_t = q_t^T S                                   (q comes scaled; nothing is scaled here)
+
+All forms take the same arguments:
+
+    q_BTHK, k_BTHK, v_BTGV: G value heads, a multiple of the H key heads; value head g reads key head
+        g // (G / H).
+    decay: None, or finite log decays of at most 0: [G], [B, T, G], or [B, T, G, K], these in [-5, 0].
+    beta_BTG: None is the rule add; a tensor, with values up to 2, is the rule delta.
+    state_BGKV: the state before the first token; None is zeros.
+
+They return o_BTGV in the dtype of v and the final state_BGKV. States and everything between are float32, or
+float64 where v is. They raise ValueError where the heads do not divide or a decay per channel leaves its
+range.
+
+Source: Katharopoulos et al. 2020 (arXiv 2006.16236, equations 18 to 20); Schlag, Irie and Schmidhuber 2021
+(arXiv 2102.11174, equation 24) for the delta rule; Yang et al. 2023 (arXiv 2312.06635) for decays per
+channel. `chunk_rules` and `chunk_gates` hold the chunked form's equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixforge.kernels.chunk_gates import ChannelGates, Gates, PlainGates, ScalarGates
+from mixforge.kernels.chunk_rules import AddChunks, DeltaChunks
+
+# Fifteen steps of this size from a chunk's first row to its last stay inside the range of float32.
+CHANNEL_FLOOR = -5.0
+# Rows of a chunk. A chunk of decays per channel is short for the same reason.
+CHUNK = 32
+CHANNEL_CHUNK = 16
+# Token-heads that are worked on at a time, so that what passes between operations stays in a core's cache.
+SLAB = 16384
+
+
+def chunked_linear_reference(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None = None,
+    beta_BTG: Tensor | None = None,
+    state_BGKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one token after the other."""
+    check_inputs(q_BTHK, v_BTGV, decay)
+    dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
+    group = v_BTGV.shape[2] // q_BTHK.shape[2]
+    # Unbound once, for the backward pass of an index would fill a tensor of the whole length at every token.
+    queries = q_BTHK.to(dtype).repeat_interleave(group, 2).unbind(1)
+    keys = k_BTHK.to(dtype).repeat_interleave(group, 2).unbind(1)
+    values = v_BTGV.to(dtype).unbind(1)
+    length = len(values)
+    decays = [None] * length if decay is None else keep_steps(decay.to(dtype), length)
+    betas = [None] * length if beta_BTG is None else beta_BTG.to(dtype).unbind(1)
+    state = first_state(q_BTHK, v_BTGV, state_BGKV)
+    outputs = []
+    for q_BGK, k_BGK, v_BGV, keep, beta_BG in zip(queries, keys, values, decays, betas, strict=True):
+        if keep is not None:
+            state = keep * state
+        write_BGV = v_BGV
+        if beta_BG is not None:
+            write_BGV = beta_BG[..., None] * (v_BGV - (k_BGK[..., None, :] @ state)[..., 0, :])
+        state = state + k_BGK[..., :, None] * write_BGV[..., None, :]
+        outputs.append((q_BGK[..., None, :] @ state)[..., 0, :])
+    return torch.stack(outputs, 1).to(v_BTGV.dtype), state
+
+
+def keep_steps(decay: Tensor, length: int) -> list[Tensor]:
+    """For each token, the factor of its state, [..., K or 1, 1]."""
+    if decay.dim() == 1:
+        return [decay.exp()[:, None, None]] * length
+    factors = decay.exp()[..., None]
+    return list((factors if decay.dim() == 4 else factors[..., None]).unbind(1))
+
+
+def check_inputs(q_BTHK: Tensor, v_BTGV: Tensor, decay: Tensor | None) -> None:
+    """Raise ValueError where the heads do not divide or a decay per channel leaves its range."""
+    if v_BTGV.shape[2] % q_BTHK.shape[2] != 0:
+        raise ValueError(
+            f"{v_BTGV.shape[2]} value heads are no multiple of {q_BTHK.shape[2]} key heads; "
+            "give every key head the same number of value heads"
+        )
+    if decay is not None and decay.dim() == 4:
+        low, high = (bound.item() for bound in decay.detach().aminmax())
+        # A NaN passes: it is a diverged model, which the training loop reports.
+        if low < CHANNEL_FLOOR or high > 0:
+            raise ValueError(
+                f"log decays per channel must lie in [{CHANNEL_FLOOR:g}, 0], got {low:g} to {high:g}; "
+                f"bound them, for instance as {CHANNEL_FLOOR:g} * sigmoid(x)"
+            )
+
+
+def first_state(q_BTHK: Tensor, v_BTGV: Tensor, state_BGKV: Tensor | None) -> Tensor:
+    """The given state or zeros, in float32 (float64 where v is)."""
+    dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
+    if state_BGKV is not None:
+        return state_BGKV.to(dtype)
+    batch, _, heads, value_dim = v_BTGV.shape
+    return v_BTGV.new_zeros(batch, heads, q_BTHK.shape[3], value_dim, dtype=dtype)
+
+
+def linear_step(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BGV: Tensor,
+    decay_now: Tensor | None,
+    beta_BG: Tensor | None,
+    state_BGKV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence: (o_BGV, state_BGKV).
+
+    `decay_now` is None, or log decays [G], [B, G] or [B, G, K], these without a lower bound.
+    Where gradients are off, the state that was given is updated in place and returned.
+    """
+    dtype = state_BGKV.dtype
+    group = v_BGV.shape[1] // q_BHK.shape[1]
+    q_BGK, k_BGK = q_BHK.to(dtype), k_BHK.to(dtype)
+    if group > 1:
+        q_BGK, k_BGK = q_BGK.repeat_interleave(group, 1), k_BGK.repeat_interleave(group, 1)
+    state = state_BGKV.clone() if torch.is_grad_enabled() else state_BGKV
+    if decay_now is not None:
+        keep = decay_now.to(dtype).exp()
+        state.mul_(keep[..., None] if keep.dim() == 3 else keep[..., None, None])
+    write_BGV = v_BGV.to(dtype)
+    if beta_BG is not None:
+        read_BGV = (k_BGK[..., None, :] @ state)[..., 0, :]
+        write_BGV = beta_BG.to(dtype)[..., None] * (write_BGV - read_BGV)
+    state.addcmul_(k_BGK[..., :, None], write_BGV[..., None, :])
+    return (q_BGK[..., None, :] @ state)[..., 0, :].to(v_BGV.dtype), state
+
+
+def chunked_linear_torch(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None = None,
+    beta_BTG: Tensor | None = None,
+    state_BGKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In chunks, as matrix products."""
+    kind = "none" if decay is None else "channel" if decay.dim() == 4 else "scalar"
+    run = form("torch", "add" if beta_BTG is None else "delta", kind)
+    return run(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+
+
+def add_plain(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: None,
+    beta_BTG: None,
+    state_BGKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In chunks: rule add, no decay."""
+    return in_chunks(AddChunks, PlainGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+
+
+def add_scalar(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor,
+    beta_BTG: None,
+    state_BGKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In chunks: rule add, a decay per head, or per token and head."""
+    return in_chunks(AddChunks, ScalarGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+
+
+def add_channel(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor,
+    beta_BTG: None,
+    state_BGKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In chunks: rule add, a decay per key channel."""
+    size = CHANNEL_CHUNK
+    return in_chunks(AddChunks, ChannelGates, size, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+
+
+def delta_plain(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: None,
+    beta_BTG: Tensor,
+    state_BGKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In chunks: rule delta, no decay."""
+    return in_chunks(DeltaChunks, PlainGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+
+
+def delta_scalar(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor,
+    beta_BTG: Tensor,
+    state_BGKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In chunks: rule delta, a decay per head, or per token and head."""
+    return in_chunks(DeltaChunks, ScalarGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+
+
+def delta_channel(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor,
+    beta_BTG: Tensor,
+    state_BGKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In chunks: rule delta, a decay per key channel."""
+    size = CHANNEL_CHUNK
+    return in_chunks(DeltaChunks, ChannelGates, size, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+
+
+def in_chunks(
+    rule: type[torch.autograd.Function],
+    gates: type[Gates],
+    longest: int,
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_BGKV: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run a rule over chunks of at most `longest` rows, some chunks at a time."""
+    check_inputs(q_BTHK, v_BTGV, decay)
+    batch, length, heads, _ = v_BTGV.shape
+    size = chunk_size(length, longest)
+    if decay is not None:
+        decay = decay.expand(1, length, heads) if decay.dim() == 1 else decay
+        decay = decay if decay.dim() == 4 else decay[..., None]
+    dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
+    inputs = (q_BTHK, k_BTHK, v_BTGV, decay, None if beta_BTG is None else beta_BTG[..., None])
+    chunked = [None if x is None else cut(x.to(dtype), size, heads) for x in inputs]
+    count = max(1, SLAB // (batch * heads * size))
+    slabs = -(-length // (size * count))
+    state = first_state(q_BTHK, v_BTGV, state_BGKV)
+    outputs = []
+    for slab in zip(*([None] * slabs if x is None else torch.split(x, count) for x in chunked), strict=True):
+        o_CBGLV, state = rule.apply(*slab, state, gates)  # type: ignore[no-untyped-call]
+        outputs.append(o_CBGLV.permute(1, 0, 3, 2, 4))
+    return torch.cat(outputs, 1).flatten(1, 2)[:, :length].to(v_BTGV.dtype), state
+
+
+def chunk_size(length: int, longest: int) -> int:
+    """Rows of a chunk: a multiple of 16, no more than hold the sequence."""
+    return min(longest, -(-length // 16) * 16)
+
+
+def cut(x: Tensor, size: int, heads: int) -> Tensor:
+    """[B, T, H, *] in chunks [C, B, heads, size, *]: the time padded with zeros, each head repeated in place.
+
+    A padded token neither decays nor writes.
+    """
+    batch, length, own, dim = x.shape
+    x = F.pad(x, (0, 0, 0, 0, 0, -length % size)) if length % size else x
+    x = x.reshape(batch, -1, size, own, 1, dim).expand(-1, -1, -1, -1, heads // own, -1)
+    return x.permute(1, 0, 3, 4, 2, 5).contiguous().view(-1, batch, heads, size, dim)
+
+
+def form(backend: str, rule: str, decay: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The narrowest form that runs one rule (add, delta) and decay (none, head, scalar, channel)."""
+    torch_forms: dict[tuple[str, str], Callable[..., tuple[Tensor, Tensor]]] = {
+        ("add", "none"): add_plain,
+        ("add", "head"): add_scalar,
+        ("add", "scalar"): add_scalar,
+        ("add", "channel"): add_channel,
+        ("delta", "none"): delta_plain,
+        ("delta", "head"): delta_scalar,
+        ("delta", "scalar"): delta_scalar,
+        ("delta", "channel"): delta_channel,
+    }
+    narrow = {"reference": chunked_linear_reference, "torch": torch_forms[rule, decay]}
+    return narrow[backend]
+
+
+def matmul_flops(
+    length: int, *, key_heads: int, value_heads: int, key_dim: int, value_dim: int, rule: str, decay: str
+) -> int:
+    """Matmul FLOPs of the torch form's forward pass over one sequence, two for each multiply-add.
+
+    Padding counts, and so do the zeros above a diagonal: it is what runs. Key heads are repeated, so their
+    number does not matter; the triangular system is not a product.
+    """
+    size = chunk_size(length, CHANNEL_CHUNK if decay == "channel" else CHUNK)
+    chunks = -(-length // size)
+    pairs, states = (1, 2) if rule == "add" else (2, 3)
+    products = pairs * size * size * (key_dim + value_dim) + states * size * key_dim * value_dim
+    return 2 * chunks * value_heads * products
+
+
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": chunked_linear_reference,
+    "torch": chunked_linear_torch,
+}

@@ -1,0 +1,113 @@
+"""The elementwise gated scan h_t = a_t h_{t-1} + b_t, with a_t = e^(log a_t) in [0, 1].
+
+In the torch form the time is laid out as C blocks of L rows: L steps advance all blocks at once, each from zero;
+one pass over the C blocks carries the state across; the rows then get what reached their block. Only products
+of gates occur, never their quotient, so that gates near zero are exact. The adjoint is the same scan backwards,
+dh_t = do_t + a_{t+1} dh_{t+1}, with d log a_t = a_t h_{t-1} dh_t.
+
+Source: De et al. 2024 (arXiv 2402.19427, section 2.4) for the recurrence; Blelloch 1990 (Prefix sums and their
+applications, section 1.4) for first-order recurrences in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Gates are cut here: e^-60 is nothing beside rounding, and smaller powers make denormal numbers, which are slow.
+LOG_FLOOR = -60.0
+# Values that a step should advance at once to be worth its call: short rows are laid out as several blocks.
+BLOCK_VALUES = 2048
+
+
+def gated_scan_reference(
+    log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token after the other. Returns (h_BTD, final state_BD); a state of None is zeros.
+
+    States are float32, or float64 where b is; h has the dtype of b. A log gate may be -inf.
+    """
+    dtype = torch.float64 if b_BTD.dtype == torch.float64 else torch.float32
+    h_BD = torch.zeros_like(b_BTD[:, 0], dtype=dtype) if state_BD is None else state_BD.to(dtype)
+    steps = []
+    for a_BD, b_BD in zip(log_a_BTD.to(dtype).exp().unbind(1), b_BTD.to(dtype).unbind(1), strict=True):
+        h_BD = a_BD * h_BD + b_BD
+        steps.append(h_BD)
+    return torch.stack(steps, 1).to(b_BTD.dtype), h_BD
+
+
+def gated_scan_torch(
+    log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `gated_scan_reference`, in blocks."""
+    dtype = torch.float64 if b_BTD.dtype == torch.float64 else torch.float32
+    state = torch.zeros_like(b_BTD[:, 0], dtype=dtype) if state_BD is None else state_BD.to(dtype)
+    h_BTD: Tensor = GatedScan.apply(log_a_BTD.to(dtype), b_BTD.to(dtype), state)  # type: ignore[no-untyped-call]
+    return h_BTD.to(b_BTD.dtype), h_BTD[:, -1]
+
+
+def gated_scan_step(log_a_BD: Tensor, b_BD: Tensor, state_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: (h_BD in the dtype of b, state_BD). Where gradients are off, the state is updated in place."""
+    dtype = state_BD.dtype
+    state = state_BD.clone() if torch.is_grad_enabled() else state_BD
+    state.mul_(log_a_BD.to(dtype).exp()).add_(b_BD.to(dtype))
+    return state.to(b_BD.dtype), state
+
+
+class GatedScan(torch.autograd.Function):
+    """h_BTD of log_a_BTD, b_BTD and state_BD, of one dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor) -> Tensor:
+        a_BTD = log_a_BTD.clamp(min=LOG_FLOOR).exp_()
+        h_BTD = scan_blocks(a_BTD, b_BTD, state_BD)
+        ctx.save_for_backward(a_BTD, h_BTD, state_BD)
+        return h_BTD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a_BTD, h_BTD, state_BD = ctx.saved_tensors
+        # Backwards, a row is scaled by the gate of the row after it; after the last there is none.
+        later_BTD = torch.cat([torch.zeros_like(a_BTD[:, :1]), a_BTD.flip(1)[:, :-1]], 1)
+        dh_BTD = scan_blocks(later_BTD, do_BTD.flip(1), torch.zeros_like(state_BD)).flip(1)
+        dlog_BTD = a_BTD * dh_BTD
+        dstate_BD = dlog_BTD[:, 0].clone()
+        dlog_BTD[:, 0] *= state_BD
+        dlog_BTD[:, 1:] *= h_BTD[:, :-1]
+        return dlog_BTD, dh_BTD, dstate_BD
+
+
+def scan_blocks(a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor) -> Tensor:
+    """h_BTD of the scan with gates `a_BTD`, without a gradient."""
+    length = a_BTD.shape[1]
+    blocks = max(1, min(length // 16, BLOCK_VALUES // state_BD.numel()))
+    rows = -(-length // blocks)
+    padding = (0, 0, 0, rows * blocks - length)
+    shape = (b_BTD.shape[0], blocks, rows, b_BTD.shape[2])
+    a = F.pad(a_BTD, padding).reshape(shape).unbind(2)
+    b = F.pad(b_BTD, padding).reshape(shape).unbind(2)
+    h_BCLD = b_BTD.new_empty(shape)
+    h = h_BCLD.unbind(2)
+    h[0].copy_(b[0])
+    if blocks == 1:
+        h[0].addcmul_(a[0], state_BD[:, None])
+    for row in range(1, rows):
+        torch.addcmul(b[row], a[row], h[row - 1], out=h[row])
+    if blocks > 1:
+        reach_BCLD = torch.stack(a, 2).cumprod(2)
+        carried = [state_BD]
+        for block in range(blocks - 1):
+            carried.append(torch.addcmul(h[-1][:, block], reach_BCLD[:, block, -1], carried[-1]))
+        h_BCLD.addcmul_(reach_BCLD, torch.stack(carried, 1)[:, :, None])
+    return h_BCLD.flatten(1, 2)[:, :length]
+
+
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": gated_scan_reference,
+    "torch": gated_scan_torch,
+}

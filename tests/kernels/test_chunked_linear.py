@@ -1,0 +1,304 @@
+"""The matrix recurrence: every decay and rule against a float64 loop, with every gradient."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixforge.kernels import chunked_linear
+from mixforge.kernels.chunked_linear import FORMS, form, linear_step, matmul_flops
+
+DECAYS = ("none", "head", "scalar", "channel")
+RULES = ("add", "delta")
+MEMBERS = list(itertools.product(DECAYS, RULES))
+Inputs = list[Tensor | None]
+NAMES = ("q", "k", "v", "decay", "beta", "state")
+
+
+def draw(
+    decay: str,
+    rule: str,
+    length: int,
+    *,
+    batch: int = 2,
+    key_heads: int = 2,
+    value_heads: int = 4,
+    key_dim: int = 5,
+    value_dim: int = 7,
+    dtype: torch.dtype = torch.float64,
+    reach: float = 3.0,
+    alike: float = 1.0,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs, unit keys; `alike` moves the keys towards one another, `reach` bounds scalar log decays."""
+    dice = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=dice, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=dice, dtype=torch.float64)
+
+    q = normal(batch, length, key_heads, key_dim)
+    k = torch.nn.functional.normalize(normal(batch, length, key_heads, key_dim) + alike, dim=-1)
+    v = normal(batch, length, value_heads, value_dim)
+    g = {
+        "none": None,
+        "head": -reach * uniform(value_heads),
+        "scalar": -reach * uniform(batch, length, value_heads),
+        "channel": -5 * uniform(batch, length, value_heads, key_dim),
+    }[decay]
+    beta = 2 * uniform(batch, length, value_heads) if rule == "delta" else None
+    state = normal(batch, value_heads, key_dim, value_dim)
+    return [None if x is None else x.to(dtype) for x in (q, k, v, g, beta, state)]
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor) -> Tensor:
+    """The recurrence as it is written in the papers, one head at a time. Returns o and the state, flat."""
+    batch, length, heads, _ = v.shape
+    group = heads // q.shape[2]
+    outputs, states = [], []
+    for b, h in itertools.product(range(batch), range(heads)):
+        s = state[b, h]
+        for t in range(length):
+            query, key, value = q[b, t, h // group], k[b, t, h // group], v[b, t, h]
+            if g is not None:
+                now = g[h] if g.dim() == 1 else g[b, t, h]
+                s = torch.diag(torch.exp(now.expand(key.shape))) @ s
+            if beta is not None:
+                value = beta[b, t, h] * (value - s.T @ key)
+            s = s + torch.outer(key, value)
+            outputs.append(s.T @ query)
+        states.append(s)
+    o = torch.stack(outputs).view(batch, heads, length, -1).transpose(1, 2)
+    return torch.cat([o.flatten(), torch.stack(states).flatten()])
+
+
+def run(operation: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> Tensor:
+    o, state = operation(*inputs)
+    return torch.cat([o.flatten(), state.flatten()])
+
+
+def results(function: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs and final state, and the gradient of every input under a fixed random weight of both."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    y = function(leaves)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    given = {name: x for name, x in zip(NAMES, leaves, strict=True) if x is not None}
+    grads = torch.autograd.grad((y * weight).sum(), list(given.values()))
+    return {"o and state": y.detach(), **dict(zip(given, grads, strict=True))}
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    for name, value in expected.items():
+        error = (actual[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-12)
+        assert error < bound, f"{name}: relative error {error:.1e} over {bound:.0e}"
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    return [None if x is None else x.double() for x in inputs]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_equals_the_papers_recurrence(decay: str, rule: str, backend: str) -> None:
+    inputs = draw(decay, rule, 37, batch=1, key_heads=1, value_heads=2, key_dim=3, value_dim=2)
+    expected = results(lambda x: oracle(*x), inputs)  # type: ignore[arg-type]
+    assert_near(results(lambda x: run(FORMS[backend], x), inputs), expected, 1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 13, 63, 64, 65, 200])
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_chunks_equal_the_loop_at_every_length(decay: str, rule: str, length: int) -> None:
+    inputs = draw(decay, rule, length)
+    expected = results(lambda x: run(FORMS["reference"], x), inputs)
+    assert_near(results(lambda x: run(FORMS["torch"], x), inputs), expected, 1e-11)
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_float32_is_near_the_float64_loop(decay: str, rule: str) -> None:
+    inputs = draw(decay, rule, 200, key_dim=33, value_dim=17, dtype=torch.float32)
+    expected = results(lambda x: run(FORMS["reference"], x), in_float64(inputs))
+    actual = results(lambda x: run(FORMS["torch"], x), inputs)
+    # The one decay of a head is a sum over all tokens of terms that cancel.
+    assert_near(
+        {"head": actual.pop("decay", torch.ones(1))}, {"head": expected.pop("decay", torch.ones(1))}, 5e-5
+    )
+    assert_near(actual, expected, 3e-6)
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_gradcheck(decay: str, rule: str) -> None:
+    inputs = draw(decay, rule, 34, batch=1, key_heads=1, value_heads=2, key_dim=2, value_dim=3, reach=0.5)
+    leaves = tuple(None if x is None else x.requires_grad_() for x in inputs)
+    if decay == "channel":
+        assert leaves[3] is not None
+        leaves[3].data.clamp_(-4.9, -0.1)
+    assert torch.autograd.gradcheck(FORMS["torch"], leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("alike", [0.0, 3.0, 100.0])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_keys_that_resemble_one_another(decay: str, alike: float) -> None:
+    """With beta near 2 and equal keys a series for the triangular inverse explodes; substitution does not."""
+    inputs = draw(decay, "delta", 130, key_dim=16, alike=alike, reach=0.01, dtype=torch.float32)
+    if inputs[3] is not None and decay == "channel":
+        inputs[3] = inputs[3] * 1e-3
+    expected = results(lambda x: run(FORMS["reference"], x), in_float64(inputs))
+    actual = results(lambda x: run(FORMS["torch"], x), inputs)
+    assert_near({"o and state": actual["o and state"]}, {"o and state": expected["o and state"]}, 1e-5)
+    assert_near({"v": actual["v"], "k": actual["k"]}, {"v": expected["v"], "k": expected["k"]}, 1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_decays_from_nothing_to_everything(rule: str) -> None:
+    """Tokens that forget all beside tokens that forget nothing: exact, with finite gradients."""
+    inputs = draw("scalar", rule, 100, key_dim=8, dtype=torch.float32)
+    g = inputs[3]
+    assert g is not None
+    g[:, ::7], g[:, 1::7], g[:, 2::7], g[:, 50:60] = -1000.0, 0.0, -1e-6, -90.0
+    expected = results(lambda x: run(FORMS["reference"], x), in_float64(inputs))
+    actual = results(lambda x: run(FORMS["torch"], x), inputs)
+    assert_near({"o and state": actual["o and state"]}, {"o and state": expected["o and state"]}, 1e-6)
+    assert_near(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("level", [-5.0, -1e-6, 0.0])
+def test_channels_at_the_ends_of_their_range(rule: str, level: float) -> None:
+    inputs = draw("channel", rule, 100, key_dim=8, dtype=torch.float32)
+    assert inputs[3] is not None
+    inputs[3] = torch.full_like(inputs[3], level)
+    inputs[3][..., ::3] = -5.0
+    inputs[3][:, ::2, :, 1::3] = 0.0
+    expected = results(lambda x: run(FORMS["reference"], x), in_float64(inputs))
+    assert_near(results(lambda x: run(FORMS["torch"], x), inputs), expected, 2e-5)
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_a_state_carries_a_sequence_across_pieces(decay: str, rule: str) -> None:
+    whole = draw(decay, rule, 90)
+    expected, final = FORMS["torch"](*whole)
+    state, pieces = whole[5], []
+    for start, end in ((0, 1), (1, 40), (40, 90)):
+        piece = [x if x is None or x.dim() == 1 else x[:, start:end] for x in whole[:5]]
+        o, state = FORMS["torch"](*piece, state)
+        pieces.append(o)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_slabs_change_nothing(decay: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(decay, rule, 200)
+    expected = results(lambda x: run(FORMS["torch"], x), inputs)
+    monkeypatch.setattr(chunked_linear, "SLAB", 1)
+    assert_near(results(lambda x: run(FORMS["torch"], x), inputs), expected, 1e-12)
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_a_later_token_leaves_earlier_outputs_as_they_were(decay: str, rule: str) -> None:
+    inputs = draw(decay, rule, 80, dtype=torch.float32)
+    before, _ = FORMS["torch"](*inputs)
+    changed = [x if x is None or x.dim() == 1 or i == 5 else x.clone() for i, x in enumerate(inputs)]
+    for x in changed[:5]:
+        if x is not None and x.dim() > 1:
+            x[:, 41:] *= 0.3
+    after, _ = FORMS["torch"](*changed)
+    assert torch.equal(before[:, :41], after[:, :41])
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_steps_equal_the_loop(decay: str, rule: str, grad: bool) -> None:
+    q, k, v, g, beta, state = draw(decay, rule, 12)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert state is not None
+    expected, final = FORMS["reference"](q, k, v, g, beta, state)
+    first = state.clone()
+    with torch.set_grad_enabled(grad):
+        for t in range(12):
+            now = g if g is None or g.dim() == 1 else g[:, t]
+            given = state
+            o, state = linear_step(
+                q[:, t], k[:, t], v[:, t], now, None if beta is None else beta[:, t], given
+            )
+            assert (state is given) is not grad
+            torch.testing.assert_close(o, expected[:, t])
+            if t == 0 and grad:
+                assert torch.equal(given, first)
+    torch.testing.assert_close(state, final)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("length", [1, 30, 100])
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_flops_equal_the_counter(decay: str, rule: str, length: int, grad: bool) -> None:
+    inputs = draw(decay, rule, length, batch=1, dtype=torch.float32)
+    leaves = [None if x is None else x.requires_grad_(grad) for x in inputs]
+    with FlopCounterMode(display=False) as counter:
+        FORMS["torch"](*leaves)
+    expected = matmul_flops(
+        length, key_heads=2, value_heads=4, key_dim=5, value_dim=7, rule=rule, decay=decay
+    )
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_the_narrow_form_is_the_same(decay: str, rule: str) -> None:
+    inputs = draw(decay, rule, 20)
+    expected = FORMS["torch"](*inputs)
+    torch.testing.assert_close(form("torch", rule, decay)(*inputs), expected, rtol=0, atol=0)
+    assert form("reference", rule, decay) is FORMS["reference"]
+
+
+def test_no_state_is_a_state_of_zeros() -> None:
+    *inputs, state = draw("scalar", "delta", 40)
+    assert state is not None
+    for operation in FORMS.values():
+        torch.testing.assert_close(operation(*inputs, None), operation(*inputs, torch.zeros_like(state)))
+
+
+def test_bfloat16_keeps_its_state_in_float32() -> None:
+    inputs = draw("scalar", "delta", 70, dtype=torch.bfloat16)
+    for operation in FORMS.values():
+        o, state = operation(*inputs)
+        assert o.dtype == torch.bfloat16
+        assert state.dtype == torch.float32
+
+
+def test_final_state_shares_no_memory() -> None:
+    inputs = draw("none", "add", 40)
+    with torch.no_grad():
+        o, state = FORMS["torch"](*inputs)
+        kept, again = o.clone(), FORMS["torch"](*inputs)[1]
+        state.zero_()
+    assert torch.equal(o, kept)
+    assert again.abs().sum() > 0
+
+
+@pytest.mark.parametrize("operation", FORMS.values(), ids=FORMS.keys())
+def test_refuses_what_it_cannot_run(operation: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    inputs = draw("channel", "add", 20)
+    assert inputs[3] is not None
+    with pytest.raises(ValueError, match=r"\[-5, 0\], got -5\.5 to"):
+        operation(*inputs[:3], inputs[3].clamp(max=-0.1).index_fill(1, torch.tensor([3]), -5.5), None, None)
+    with pytest.raises(ValueError, match=r"to 0\.25"):
+        operation(*inputs[:3], inputs[3].index_fill(1, torch.tensor([3]), 0.25), None, None)
+    with pytest.raises(ValueError, match="4 value heads are no multiple of 3 key heads"):
+        operation(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 4), None, None, None)
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_inputs_need_not_be_contiguous(decay: str, rule: str) -> None:
+    inputs = draw(decay, rule, 64)
+    expected = results(lambda x: run(FORMS["torch"], x), inputs)
+    strided = [None if x is None else x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    assert_near(results(lambda x: run(FORMS["torch"], x), strided), expected, 1e-12)
