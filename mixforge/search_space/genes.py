@@ -11,7 +11,12 @@ A value is an int, a float, a name (`str`), a `Form` such as `gqa(4)`, or None f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +101,32 @@ class Call:
 
 
 Domain = Whole | Real | Choice | Call
+
+
+@dataclass(frozen=True, slots=True)
+class Gene:
+    """A gene of a mixer: its legal values and its default."""
+
+    name: str
+    domains: tuple[Domain, ...]
+    default: GeneValue
+
+    def __str__(self) -> str:
+        """The legal values, in words."""
+        return " or ".join(map(str, self.domains)) + (" or auto" if self.default is None else "")
+
+    def has(self, value: GeneValue) -> bool:
+        """Whether the value is legal. None is, where it is the default."""
+        if value is None:
+            return self.default is None
+        return any(domain.has(value) for domain in self.domains)
+
+
+@lru_cache(maxsize=1_024)
+def genes_of(mixer: type[DataclassInstance]) -> dict[str, Gene]:
+    """The genes of a mixer's class by name, in the order of its file, read from its fields' annotations."""
+    hints = get_type_hints(mixer, include_extras=True)
+    return {
+        each.name: Gene(each.name, hints[each.name].__metadata__, cast(GeneValue, each.default))
+        for each in fields(mixer)
+    }

@@ -51,6 +51,23 @@ class Mixer(ABC):
     # Famous points of the gene space by their short names: {"gdn": {"rule": "delta", "decay": "scalar"}}.
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {}
 
+    @classmethod
+    def word(cls) -> str:
+        """The mixer's name in an expression: the name of its file."""
+        return cls.__module__.rpartition(".")[2]
+
+    def lends(self, width: int) -> tuple[int, ...] | None:
+        """The shape, per token, of a cache that layers after this one may read; None where it lends none."""
+        return None
+
+    def borrows(self, width: int) -> tuple[int, ...] | None:
+        """The shape, per token, of the cache that it reads from a layer before it; None where it reads none."""
+        return None
+
+    def unread(self) -> Self:
+        """The same mixer where no layer reads the cache that it lends."""
+        return self
+
     @abstractmethod
     def why_illegal(self, width: int) -> str | None:
         """None where the genes make a module of this width, else a sentence with the numbers in it."""

@@ -6,11 +6,9 @@ So the exported source is, by construction, the call that built the searched mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-Argument = "int | float | str | bool | None | Part | Callable[..., Any] | Sequence[Argument]"
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -1,0 +1,114 @@
+"""Mixers beside one another in one residual unit, and the ways of making one output of theirs.
+
+Sources: Dong et al. 2024 (arXiv 2411.13676), equation 3, for `mean`; Zuo et al. 2025 (arXiv 2507.22448) for
+`sum` and `concat` of attention and state-space branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixforge.search_space.layer import Pass, TokenMixer
+from mixforge.search_space.norm import RMSNorm
+
+
+class Beside(TokenMixer):
+    """Branches that read the same input. Their states share a dictionary, as `0.key`, `1.matrix`."""
+
+    def __init__(self, branches: Sequence[TokenMixer], fuse: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.fuse = fuse
+
+    def branch(self, index: int) -> TokenMixer:
+        branch = self.branches[index]
+        assert isinstance(branch, TokenMixer)
+        return branch
+
+    def initial_state(
+        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for index in range(len(self.branches)):
+            state |= prefixed(index, self.branch(index).initial_state(batch, capacity, device, dtype))
+        return state
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        outputs: list[Tensor] = []
+        after: dict[str, Tensor] = {}
+        for index in range(len(self.branches)):
+            mine = None if state is None else without_prefix(index, state)
+            y_BTD, new = self.branch(index)(x_BTD, mine, at)
+            outputs.append(y_BTD)
+            after |= prefixed(index, new or {})
+        return self.fuse(x_BTD, outputs), None if state is None else after
+
+    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs: list[Tensor] = []
+        after: dict[str, Tensor] = {}
+        for index in range(len(self.branches)):
+            y_BD, new = self.branch(index).step(x_BD, without_prefix(index, state), at)
+            outputs.append(y_BD)
+            after |= prefixed(index, new)
+        return self.fuse(x_BD, outputs), after
+
+
+def prefixed(branch: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A branch's state as a part of the whole."""
+    return {f"{branch}.{name}": tensor for name, tensor in state.items()}
+
+
+def without_prefix(branch: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of the whole that is a branch's state."""
+    prefix = f"{branch}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+class SumFuse(nn.Module):
+    """y = sum of the branches."""
+
+    def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        return torch.stack(outputs).sum(0)
+
+
+class MeanFuse(nn.Module):
+    """y = mean over the branches of norm_i(y_i), each with its own learned scale."""
+
+    def __init__(self, width: int, branches: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(branches))
+
+    def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        return torch.stack([norm(y) for norm, y in zip(self.norms, outputs, strict=True)]).mean(0)
+
+
+class GateFuse(nn.Module):
+    """y = sum_i softmax_i(W x) y_i, with one weight for each token and branch."""
+
+    def __init__(self, width: int, branches: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, branches, bias=False)
+
+    def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        share = self.gate(x).softmax(-1)
+        y: Tensor = (torch.stack(outputs, -2) * share[..., None]).sum(-2)
+        return y
+
+
+class ConcatFuse(nn.Module):
+    """y = W [y_1; ...; y_n]. W starts as n identities: the sum of the branches."""
+
+    def __init__(self, width: int, branches: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(branches * width, width, bias=False)
+        with torch.no_grad():
+            self.mix.weight.copy_(torch.eye(width).repeat(1, branches))
+
+    def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        y: Tensor = self.mix(torch.cat(outputs, -1))
+        return y

@@ -1,0 +1,72 @@
+"""What a token mixer's module is to the model around it: a sequence form, a one-token form, a state between.
+
+A state is a dictionary of tensors whose shapes never change. `step` writes into the tensors it was given, so
+that a captured CUDA graph of it can be replayed. Every weight that ends a mixer is called `out`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Pass:
+    """What the layers of one pass through the model have in common.
+
+    positions_T: int64, the absolute positions of the tokens in this pass (one token in a step).
+    start: tokens that came before; for `forward` only, as a step knows its place from `positions_T` alone.
+    shared: the keys and values [B, heads, time, dim] that the last attn(kv=own) below has published.
+    """
+
+    positions_T: Tensor
+    start: int
+    shared: tuple[Tensor, Tensor] | None = None
+
+
+class TokenMixer(nn.Module):
+    """The module of a token mixer. Abstract."""
+
+    def initial_state(
+        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The state before the first token, with room for `capacity` tokens."""
+        raise NotImplementedError
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """A sequence, after the tokens that `state` has read. Without a state (training) none is returned."""
+        raise NotImplementedError
+
+    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        """One token."""
+        raise NotImplementedError
+
+
+class Pointwise(TokenMixer):
+    """A channel mixer, which sees one token at a time, in the place of a token mixer. It keeps no state."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def initial_state(
+        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return self.inner(x_BTD), state
+
+    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.inner(x_BD), state
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[..., H*K] -> [..., H, K]."""
+    return x.reshape(*x.shape[:-1], heads, -1)

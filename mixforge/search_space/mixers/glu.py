@@ -1,0 +1,87 @@
+"""Gated linear unit, a channel mixer: y = W_out (act(W_gate x) * W_in x).
+
+Source: Shazeer 2020 (arXiv 2002.05202), equation 6 (SwiGLU, GEGLU) and equation 5 (`act=sigmoid` is GLU,
+`act=none` is Bilinear). There are no biases, as there; the hidden width is 8/3 of the model's unless `expand`
+says otherwise, rounded up to a multiple of 8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Annotated, ClassVar, Literal, Self
+
+from torch import Tensor, nn
+
+from mixforge.search_space.activation import gelu, identity, sigmoid, silu
+from mixforge.search_space.genes import Choice, GeneValue, Real
+from mixforge.search_space.mixer import Backend, Cost, Mixer
+from mixforge.search_space.part import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Glu(Mixer):
+    """Gated feed-forward layer. Genes: the gate's activation and the hidden width over the model's width."""
+
+    kind: ClassVar[Literal["token", "channel"]] = "channel"
+    aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {
+        "geglu": {"act": "gelu"},
+        "swiglu": {"act": "silu"},
+    }
+
+    act: Annotated[str, Choice("silu", "gelu", "sigmoid", "none")] = "silu"
+    expand: Annotated[int | float | None, Real(0.125, 32)] = None
+
+    def hidden(self, width: int) -> int:
+        """Hidden width."""
+        if self.expand is None:
+            return 8 * math.ceil(width / 3)
+        return max(1, round(self.expand * width))
+
+    def why_illegal(self, width: int) -> str | None:
+        return None
+
+    def canonical(self, width: int) -> Self:
+        if self.expand is not None and self.hidden(width) == replace(self, expand=None).hidden(width):
+            return replace(self, expand=None)
+        if isinstance(self.expand, float) and self.expand.is_integer():
+            return replace(self, expand=int(self.expand))
+        return self
+
+    def narrow(self, width: int, share: Fraction) -> Self:
+        hidden = self.hidden(width) * share
+        if hidden.denominator != 1:
+            raise ValueError(f"a share of {share} does not divide glu's hidden width {self.hidden(width)}")
+        return replace(self, expand=int(hidden) / width)
+
+    def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
+        params = 3 * width * self.hidden(width)
+        return Cost(params=params, flops=2 * length * params, state_bytes=0, decode_bytes=params * itemsize)
+
+    def build(self, width: int, backend: Backend) -> Part:
+        return Part(GatedUnit, width=width, hidden=self.hidden(width), activation=_ACTIVATIONS[self.act])
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "sigmoid": sigmoid,
+    "none": identity,
+}
+
+
+class GatedUnit(nn.Module):
+    """[..., D] -> [..., D]."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.activation(self.gate(x)) * self.up(x))
+        return y

@@ -1,0 +1,207 @@
+"""The language model: embedding, a stack of residual units, a last norm and the head.
+
+`language_model` writes an architecture down as a `Part`; `build` makes it, with seeded weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixforge.search_space.architecture import Architecture, Layer, Reuse, Unit
+from mixforge.search_space.architecture import Beside as BesideUnit
+from mixforge.search_space.beside import Beside, ConcatFuse, GateFuse, MeanFuse, SumFuse
+from mixforge.search_space.layer import Pass, Pointwise
+from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
+from mixforge.search_space.norm import RMSNorm
+from mixforge.search_space.part import Part
+from mixforge.search_space.residual import Residual, Stack
+
+
+@dataclass
+class State:
+    """Everything that decoding keeps: caches, recurrent states and the place in the sequence.
+
+    length: tokens read so far, on the host. capacity: tokens that the caches have room for.
+    position: int64 [1] on the device, equal to `length`. layers: a dictionary for each application of a unit.
+    """
+
+    length: int
+    capacity: int
+    position: Tensor
+    layers: list[dict[str, Tensor]]
+
+
+class LanguageModel(nn.Module):
+    """tokens [B, T] -> logits [B, T, X]; token t sees tokens 0 to t."""
+
+    def __init__(
+        self,
+        vocab: int,
+        width: int,
+        tied: bool,
+        stack: Stack,
+        norm: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.vocab = vocab
+        self.width = width
+        self.embedding = nn.Embedding(vocab, width)
+        self.stack = stack
+        self.norm = norm
+        self.readout = None if tied else nn.Linear(width, vocab, bias=False)
+        # Logits of unit variance. At widths of 64 and 128 and few steps this learns faster than the usual 0.02.
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        if self.readout is not None:
+            nn.init.normal_(self.readout.weight, std=width**-0.5)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 tokens of any shape [...] -> [..., D]."""
+        return F.embedding(tokens, self.embedding.weight)
+
+    def body(self, x_BTD: Tensor) -> Tensor:
+        """The stack over whole sequences, for training: [B, T, D] -> [B, T, D]."""
+        at = Pass(torch.arange(x_BTD.shape[1], device=x_BTD.device), 0)
+        y_BTD: Tensor = self.stack(x_BTD, None, at)[0]
+        return y_BTD
+
+    def head(self, x: Tensor) -> Tensor:
+        """[..., D] -> logits [..., X]."""
+        readout = self.embedding if self.readout is None else self.readout
+        return F.linear(self.norm(x), readout.weight)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """int64 tokens [B, T] -> logits [B, T, X]."""
+        return self.head(self.body(self.embed(tokens_BT)))
+
+    def initial_state(self, batch: int, capacity: int) -> State:
+        """An empty state with room for `capacity` tokens, on the model's device and in its dtype."""
+        weight = self.embedding.weight
+        layers = self.stack.initial_states(batch, capacity, weight.device, weight.dtype)
+        return State(0, capacity, torch.zeros(1, dtype=torch.int64, device=weight.device), layers)
+
+    @torch.no_grad()
+    def prefill(
+        self, tokens_BT: Tensor, state: State | None = None, capacity: int | None = None
+    ) -> tuple[Tensor, State]:
+        """Read tokens [B, T], after those that `state` has read. Returns (logits of the last token [B, X],
+        state).
+
+        A new state has room for `capacity` tokens, which is twice the prompt unless it is given. The state
+        that was passed in may be overwritten. Raises ValueError where the tokens do not fit.
+        """
+        batch, length = tokens_BT.shape
+        if length == 0:
+            raise ValueError("there is nothing to read: prefill takes at least one token")
+        if state is None:
+            state = self.initial_state(batch, 2 * length if capacity is None else capacity)
+        end = state.length + length
+        if end > state.capacity:
+            raise ValueError(
+                f"{length} tokens after {state.length} do not fit a state with room for {state.capacity}; "
+                f"start with prefill(tokens, capacity={end}) or more"
+            )
+        at = Pass(torch.arange(state.length, end, device=tokens_BT.device), state.length)
+        x_BTD, layers = self.stack(self.embed(tokens_BT), state.layers, at)
+        return self.head(x_BTD[:, -1]), State(end, state.capacity, state.position + length, layers)
+
+    @torch.no_grad()
+    def step(self, token_B: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read one more token [B]. Returns (logits [B, X], state). The state that was passed in is
+        overwritten.
+
+        Raises ValueError where the state is full.
+        """
+        if state.length >= state.capacity:
+            raise ValueError(
+                f"the state is full at {state.capacity} tokens; start with "
+                f"prefill(tokens, capacity=...) or initial_state(batch, capacity) of more"
+            )
+        logits_BX, layers = self.advance(token_B, state.position, state.layers)
+        return logits_BX, State(state.length + 1, state.capacity, state.position.add_(1), layers)
+
+    def advance(
+        self, token_B: Tensor, position: Tensor, layers: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The device work of a step. Nothing in it depends on a value of the host: a graph can capture it."""
+        x_BD, layers = self.stack.step(self.embed(token_B), layers, Pass(position, 0))
+        return self.head(x_BD), layers
+
+
+def language_model(architecture: Architecture, backend: Backend) -> Part:
+    """The model as a part. Raises ValueError where it is illegal or the backend cannot run it."""
+    reason = architecture.why_illegal()
+    if reason is not None:
+        raise ValueError(reason)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    return Part(
+        LanguageModel,
+        vocab=architecture.vocab,
+        width=architecture.width,
+        tied=architecture.embed == "tied",
+        stack=Part(Stack, units=[_unit_part(unit, architecture, backend) for unit in architecture.stack]),
+        norm=_norm_part(architecture),
+    )
+
+
+def _unit_part(unit: Unit, architecture: Architecture, backend: Backend) -> Part:
+    if isinstance(unit, Reuse):
+        return Part(
+            Stack, units=[_unit_part(each, architecture, backend) for each in unit.body], times=unit.times
+        )
+    places = {"pre": ("before",), "post": ("after",), "sandwich": ("before", "inside")}[architecture.place]
+    norms = {
+        place: _norm_part(architecture) if place in places else Part(nn.Identity)
+        for place in ("before", "inside", "after")
+    }
+    return Part(Residual, mixer=_mixer_part(unit, architecture.width, backend), **norms)
+
+
+def _mixer_part(unit: Layer | BesideUnit, width: int, backend: Backend) -> Part:
+    if isinstance(unit, Layer):
+        return _placed(unit.mixer, width, backend)
+    branches = [_placed(mixer, width, backend) for mixer in unit.branches]
+    fuses = {"sum": SumFuse, "mean": MeanFuse, "gate": GateFuse, "concat": ConcatFuse}
+    sizes = {} if unit.fuse == "sum" else {"width": width, "branches": len(branches)}
+    return Part(Beside, branches=branches, fuse=Part(fuses[unit.fuse], **sizes))
+
+
+def _placed(mixer: Mixer, width: int, backend: Backend) -> Part:
+    part = mixer.build(width, backend)
+    return Part(Pointwise, inner=part) if mixer.kind == "channel" else part
+
+
+def _norm_part(architecture: Architecture) -> Part:
+    if architecture.norm == "layer":
+        return Part(nn.LayerNorm, normalized_shape=architecture.width)
+    return Part(RMSNorm, width=architecture.width)
+
+
+def build(
+    architecture: Architecture,
+    backend: Backend = "torch",
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """The model with weights drawn from `seed`: the same on every device, and the global generators left
+    alone.
+
+    The weights that end a residual branch are divided by the square root of the number of branches, so that
+    the residual stream of a deep stack starts as small as that of a shallow one (Radford et al. 2019, GPT-2,
+    section 2.3). Raises ValueError where the architecture is illegal or the backend cannot run it.
+    """
+    part = language_model(architecture, backend)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model: LanguageModel = part.build()
+        shrink = 1 / math.sqrt(architecture.depth)
+        for name, weight in model.stack.named_parameters():
+            if name.endswith(".out.weight") or ".fuse.norms." in name:
+                weight.mul_(shrink)
+    return model.to(device=torch.device(device), dtype=dtype)

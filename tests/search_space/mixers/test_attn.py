@@ -1,0 +1,126 @@
+"""Softmax attention against equation 1 of its paper as a float64 loop, for every kind of cache and window."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixforge.search_space.genes import Form
+from mixforge.search_space.layer import Pass
+from mixforge.search_space.mixers.attn import Attn
+
+WIDTH, LENGTH = 24, 41
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / torch.sqrt((x * x).mean() + 1e-6)
+
+
+def turned(x_K: Tensor, t: int) -> Tensor:
+    half = len(x_K) // 2
+    angle = t * torch.tensor([10000.0 ** (-i / half) for i in range(half)], dtype=torch.float64)
+    number = torch.complex(x_K[:half], x_K[half:]) * torch.exp(1j * angle)
+    return torch.cat([number.real, number.imag])
+
+
+def oracle(mixer: Attn, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    heads, kv_heads, dim = mixer.sizes(WIDTH)
+    q = (x @ w["queries.query.weight"].T).view(-1, heads, dim)
+    k = (x @ w["memory.key.weight"].T).view(-1, kv_heads, dim)
+    v = (x @ w["memory.value.weight"].T).view(-1, kv_heads, dim)
+
+    def placed(row: Tensor, t: int, norm: str) -> Tensor:
+        row = rms(row, w[norm]) if mixer.qk_norm == "rms" else row
+        return turned(row, t) if mixer.pos == "rope" else row
+
+    rows = []
+    for t in range(len(x)):
+        first = 0 if isinstance(mixer.window, str) else max(0, t - mixer.window + 1)
+        outputs = []
+        for h in range(heads):
+            group = h // (heads // kv_heads)
+            query = placed(q[t, h], t, "queries.query_norm.weight")
+            scores = [query @ placed(k[s, group], s, "memory.key_norm.weight") for s in range(first, t + 1)]
+            weight = torch.exp(torch.stack(scores) / math.sqrt(dim))
+            outputs.append((weight / weight.sum()) @ v[first : t + 1, group])
+        row = torch.cat(outputs)
+        if mixer.out_gate == "sigmoid":
+            row = row / (1 + torch.exp(-w["queries.gate.weight"] @ x[t]))
+        rows.append(row)
+    return torch.stack(rows) @ w["queries.out.weight"].T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        Attn(heads=3),
+        Attn(heads=4, kv="mqa", pos="none"),
+        Attn(heads=4, kv=Form("gqa", (2,)), qk_norm="rms"),
+        Attn(heads=2, head_dim=6, out_gate="sigmoid"),
+        Attn(heads=2, window=5),
+        Attn(heads=2, window=10),
+        Attn(heads=2, window=11, kv="mqa", qk_norm="rms"),
+        Attn(heads=2, window=100),
+        Attn(heads=3, kv="own"),
+    ],
+    ids=str,
+)
+def test_attention_is_its_equation(mixer: Attn) -> None:
+    torch.manual_seed(0)
+    module = mixer.build(WIDTH, "torch").build().double()
+    for weight in module.parameters():
+        weight.mul_(2 + 0.3 * torch.rand_like(weight))
+    x_TD = torch.randn(LENGTH, WIDTH, dtype=torch.float64)
+    y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(LENGTH), 0))
+    expected = oracle(mixer, dict(module.named_parameters()), x_TD)
+    torch.testing.assert_close(y_BTD[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_shared_attention_reads_what_the_owner_published() -> None:
+    """Attention with another layer's keys and values is attention with its own where the projections are equal."""
+    torch.manual_seed(0)
+    owner = Attn(heads=3, kv="own").build(WIDTH, "torch").build().double()
+    reader = Attn(heads=3, kv="shared").build(WIDTH, "torch").build().double()
+    reader.queries.load_state_dict(owner.queries.state_dict())
+    x_BTD = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
+    at = Pass(torch.arange(LENGTH), 0)
+    expected, _ = owner(x_BTD, None, at)
+    y_BTD, _ = reader(x_BTD, None, at)
+    torch.testing.assert_close(y_BTD, expected)
+    assert not any("key" in name or "value" in name for name, _ in reader.named_parameters())
+
+
+def test_a_window_keeps_a_ring_and_blocks_from_four_windows_on() -> None:
+    mixer = Attn(heads=2, window=8)
+    assert mixer.cost(WIDTH, 100).state_bytes == mixer.cost(WIDTH, 10_000).state_bytes == 2 * 8 * WIDTH * 4
+    pairs = [
+        (mixer.cost(WIDTH, length).flops - 8 * length * WIDTH * WIDTH) // (4 * WIDTH)
+        for length in (31, 32, 33)
+    ]
+    assert pairs == [31 * 31, 64 + 3 * 128, 64 + 4 * 128]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "words"),
+    [
+        (Attn(heads=5), "heads 5 does not divide width 24"),
+        (Attn(heads=4, kv=Form("gqa", (3,))), "3 key/value heads do not divide 4"),
+        (Attn(heads=8, head_dim=3), "even head_dim"),
+        (Attn(kv="own", window=8), "no window"),
+    ],
+)
+def test_illegal_genes_are_named(mixer: Attn, words: str) -> None:
+    reason = mixer.why_illegal(WIDTH)
+    assert reason is not None
+    assert words in reason
+
+
+def test_one_canonical_form_for_one_model() -> None:
+    assert Attn(heads=4, kv=Form("gqa", (4,)), head_dim=32).canonical(128) == Attn()
+    assert Attn(heads=1, kv="mqa").canonical(32) == Attn()
+    assert Attn(heads=4, kv=Form("gqa", (1,))).canonical(64) == Attn(heads=4, kv="mqa")

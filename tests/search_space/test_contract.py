@@ -1,0 +1,320 @@
+"""What every mixer of the catalogue keeps to, over its aliases and a spread of its genes.
+
+No mixer is named here: genes and their legal values are read from the catalogue.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields, replace
+from fractions import Fraction
+from functools import cache
+from typing import get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mixforge.search_space.genes import Call, Choice, Domain, Form, GeneValue, Real, Whole
+from mixforge.search_space.layer import Pass, Pointwise, TokenMixer
+from mixforge.search_space.mixer import Mixer
+from mixforge.search_space.mixers import CATALOGUE
+
+WIDTH = 24
+LENGTHS = (1, 13, 63)
+
+
+def values(domain: Domain) -> list[GeneValue]:
+    """A few legal values, small enough to test."""
+    match domain:
+        case Choice():
+            return list(domain.names)
+        case Whole():
+            return [value for value in (2, 3) if domain.has(value)]
+        case Real():
+            return [value for value in (0.5, 1.25, 2) if domain.has(value)]
+        case Call():
+            return [Form(domain.name, (int(value),)) for value in values(domain.arguments[0])]  # type: ignore[arg-type]
+
+
+def genes(mixer: type[Mixer]) -> dict[str, list[GeneValue]]:
+    hints = get_type_hints(mixer, include_extras=True)
+    return {
+        name: [value for domain in hints[name].__metadata__ for value in values(domain)]
+        for name in (field.name for field in fields(mixer))
+    }
+
+
+@cache
+def spread(word: str) -> list[Mixer]:
+    """The default, every alias, each gene in turn, and a dozen seeded combinations: those that are legal."""
+    mixer, choices = CATALOGUE[word], genes(CATALOGUE[word])
+    found = [mixer(), *(mixer(**given) for given in mixer.aliases.values())]
+    found += [replace(mixer(), **{name: value}) for name, options in choices.items() for value in options]
+    rng = random.Random(word)
+    while len(found) < 4000:
+        drawn = {name: rng.choice(options) for name, options in choices.items() if rng.random() < 0.4}
+        found.append(replace(mixer(), **drawn))
+    legal = dict.fromkeys(each.canonical(WIDTH) for each in found if each.why_illegal(WIDTH) is None)
+    single = sum(map(len, choices.values())) + len(mixer.aliases) + 1
+    return list(legal)[: single + 12]
+
+
+CASES = [
+    pytest.param(mixer, id=f"{word}{number}")
+    for word in CATALOGUE
+    for number, mixer in enumerate(spread(word))
+]
+every_mixer = pytest.mark.parametrize("mixer", CASES)
+
+
+def built(
+    mixer: Mixer, dtype: torch.dtype = torch.float64, backend: str = "torch", width: int = WIDTH
+) -> TokenMixer:
+    torch.manual_seed(0)
+    module = mixer.build(width, backend).build().to(dtype)  # type: ignore[arg-type]
+    return Pointwise(module) if mixer.kind == "channel" else module
+
+
+def at(mixer: Mixer, start: int, end: int, dtype: torch.dtype = torch.float64, capacity: int = 0) -> Pass:
+    """A pass over tokens start to end, with the cache that the mixer borrows, if any."""
+    shape = mixer.borrows(WIDTH)
+    shared = None
+    if shape is not None:
+        generator = torch.Generator().manual_seed(7)
+        whole = torch.randn(2, 2, 100, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        keys, values_ = whole[:, :, : max(end, capacity)].transpose(2, 3)
+        shared = (keys, values_)
+    return Pass(torch.arange(start, end), start, shared)
+
+
+def inputs(length: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, length, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def by_steps(module: TokenMixer, mixer: Mixer, x_BTD: Tensor, state: dict[str, Tensor], start: int) -> Tensor:
+    outputs = []
+    for t in range(start, x_BTD.shape[1]):
+        y_BD, state = module.step(x_BTD[:, t], state, at(mixer, t, t + 1, x_BTD.dtype, x_BTD.shape[1]))
+        outputs.append(y_BD)
+    return torch.stack(outputs, 1)
+
+
+@every_mixer
+def test_step_equals_forward(mixer: Mixer) -> None:
+    module = built(mixer)
+    for length in LENGTHS:
+        x_BTD = inputs(length)
+        with torch.no_grad():
+            whole, none = module(x_BTD, None, at(mixer, 0, length))
+            state = module.initial_state(2, length, x_BTD.device, x_BTD.dtype)
+            steps = by_steps(module, mixer, x_BTD, state, 0)
+        assert none is None
+        torch.testing.assert_close(steps, whole, rtol=1e-9, atol=1e-9)
+
+
+@every_mixer
+@torch.no_grad()
+def test_prefill_in_pieces_and_steps_equal_one_forward(mixer: Mixer) -> None:
+    module = built(mixer)
+    for pieces in ((1, 5, 7), (13, 40), (50, 1)):
+        end = sum(pieces)
+        x_BTD = inputs(end + 3)
+        whole, _ = module(x_BTD, None, at(mixer, 0, end + 3))
+        state = module.initial_state(2, end + 3, x_BTD.device, x_BTD.dtype)
+        done, outputs = 0, []
+        for piece in pieces:
+            y_BTD, state = module(x_BTD[:, done : done + piece], state, at(mixer, done, done + piece))
+            outputs.append(y_BTD)
+            done += piece
+        outputs.append(by_steps(module, mixer, x_BTD, state, end))
+        torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+@every_mixer
+@torch.no_grad()
+def test_no_token_sees_a_later_one(mixer: Mixer) -> None:
+    module = built(mixer)
+    x_BTD = inputs(63)
+    before, _ = module(x_BTD, None, at(mixer, 0, 63))
+    for t in (1, 20, 62):
+        changed = x_BTD.clone()
+        changed[:, t:] = inputs(63, seed=2)[:, t:]
+        after, _ = module(changed, None, at(mixer, 0, 63))
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(after[:, t], before[:, t])
+
+
+def sdpa_cpu(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object
+) -> int:
+    """The fused CPU attention, which torch's counter does not know; grouped keys count for each query head."""
+    heads = query[:2]
+    return sdpa_flop_count(query, (*heads, *key[2:]), (*heads, *value[2:]))
+
+
+def counted_flops(module: TokenMixer, mixer: Mixer, length: int) -> int:
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={operation: sdpa_cpu}) as counter:
+        module(inputs(length, torch.float32)[:1], None, at_one(mixer, length))
+    return counter.get_total_flops()
+
+
+def at_one(mixer: Mixer, length: int) -> Pass:
+    passed = at(mixer, 0, length, torch.float32)
+    if passed.shared is not None:
+        passed.shared = (passed.shared[0][:1], passed.shared[1][:1])
+    return passed
+
+
+@every_mixer
+def test_parameters_and_flops_are_exact(mixer: Mixer) -> None:
+    module = built(mixer, torch.float32)
+    for length in (*LENGTHS, 32):
+        cost = mixer.cost(WIDTH, length)
+        assert cost.params == sum(weight.numel() for weight in module.parameters())
+        assert cost.flops == counted_flops(module, mixer, length), f"at length {length}"
+
+
+def written_bytes(module: TokenMixer, mixer: Mixer, length: int, dtype: torch.dtype) -> int:
+    """Bytes of a sequence's state that a step may change. Several inputs, as one may leave an entry as it is."""
+    changed: dict[str, Tensor] = {}
+    for seed in range(24):
+        state = module.initial_state(1, length + 1, torch.device("cpu"), dtype)
+        generator = torch.Generator().manual_seed(seed)
+        for tensor in state.values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        before = {name: tensor.clone() for name, tensor in state.items()}
+        x_BD = 3 * inputs(1, dtype, seed)[:1, 0]
+        passed = at(mixer, length, length + 1, dtype)
+        if passed.shared is not None:
+            passed.shared = (passed.shared[0][:1], passed.shared[1][:1])
+        _, state = module.step(x_BD, state, passed)
+        for name, tensor in state.items():
+            changed[name] = changed.get(name, torch.zeros(())).bool() | (tensor != before[name])
+    return sum(int(changed[name].sum()) * state[name].itemsize for name in changed)
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_state_and_decode_bytes_are_exact(mixer: Mixer, dtype: torch.dtype) -> None:
+    module = built(mixer, dtype)
+    for length in (1, 5, 63):
+        cost = mixer.cost(WIDTH, length, dtype.itemsize)
+        kept = module.initial_state(1, length, torch.device("cpu"), dtype)
+        assert cost.state_bytes == sum(tensor.nbytes for tensor in kept.values())
+        # One more token: every entry that changes is written, and all that was kept is read.
+        written = written_bytes(module, mixer, length, dtype)
+        borrowed = mixer.borrows(WIDTH)
+        read = cost.state_bytes
+        if borrowed is not None:
+            read += 2 * length * borrowed[0] * borrowed[1] * dtype.itemsize
+        assert cost.decode_bytes == cost.params * dtype.itemsize + read + written, f"at length {length}"
+
+
+@every_mixer
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_gradients_are_finite_and_reach_every_weight(mixer: Mixer, scale: float) -> None:
+    module = built(mixer, torch.float32)
+    x_BTD = (scale * inputs(63, torch.float32)).requires_grad_()
+    y_BTD, _ = module(x_BTD, None, at(mixer, 0, 63, torch.float32))
+    (y_BTD * inputs(63, torch.float32, seed=3)).sum().backward()
+    assert x_BTD.grad is not None
+    assert torch.isfinite(x_BTD.grad).all()
+    for name, weight in module.named_parameters():
+        assert weight.grad is not None, name
+        assert torch.isfinite(weight.grad).all(), name
+        if scale == 1.0:
+            assert weight.grad.abs().max() > 0, name
+
+
+@every_mixer
+@torch.no_grad()
+def test_backends_agree(mixer: Mixer) -> None:
+    reference, fast = (built(mixer, torch.float32, backend) for backend in ("reference", "torch"))
+    x_BTD = inputs(63, torch.float32)
+    expected, _ = reference(x_BTD, None, at(mixer, 0, 63, torch.float32))
+    y_BTD, _ = fast(x_BTD, None, at(mixer, 0, 63, torch.float32))
+    torch.testing.assert_close(y_BTD, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_mixer
+@torch.no_grad()
+def test_bfloat16_stays_bfloat16(mixer: Mixer) -> None:
+    module = built(mixer, torch.bfloat16)
+    x_BTD = inputs(13, torch.bfloat16)
+    y_BTD, _ = module(x_BTD, None, at(mixer, 0, 13, torch.bfloat16))
+    assert y_BTD.dtype == torch.bfloat16
+    expected, _ = built(mixer)(inputs(13), None, at(mixer, 0, 13))
+    error = (y_BTD.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 0.1
+    state = module.initial_state(2, 13, x_BTD.device, x_BTD.dtype)
+    y_BD, after = module.step(x_BTD[:, 0], state, at(mixer, 0, 1, torch.bfloat16, 13))
+    assert y_BD.dtype == torch.bfloat16
+    assert {name: tensor.dtype for name, tensor in after.items()} == {
+        name: tensor.dtype for name, tensor in state.items()
+    }
+
+
+@every_mixer
+@torch.no_grad()
+def test_a_step_writes_into_the_state_that_it_was_given(mixer: Mixer) -> None:
+    module = built(mixer, torch.float32)
+    state = module.initial_state(2, 4, torch.device("cpu"), torch.float32)
+    _, after = module.step(inputs(1, torch.float32)[:, 0], state, at(mixer, 0, 1, torch.float32, 4))
+    assert {name: tensor.data_ptr() for name, tensor in after.items()} == {
+        name: tensor.data_ptr() for name, tensor in state.items()
+    }
+
+
+@every_mixer
+@torch.no_grad()
+def test_weights_are_those_of_the_seed(mixer: Mixer) -> None:
+    first, second = built(mixer), built(mixer)
+    x_BTD = inputs(13)
+    y_BTD, _ = first(x_BTD, None, at(mixer, 0, 13))
+    again, _ = second(x_BTD, None, at(mixer, 0, 13))
+    assert torch.equal(y_BTD, again)
+
+
+def narrowed(mixer: Mixer, share: Fraction) -> Mixer | None:
+    """The branch with this share of the heads; None where they do not divide so, or what is left is illegal."""
+    try:
+        branch = mixer.narrow(WIDTH, share)
+    except ValueError:
+        return None
+    return branch if branch.why_illegal(WIDTH) is None else None
+
+
+def test_a_branch_with_a_share_of_the_heads_is_canonical_and_smaller() -> None:
+    seen = 0
+    for word in CATALOGUE:
+        for mixer in spread(word):
+            for parts in (2, 3):
+                branch = narrowed(mixer, Fraction(1, parts))
+                if branch is None:
+                    continue
+                assert branch.canonical(WIDTH) == branch
+                assert branch.cost(WIDTH, 13).params < mixer.cost(WIDTH, 13).params
+                seen += 1
+    assert seen > 20
+
+
+@every_mixer
+def test_canonical_is_idempotent_and_the_same_model(mixer: Mixer) -> None:
+    assert mixer.canonical(WIDTH) == mixer
+    assert mixer.why_illegal(WIDTH) is None
+
+
+def test_a_gene_put_back_to_its_default_changes_no_module() -> None:
+    for word in CATALOGUE:
+        mixer, choices = CATALOGUE[word], genes(CATALOGUE[word])
+        for name, options in choices.items():
+            for value in options:
+                given = replace(mixer(), **{name: value})
+                if given.why_illegal(WIDTH) is not None:
+                    continue
+                assert given.cost(WIDTH, 13) == given.canonical(WIDTH).cost(WIDTH, 13)

@@ -1,0 +1,188 @@
+"""The whole model: what `Architecture.build` makes, its costs, and decoding with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mixforge.search_space.architecture import Architecture
+from mixforge.search_space.mixers import CATALOGUE
+from mixforge.search_space.model import LanguageModel, language_model
+from mixforge.search_space.notation import parse
+from mixforge.search_space.part import Part
+
+TEXTS = [
+    "lm(2 * (attn + swiglu), width=16)",
+    "lm(attn(window=4) + mlp, width=16, embed=untied, norm=layer, place=post)",
+    "lm(gdn + geglu + rglru + mlp, width=16, place=sandwich, vocab=11)",
+    "lm(3 @ (mamba2 + swiglu) + conv, width=16)",
+    "lm(2 @ attn(heads=2, window=3) + static(window=4), width=16)",
+    "lm((attn(heads=2) | kda(heads=2)) + swiglu, width=16)",
+    "lm((2 * attn(heads=4) | 2 * gla(heads=4)) + swiglu, width=16)",
+    "lm(beside(attn, swiglu, fuse=mean) + beside(gdn, attn, fuse=gate), width=16)",
+    "lm(beside(attn, rglru, mlp, fuse=concat), width=16, norm=layer)",
+    "lm(attn(window=4) + swiglu + attn(kv=own) + swiglu + 3 * (attn(kv=shared) + swiglu), width=16)",
+    "lm(2 @ (attn(kv=own) + attn(kv=shared)) + based + retnet, width=16)",
+]
+every_text = pytest.mark.parametrize("text", TEXTS)
+
+
+def tokens(architecture: Architecture, length: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, architecture.vocab, (batch, length), generator=generator)
+
+
+@every_text
+@torch.no_grad()
+def test_prefill_and_steps_equal_forward(text: str) -> None:
+    architecture = parse(text)
+    model = architecture.build(dtype=torch.float64)
+    given = tokens(architecture, 29)
+    expected = model(given)
+    for pieces in ((1,), (7, 1, 9), (28,)):
+        state, done = None, 0
+        for piece in pieces:
+            logits, state = model.prefill(given[:, done : done + piece], state, capacity=29)
+            done += piece
+            torch.testing.assert_close(logits, expected[:, done - 1])
+        for t in range(done, 29):
+            logits, state = model.step(given[:, t], state)
+            torch.testing.assert_close(logits, expected[:, t])
+        assert state is not None
+        assert state.length == int(state.position) == 29
+
+
+@every_text
+@torch.no_grad()
+def test_no_token_sees_a_later_one(text: str) -> None:
+    architecture = parse(text)
+    model = architecture.build(dtype=torch.float64)
+    first, second = tokens(architecture, 29), tokens(architecture, 29, seed=1)
+    second[:, :15] = first[:, :15]
+    torch.testing.assert_close(model(first)[:, :15], model(second)[:, :15], rtol=1e-12, atol=1e-12)
+
+
+@every_text
+@torch.no_grad()
+def test_costs_are_those_of_the_built_model(text: str) -> None:
+    architecture = parse(text)
+    model = architecture.build()
+    cost = architecture.cost(29)
+    assert cost.params == sum(weight.numel() for weight in model.parameters())
+    state = model.initial_state(1, 29)
+    assert cost.state_bytes == sum(tensor.nbytes for layer in state.layers for tensor in layer.values())
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={operation: sdpa_cpu}) as counter:
+        model(tokens(architecture, 29, batch=1))
+    assert cost.flops == counter.get_total_flops()
+
+
+def sdpa_cpu(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object
+) -> int:
+    return sdpa_flop_count(query, (*query[:2], *key[2:]), (*query[:2], *value[2:]))
+
+
+@every_text
+def test_one_training_step_moves_every_weight(text: str) -> None:
+    architecture = parse(text)
+    model = architecture.build()
+    given = tokens(architecture, 29)
+    logits = model(given[:, :-1])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), given[:, 1:].flatten()).backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        assert torch.isfinite(weight.grad).all(), name
+
+
+def test_seed_decides_the_weights_and_leaves_the_generator_alone() -> None:
+    architecture = parse(TEXTS[2])
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second, other = architecture.build(seed=1), architecture.build(seed=1), architecture.build(seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    given = tokens(architecture, 9)
+    assert torch.equal(first(given), second(given))
+    assert not torch.equal(first(given), other(given))
+
+
+def test_a_first_loss_is_that_of_logits_of_unit_variance() -> None:
+    """log 256 + 1/2, whatever the mixer and at any depth."""
+    for depth in (1, 12):
+        for word in ("attn", "gdn", "mamba2", "rglru"):
+            architecture = parse(f"lm({depth} * ({word} + swiglu), width=64, embed=untied)")
+            given = tokens(architecture, 33)
+            logits = architecture.build()(given[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given[:, 1:].flatten())
+            assert loss.item() == pytest.approx(6.045, abs=0.35)
+
+
+def test_a_full_state_says_the_way_out() -> None:
+    architecture = parse(TEXTS[0])
+    model = architecture.build()
+    given = tokens(architecture, 6)
+    _, state = model.prefill(given, capacity=6)
+    with pytest.raises(ValueError, match=r"full at 6 tokens.*capacity"):
+        model.step(given[:, 0], state)
+    with pytest.raises(ValueError, match=r"6 tokens after 6.*capacity=12"):
+        model.prefill(given, state)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.prefill(given[:, :0])
+
+
+def test_illegal_architectures_and_backends_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads 5 does not divide width 16"):
+        parse("lm(attn(heads=5), width=16)").build()
+    with pytest.raises(ValueError, match="'cuda' is not one of reference, torch"):
+        parse(TEXTS[0]).build(backend="cuda")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_reused_weights_are_the_same_and_have_states_of_their_own() -> None:
+    once, thrice = parse("lm(gdn, width=16)"), parse("lm(3 @ gdn, width=16)")
+    assert once.cost(8).params == thrice.cost(8).params
+    assert len(thrice.build().initial_state(1, 8).layers) == 3
+
+
+@torch.no_grad()
+def test_advance_can_be_replayed_on_its_own_buffers() -> None:
+    """What a captured graph does: the same call again on the tensors that it was captured with."""
+    architecture = parse(TEXTS[9])
+    model = architecture.build(dtype=torch.float64)
+    given = tokens(architecture, 12)
+    _, state = model.prefill(given[:, :3], capacity=12)
+    pointers = [tensor.data_ptr() for layer in state.layers for tensor in layer.values()]
+    expected = model(given)
+    for t in range(3, 12):
+        logits, layers = model.advance(given[:, t], state.position, state.layers)
+        state.position.add_(1)
+        torch.testing.assert_close(logits, expected[:, t])
+        assert [tensor.data_ptr() for layer in layers for tensor in layer.values()] == pointers
+
+
+def test_the_stages_of_forward_can_be_called_one_by_one() -> None:
+    model: LanguageModel = parse(TEXTS[0]).build()
+    given = tokens(parse(TEXTS[0]), 9)
+    assert torch.equal(model.head(model.body(model.embed(given))), model(given))
+
+
+def test_catalogue_lists_the_folder_in_order() -> None:
+    assert list(CATALOGUE) == sorted(CATALOGUE)
+    assert {"attn", "conv", "glu", "linear", "mlp", "rglru", "static"} <= set(CATALOGUE)
+    for word, mixer in CATALOGUE.items():
+        assert mixer.word() == word
+        assert isinstance(mixer().build(64, "torch"), Part)
+
+
+@every_text
+@torch.no_grad()
+def test_a_step_asks_the_device_for_no_value(text: str) -> None:
+    """On fake tensors, which have no values, anything that reads one fails; so would capturing a graph."""
+    architecture = parse(text)
+    with FakeTensorMode():
+        model = language_model(architecture, "torch").build()
+        state = model.initial_state(2, 9)
+        logits, _ = model.advance(torch.zeros(2, dtype=torch.int64), state.position, state.layers)
+    assert logits.shape == (2, architecture.vocab)
