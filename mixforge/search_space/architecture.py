@@ -1,0 +1,257 @@
+"""An architecture: a stack of residual units and the model around it, as a frozen value with one form.
+
+Two architectures that are the same model are equal and have one canonical JSON text, one digest and one
+expression. This module loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from mixforge.search_space.canonical import canonical
+from mixforge.search_space.costs import mixer_cost, sum_costs, unit_cost
+from mixforge.search_space.legality import Illegality as Illegality
+from mixforge.search_space.legality import illegality
+from mixforge.search_space.mixer import Backend, Cost, Mixer
+from mixforge.search_space.spelling import spell_architecture, spell_mixer
+from mixforge.search_space.stack import MOST_UNITS, depth, mixers, unit_json
+from mixforge.search_space.stack import Beside as Beside
+from mixforge.search_space.stack import Fuse as Fuse
+from mixforge.search_space.stack import Layer as Layer
+from mixforge.search_space.stack import Reuse as Reuse
+from mixforge.search_space.stack import Unit as Unit
+from mixforge.search_space.syntax import nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from mixforge.search_space.model import LanguageModel
+
+WIDEST = 65_536
+LARGEST_VOCAB = 16_777_216
+# The words of `lm(...)` that are choices; the first of each is the default.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "embed": ("tied", "untied"),
+    "norm": ("rms", "layer"),
+    "place": ("pre", "post", "sandwich"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Architecture:
+    """`lm(stack, width=...)`. The stack is put into canonical form on construction.
+
+    stack: the residual units in order, repeats written out. width: of the residual stream. vocab: token ids.
+    embed: whether the head shares the embedding's weights. norm: which norm every unit has. place: where it
+    stands.
+    """
+
+    stack: tuple[Unit, ...]
+    width: int
+    vocab: int = 256
+    embed: str = "tied"
+    norm: str = "rms"
+    place: str = "pre"
+    _json: str = field(init=False, repr=False)
+    _digest: str | None = field(init=False, repr=False, default=None)
+    _text: str | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.width <= WIDEST:
+            raise ValueError(f"width {self.width} is not a whole number from 1 to {WIDEST}")
+        if not 2 <= self.vocab <= LARGEST_VOCAB:
+            raise ValueError(f"vocab {self.vocab} is not a whole number from 2 to {LARGEST_VOCAB}")
+        for word, given in (("embed", self.embed), ("norm", self.norm), ("place", self.place)):
+            if given not in CHOICES[word]:
+                known = ", ".join(CHOICES[word])
+                raise ValueError(
+                    f"{word} {given!r} is not one of {known}{nearest(str(given), CHOICES[word])}"
+                )
+        if not self.stack:
+            raise ValueError("the stack is empty; it needs at least one layer")
+        if len(self.stack) > MOST_UNITS or depth(self.stack) > MOST_UNITS:
+            raise ValueError(
+                f"the stack is {depth(self.stack)} layers deep; at most {MOST_UNITS} are allowed"
+            )
+        object.__setattr__(self, "stack", canonical(self.stack, self.width))
+        object.__setattr__(self, "_json", self._write_json())
+
+    def _write_json(self) -> str:
+        parts = [f'"units":[{",".join(map(unit_json, self.stack))}]', f'"width":{self.width}']
+        if self.vocab != 256:
+            parts.append(f'"vocab":{self.vocab}')
+        for word, given in (("embed", self.embed), ("norm", self.norm), ("place", self.place)):
+            if given != CHOICES[word][0]:
+                parts.append(f'"{word}":"{given}"')
+        return "{" + ",".join(sorted(parts)) + "}"
+
+    @property
+    def canonical_json(self) -> str:
+        """The architecture as JSON: a flat list of units, defaults dropped, keys sorted."""
+        return self._json
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the canonical JSON, in hexadecimal: the architecture's identity everywhere."""
+        if self._digest is None:
+            object.__setattr__(self, "_digest", hashlib.sha256(self._json.encode()).hexdigest())
+        assert self._digest is not None
+        return self._digest
+
+    def __eq__(self, other: object) -> bool:
+        return self._json == other._json if isinstance(other, Architecture) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._json)
+
+    def __str__(self) -> str:
+        """The canonical expression: repeats factored, shortest names, defaults dropped."""
+        if self._text is None:
+            words = [(word, str(getattr(self, word))) for word in ("embed", "norm", "place")]
+            given = [("width", str(self.width))]
+            given += [("vocab", str(self.vocab))] if self.vocab != 256 else []
+            given += [(word, value) for word, value in words if value != CHOICES[word][0]]
+            object.__setattr__(self, "_text", spell_architecture(self.stack, self.width, tuple(given)))
+        assert self._text is not None
+        return self._text
+
+    def replace(
+        self,
+        *,
+        width: int | None = None,
+        vocab: int | None = None,
+        embed: str | None = None,
+        norm: str | None = None,
+        place: str | None = None,
+    ) -> Architecture:
+        """The same stack in another model."""
+        given = {"width": width, "vocab": vocab, "embed": embed, "norm": norm, "place": place}
+        changed = {word: value for word, value in given.items() if value is not None}
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+    @property
+    def depth(self) -> int:
+        """Residual units that a token passes through, reused ones as often as they are applied."""
+        return depth(self.stack)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The names of its mixers, each once, in the order of the stack."""
+        names = (spell_mixer(mixer, self.width).partition("(")[0] for mixer in mixers(self.stack))
+        return tuple(dict.fromkeys(names))
+
+    def why_illegal(self) -> str | None:
+        """None where it can be built, else a sentence with the numbers in it."""
+        found = self.illegality()
+        return None if found is None else found.sentence
+
+    def illegality(self) -> Illegality | None:
+        """Which rule it breaks first, and the sentence of `why_illegal`; None where it can be built."""
+        return illegality(self.stack, self.width)
+
+    def cost(self, length: int, itemsize: int = 4) -> Cost:
+        """Exact costs of the built model for one sequence of `length` tokens; see `Cost`."""
+        if length < 1:
+            raise ValueError(f"length {length} is not a number of tokens from 1 up")
+        norms = self._norm_params() * (2 if self.place == "sandwich" else 1)
+        units = [unit_cost(unit, self.width, length, itemsize, norms) for unit in self.stack]
+        return sum_costs([self._frame_cost(length, itemsize), *units])
+
+    def _frame_cost(self, length: int, itemsize: int) -> Cost:
+        """Embedding, last norm and head."""
+        table = self.vocab * self.width
+        norm = self._norm_params()
+        return Cost(
+            params=table * (1 if self.embed == "tied" else 2) + norm,
+            flops=2 * length * table,
+            state_bytes=0,
+            # One row of the embedding, and the whole of the head.
+            decode_bytes=itemsize * (self.width + table + norm),
+        )
+
+    def _norm_params(self) -> int:
+        return self.width * (1 if self.norm == "rms" else 2)
+
+    @property
+    def layers(self) -> tuple[LayerEntry, ...]:
+        """The stack as a flat list, one entry for each mixer, for tables and pictures."""
+        return tuple(self._entries(self.stack, 1, Counter()))
+
+    def _entries(self, units: tuple[Unit, ...], times: int, counter: Counter) -> Iterator[LayerEntry]:
+        for unit in units:
+            if isinstance(unit, Reuse):
+                yield from self._entries(unit.body, times * unit.times, counter)
+                continue
+            counter.number += 1
+            branches = (unit.mixer,) if isinstance(unit, Layer) else unit.branches
+            for mixer in branches:
+                yield LayerEntry(
+                    number=counter.number,
+                    text=spell_mixer(mixer, self.width),
+                    mixer=mixer,
+                    width=self.width,
+                    times=times,
+                    beside=len(branches),
+                )
+
+    def build(
+        self,
+        backend: Backend = "torch",
+        seed: int = 0,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> LanguageModel:
+        """The model, its weights drawn from `seed`; float32 unless `dtype` says otherwise.
+
+        Raises ValueError where the architecture is illegal or the backend cannot run it.
+        """
+        # The model needs torch, which reading, comparing and storing architectures must not load.
+        from mixforge.search_space.model import build
+
+        return build(
+            self, backend=backend, seed=seed, device=device, **({} if dtype is None else {"dtype": dtype})
+        )
+
+
+@dataclass(slots=True)
+class Counter:
+    """How many residual units have been listed."""
+
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerEntry:
+    """One mixer of the stack, as a row of a table."""
+
+    number: int
+    """Of its residual unit, from 1. Mixers beside one another have one number."""
+    text: str
+    """The mixer as an expression."""
+    mixer: Mixer
+    width: int
+    times: int
+    """How often its weights are applied."""
+    beside: int
+    """How many mixers share its residual unit; 1 where it is alone."""
+
+    @property
+    def name(self) -> str:
+        """Its shortest name."""
+        return self.text.partition("(")[0]
+
+    @property
+    def genes(self) -> str:
+        """What stands between the brackets: the genes that the name does not say."""
+        return self.text.partition("(")[2].removesuffix(")")
+
+    @property
+    def kind(self) -> Literal["token", "channel"]:
+        return self.mixer.kind
+
+    def cost(self, length: int, itemsize: int = 4) -> Cost:
+        """Of this mixer alone, without its norm, in all its applications."""
+        return sum_costs([mixer_cost(self.mixer, self.width, length, itemsize)], self.times)

@@ -1,0 +1,90 @@
+"""The canonical form of a stack: all stacks that are the same model at one width have one.
+
+Genes that say what follows from the width are left off (`Mixer.canonical`); shares of the heads are applied
+to the branches; branches beside one another are sorted; reuse of reuse is one reuse; a cache that no layer
+reads is not lent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+from math import gcd
+
+from mixforge.search_space.mixer import Mixer
+from mixforge.search_space.settled import narrow, settle
+from mixforge.search_space.shared_cache import Place, owners, trades
+from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixer_json
+
+
+def canonical(units: tuple[Unit, ...], width: int) -> tuple[Unit, ...]:
+    """The one form of all stacks that are the same model as this one at this width."""
+    settled = tuple([each for unit in units for each in canonical_unit(unit, width)])
+    if not any(trades(unit, width) for unit in settled):
+        return settled
+    unread = [place for place, read in owners(settled, width).items() if not read]
+    return tuple(_without_owners(settled, (), unread, width)) if unread else settled
+
+
+def _without_owners(units: tuple[Unit, ...], place: Place, unread: list[Place], width: int) -> Iterator[Unit]:
+    for index, unit in enumerate(units):
+        here = (*place, index)
+        if not any(owner[: len(here)] == here for owner in unread):
+            yield unit
+            continue
+        match unit:
+            case Layer():
+                changed: Unit = Layer(unit.mixer.unread())
+            case Beside():
+                branches = (
+                    mixer.unread() if (*here, branch) in unread else mixer
+                    for branch, mixer in enumerate(unit.branches)
+                )
+                changed = Beside(tuple(branches), unit.fuse, unit.shares)
+            case Reuse():
+                changed = Reuse(unit.times, tuple(_without_owners(unit.body, here, unread, width)))
+        yield from canonical_unit(changed, width)
+
+
+@lru_cache(maxsize=65_536)
+def canonical_unit(unit: Unit, width: int) -> tuple[Unit, ...]:
+    """The one form of all units that are the same model as this one at this width."""
+    match unit:
+        case Layer():
+            settled = settle(unit.mixer, width)
+            return (unit if settled is unit.mixer else Layer(settled),)
+        case Beside():
+            return (_canonical_beside(unit, width),)
+        case Reuse():
+            return _canonical_reuse(unit, width)
+
+
+def _canonical_beside(unit: Beside, width: int) -> Beside:
+    branches = tuple([settle(mixer, width) for mixer in unit.branches])
+    shares = unit.shares
+    if shares is not None:
+        total = sum(shares)
+        try:
+            branches = tuple(
+                narrow(mixer, width, Fraction(share, total))
+                for mixer, share in zip(branches, shares, strict=True)
+            )
+        except ValueError:
+            common = gcd(*shares)
+            pairs = sorted(zip(branches, (share // common for share in shares), strict=True), key=_by_json)
+            return Beside(tuple(mixer for mixer, _ in pairs), unit.fuse, tuple(share for _, share in pairs))
+    return Beside(tuple(sorted(branches, key=mixer_json)), unit.fuse)
+
+
+def _by_json(pair: tuple[Mixer, int]) -> tuple[str, int]:
+    return mixer_json(pair[0]), pair[1]
+
+
+def _canonical_reuse(unit: Reuse, width: int) -> tuple[Unit, ...]:
+    body = tuple(each for inner in unit.body for each in canonical_unit(inner, width))
+    if unit.times == 1:
+        return body
+    if len(body) == 1 and isinstance(body[0], Reuse):
+        return (Reuse(unit.times * body[0].times, body[0].body),)
+    return (Reuse(unit.times, body),)

@@ -1,0 +1,80 @@
+"""When a stack is no model: genes that do not divide, no token mixer, a shared cache without an owner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal
+
+from mixforge.search_space.settled import narrow, why_illegal
+from mixforge.search_space.shared_cache import trades, why_cacheless
+from mixforge.search_space.spelling import spell_mixer
+from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixers
+
+Fault = Literal["genes", "shares", "no token mixer", "no cache owner"]
+
+
+@dataclass(frozen=True, slots=True)
+class Illegality:
+    """Why an architecture cannot be a model: which rule it breaks, and a sentence with the numbers in it."""
+
+    fault: Fault
+    sentence: str
+
+
+def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
+    """The first rule that a canonical stack breaks; None where it is a model."""
+    distinct = dict.fromkeys(units)
+    for unit in distinct:
+        found = _unit_illegality(unit, width)
+        if found is not None:
+            return Illegality(found.fault, f"layer {units.index(unit) + 1}: {found.sentence}")
+    if not any(_mixes_tokens(unit) for unit in distinct):
+        return Illegality(
+            "no token mixer", "no layer mixes tokens, so no token sees another; add one such as attn"
+        )
+    if any(trades(unit, width) for unit in distinct):
+        sentence = why_cacheless(units, width)
+        return None if sentence is None else Illegality("no cache owner", sentence)
+    return None
+
+
+@lru_cache(maxsize=65_536)
+def _mixes_tokens(unit: Unit) -> bool:
+    return any(mixer.kind == "token" for mixer in mixers((unit,)))
+
+
+@lru_cache(maxsize=65_536)
+def _unit_illegality(unit: Unit, width: int) -> Illegality | None:
+    match unit:
+        case Layer():
+            reason = why_illegal(unit.mixer, width)
+            return (
+                None if reason is None else Illegality("genes", f"{spell_mixer(unit.mixer, width)}: {reason}")
+            )
+        case Beside():
+            return _beside_illegality(unit, width)
+        case Reuse():
+            return next((found for each in unit.body if (found := _unit_illegality(each, width))), None)
+
+
+def _beside_illegality(unit: Beside, width: int) -> Illegality | None:
+    for mixer in unit.branches:
+        found = _unit_illegality(Layer(mixer), width)
+        if found is not None:
+            return found
+    if unit.shares is not None:
+        return Illegality("shares", why_indivisible(unit, width))
+    return None
+
+
+def why_indivisible(unit: Beside, width: int) -> str:
+    """Why a `Beside` that still has its shares could not be narrowed by them."""
+    assert unit.shares is not None
+    for mixer, share in zip(unit.branches, unit.shares, strict=True):
+        try:
+            narrow(mixer, width, Fraction(share, sum(unit.shares)))
+        except ValueError as error:
+            return str(error)
+    raise AssertionError("shares that divide are applied when the unit is made canonical")

@@ -1,0 +1,119 @@
+"""The names of mixers and of their genes' values: what `attn(window=64)` or `gdn` means."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from mixforge.search_space.genes import Call, Choice, Domain, Form, Gene, GeneValue, Real, genes_of
+from mixforge.search_space.mixer import Mixer
+from mixforge.search_space.mixers import CATALOGUE
+from mixforge.search_space.syntax import Apply, Expression, Name, NotationError, Number, nearest, read
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> dict[str, tuple[type[Mixer], dict[str, GeneValue]]]:
+    """Every name of a mixer, aliases included: what class it is and which genes the name sets."""
+    words: dict[str, tuple[type[Mixer], dict[str, GeneValue]]] = {
+        name: (each, {}) for name, each in CATALOGUE.items()
+    }
+    for name, mixer in CATALOGUE.items():
+        for alias, genes in mixer.aliases.items():
+            if alias in words:
+                raise TypeError(f"{name} calls one of its points {alias}, which is another mixer's name")
+            words[alias] = mixer, dict(genes)
+    return words
+
+
+def mixer_named(word: str) -> str:
+    """The catalogue's name of a mixer or of an alias. Raises ValueError with the nearest name."""
+    if word not in vocabulary():
+        raise ValueError(f"unknown mixer '{word}'{_nearest_mixer(word)}")
+    return vocabulary()[word][0].word()
+
+
+def parse_mixer(text: str) -> Mixer:
+    """The mixer that an expression such as `attn(window=64)` means. Raises NotationError."""
+    try:
+        return interpret_mixer(read(text))
+    except NotationError as error:
+        raise error.within(text) from None
+
+
+@lru_cache(maxsize=65_536)
+def interpret_mixer(tree: Expression) -> Mixer:
+    """The mixer that a name or a call means. Raises NotationError."""
+    match tree:
+        case Name():
+            word = tree.id
+        case Apply():
+            word = tree.function
+        case Number():
+            raise NotationError("a number stands before * or @, as in 3 * attn", tree.column)
+        case _:
+            raise NotationError("expected one mixer, such as attn(window=64)", tree.column)
+    if word not in vocabulary():
+        raise NotationError(f"unknown mixer '{word}'{_nearest_mixer(word)}", tree.column)
+    mixer, genes = vocabulary()[word]
+    return mixer(**{**genes, **_genes(tree, mixer)}) if isinstance(tree, Apply) else mixer(**genes)
+
+
+def _nearest_mixer(word: str) -> str:
+    if word in ("any", "lm"):
+        return f"; '{word}' has no place inside an architecture's stack"
+    return nearest(word, [*vocabulary(), "beside"]) or f"; known: {', '.join(sorted(vocabulary()))}"
+
+
+def _genes(tree: Apply, mixer: type[Mixer]) -> dict[str, GeneValue]:
+    genes, word = genes_of(mixer), tree.function
+    known = ", ".join(genes) or "none"
+    if tree.arguments:
+        raise NotationError(f"{word} takes its genes by name; its genes: {known}", tree.arguments[0].column)
+    found: dict[str, GeneValue] = {}
+    for name, value in tree.keywords:
+        if name not in genes:
+            hint = nearest(name, genes)
+            raise NotationError(
+                f"{word} has no gene '{name}'{hint}; its genes: {known}", tree.keyword_column(name)
+            )
+        if name in found:
+            raise NotationError(f"the gene '{name}' is given twice", tree.keyword_column(name))
+        found[name] = gene_value(word, genes[name], value)
+    return found
+
+
+def gene_value(word: str, gene: Gene, tree: Expression) -> GeneValue:
+    """The value of one gene. Raises NotationError where it is not a legal one."""
+    value = _plain_value(tree)
+    if gene.has(value):
+        # 1 and 1.0 are one value; which of the two a gene holds follows from its domain.
+        real = (
+            next((each for each in gene.domains if each.has(value)), None) if isinstance(value, int) else None
+        )
+        return float(value) if isinstance(value, int) and isinstance(real, Real) else value
+    names = [name for domain in gene.domains for name in _names(domain)]
+    hint = nearest(str(tree), names) if isinstance(tree, Name) else ""
+    raise NotationError(f"{gene.name}={tree} is not legal for {word}{hint}; expected {gene}", tree.column)
+
+
+def _plain_value(tree: Expression) -> GeneValue:
+    match tree:
+        case Number():
+            return tree.value
+        case Name():
+            return None if tree.id == "auto" else tree.id
+        case Apply() if not tree.keywords and all(isinstance(each, Number) for each in tree.arguments):
+            return Form(
+                tree.function, tuple(each.value for each in tree.arguments if isinstance(each, Number))
+            )
+    raise NotationError(
+        "a gene's value is a number, a name or a name with numbers, as in gqa(4)", tree.column
+    )
+
+
+def _names(domain: Domain) -> tuple[str, ...]:
+    match domain:
+        case Choice():
+            return domain.names
+        case Call():
+            return (domain.name,)
+    return ()

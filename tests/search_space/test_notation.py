@@ -1,0 +1,304 @@
+"""Meaning: texts and Python words give architectures; printing and parsing are inverse; errors help."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mixforge.words as words
+from mixforge.search_space.architecture import Architecture, Beside, Layer, Reuse
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, genes_of
+from mixforge.search_space.mixer import Mixer
+from mixforge.search_space.mixers import CATALOGUE
+from mixforge.search_space.mixers.attn import Attn
+from mixforge.search_space.notation import from_json, parse, parse_mixer
+from mixforge.search_space.spelling import spell_gene, spell_mixer
+from mixforge.search_space.syntax import NotationError
+from mixforge.search_space.vocabulary import vocabulary
+
+WIDTHS = (64, 96, 128, 192, 256)
+
+
+def gene_values(domain: Whole | Real | Choice | Call) -> st.SearchStrategy[GeneValue]:
+    match domain:
+        case Whole():
+            small = st.sampled_from([1, 2, 3, 4, 8, 16, 32, 64, 128])
+            return small.filter(domain.has)
+        case Real():
+            return st.sampled_from([0.125, 0.5, 1.0, 2.0, 8 / 3, 4.0]).filter(domain.has)
+        case Choice():
+            return st.sampled_from(domain.names)
+        case Call():
+            arguments = st.tuples(*(gene_values(each) for each in domain.arguments))
+            return arguments.map(lambda given: Form(domain.name, given))  # type: ignore[arg-type]
+
+
+@st.composite
+def mixer_texts(draw: st.DrawFn) -> str:
+    """A name of the catalogue or an alias, with a few genes."""
+    name = draw(st.sampled_from(sorted(vocabulary())))
+    genes = genes_of(vocabulary()[name][0])
+    chosen = draw(st.lists(st.sampled_from(sorted(genes)), max_size=2, unique=True)) if genes else []
+    said = []
+    for gene in chosen:
+        values = st.one_of(*map(gene_values, genes[gene].domains))
+        said.append(f"{gene}={spell_gene(draw(values))}")
+    return f"{name}({', '.join(said)})" if said else name
+
+
+def stack_texts() -> st.SearchStrategy[str]:
+    branch = st.tuples(st.sampled_from(["", "2*", "1*"]), mixer_texts()).map("".join)
+    beside = st.lists(branch, min_size=2, max_size=3)
+    fused = st.tuples(beside, st.sampled_from(["sum", "mean", "gate", "concat"])).map(
+        lambda pair: f"beside({', '.join(pair[0])}, fuse={pair[1]})"
+    )
+    leaf = st.one_of(mixer_texts(), beside.map(" | ".join).map("({})".format), fused)
+
+    def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        sums = st.lists(inner, min_size=1, max_size=3).map(" + ".join).map("({})".format)
+        return st.one_of(sums, st.builds("{} {} {}".format, st.integers(1, 3), st.sampled_from("*@"), sums))
+
+    return st.recursive(leaf, grow, max_leaves=5)
+
+
+texts = st.builds(
+    "lm({}, width={}{})".format,
+    stack_texts(),
+    st.sampled_from(WIDTHS),
+    st.sampled_from(
+        ["", ", vocab=512", ", vocab=256, embed=untied", ", norm=layer, place=post", ", place=pre"]
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts)
+def test_printing_and_parsing_are_inverse(text: str) -> None:
+    architecture = parse(text)
+    printed = str(architecture)
+    again = parse(printed)
+    assert again == architecture
+    assert again.digest == architecture.digest
+    assert again.stack == architecture.stack
+    assert str(again) == printed
+    assert from_json(architecture.canonical_json) == architecture
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(stack_texts(), min_size=1, max_size=3), st.integers(1, 3), st.sampled_from(WIDTHS))
+def test_regrouping_changes_nothing(parts: list[str], times: int, width: int) -> None:
+    whole = " + ".join(f"({part})" for part in parts)
+    forms = [
+        f"{times} * ({whole})",
+        " + ".join([f"({whole})"] * times),
+        " + ".join([*([whole] * (times - 1)), *parts]),
+        f"1 @ ({times} * (1 * ({whole})))",
+        f"({whole})" + f" + {times - 1} * ({whole})" * (times > 1),
+    ]
+    architectures = [parse(f"lm({form}, width={width})") for form in forms]
+    assert len({each.digest for each in architectures}) == 1
+    assert len({str(each) for each in architectures}) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(mixer_texts(), st.sampled_from(WIDTHS))
+def test_defaults_and_aliases_change_nothing(text: str, width: int) -> None:
+    mixer = parse_mixer(text)
+    genes = genes_of(type(mixer))
+    full = ", ".join(f"{name}={spell_gene(getattr(mixer, name))}" for name in genes)
+    spelled = f"{mixer.word()}({full})"
+    assert parse_mixer(spelled) == mixer
+    assert parse(f"lm({text}, width={width})").digest == parse(f"lm({spelled}, width={width})").digest
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(mixer_texts(), min_size=2, max_size=3), st.randoms(use_true_random=False))
+def test_the_order_of_branches_changes_nothing(branches: list[str], rng: object) -> None:
+    forward = parse(f"lm({' | '.join(branches)}, width=128)")
+    backward = parse(f"lm({' | '.join(reversed(branches))}, width=128)")
+    assert forward == backward
+    assert str(forward) == str(backward)
+
+
+def test_every_alias_prints_as_itself_and_is_exactly_its_genes() -> None:
+    for name, (mixer, genes) in vocabulary().items():
+        if genes:
+            long = ", ".join(f"{gene}={spell_gene(value)}" for gene, value in genes.items())
+            assert parse_mixer(name) == parse_mixer(f"{mixer.word()}({long})") == mixer(**genes)
+            printed = str(parse(f"lm({mixer.word()}({long}), width=256)"))
+            assert printed == f"lm({name}, width=256)"
+
+
+def test_aliases_take_further_genes_but_none_that_they_set() -> None:
+    assert (
+        str(parse("lm(linear(rule=delta, decay=scalar, heads=2), width=256)"))
+        == "lm(gdn(heads=2), width=256)"
+    )
+    assert spell_mixer(parse_mixer("glu(act=sigmoid)"), 64) == "glu(act=sigmoid)"
+    assert spell_mixer(parse_mixer("swiglu(expand=2)"), 64) == "swiglu(expand=2)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lm(6 * (3 * (gdn + swiglu) + attn(window=1024) + swiglu), width=512)",
+        "lm(4 * (2 * (rglru + geglu) + attn(kv=mqa, window=1024) + geglu), width=512)",
+        "lm(6 * (attn(window=9) + swiglu) + attn(kv=own) + swiglu + 5 * (attn(kv=shared) + swiglu), width=512)",
+        "lm(12 * ((attn | 2 * mamba2) + swiglu), width=576)",
+        "lm(4 * ((1 * attn | 1 * mamba2) + swiglu), width=128)",
+        "lm(2 @ (gdn + swiglu) + 3 * (2 @ (attn + swiglu)), width=64, vocab=128, embed=untied, place=post)",
+        "lm(beside(attn, gdn, fuse=gate) + swiglu, width=128, norm=layer)",
+        "lm(attn | swiglu, width=64)",
+        "lm(swiglu + 3 * (attn + swiglu), width=64)",
+        "lm(2 * (attn + swiglu) + gdn + swiglu, width=64)",
+        "lm(1024 * attn, width=64)",
+    ],
+)
+def test_canonical_texts_stay_as_they_are(text: str) -> None:
+    assert str(parse(text)) == text
+
+
+def test_what_the_operators_mean() -> None:
+    attn, glu = Layer(parse_mixer("attn")), Layer(parse_mixer("swiglu"))
+    assert parse("lm(2 * (attn + swiglu), width=64)").stack == (attn, glu, attn, glu)
+    assert parse("lm(3 @ (2 @ attn), width=64)").stack == (Reuse(6, (attn,)),)
+    assert parse("lm(1 @ attn, width=64)").stack == (attn,)
+    assert parse("lm(swiglu | attn, width=64)").stack == (Beside((attn.mixer, glu.mixer)),)
+    assert parse("lm(attn | attn | swiglu, width=64)").stack == (Beside((attn.mixer, attn.mixer, glu.mixer)),)
+
+
+def test_a_factor_inside_a_bar_is_a_share_of_the_heads() -> None:
+    whole, window = Attn(), Attn(window=8)
+    shared = parse("lm(2*attn | attn(window=8), width=192)").stack
+    narrowed = (window.narrow(192, Fraction(1, 3)), whole.narrow(192, Fraction(2, 3)))
+    assert isinstance(shared[0], Beside)
+    assert set(shared[0].branches) == set(narrowed)
+    assert parse("lm(4*attn | 2*attn(window=8), width=192)").stack == shared
+    # The long way to say the same model is the same architecture, and prints the short way.
+    long = " | ".join(spell_mixer(mixer, 192) for mixer in narrowed)
+    assert parse(f"lm({long}, width=192)").stack == shared
+    assert str(parse(f"lm({long}, width=192)")) == "lm(attn(window=8) | 2 * attn, width=192)"
+
+
+def test_shares_that_do_not_divide_are_kept_and_illegal() -> None:
+    architecture = parse("lm(12 * ((2*mamba2 | attn(kv=gqa(4))) + swiglu), width=512)")
+    found = architecture.illegality()
+    assert found is not None
+    assert found.fault == "shares"
+    assert "8 heads" in found.sentence
+    assert parse(str(architecture)) == architecture
+
+
+def test_a_cache_that_no_layer_reads_is_an_ordinary_one() -> None:
+    assert parse("lm(attn(kv=own) + swiglu, width=64)") == parse("lm(attn + swiglu, width=64)")
+    read = parse("lm(attn(kv=own) + attn(kv=own) + attn(kv=shared), width=64)")
+    assert str(read) == "lm(attn + attn(kv=own) + attn(kv=shared), width=64)"
+    looped = parse("lm(attn(kv=own) + 2 @ (attn(kv=shared) + attn(kv=own)), width=64)")
+    assert str(looped) == "lm(attn(kv=own) + 2 @ (attn(kv=shared) + attn(kv=own)), width=64)"
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "saying"),
+    [
+        ("attn", 0, "lm(stack"),
+        ("lm(6 * (gdm + swiglu), width=64)", 8, "did you mean 'gdn'"),
+        ("lm(attn(windw=64), width=64)", 8, "did you mean 'window'"),
+        ("lm(attn(window=big), width=64)", 15, "none or a whole number from 2"),
+        ("lm(attn(pos=rop), width=64)", 12, "did you mean 'rope'"),
+        ("lm(attn(kv=gqa(0)), width=64)", 11, "gqa(a whole number"),
+        ("lm(attn(64), width=64)", 8, "by name"),
+        ("lm(attn, widht=64)", 9, "did you mean 'width'"),
+        ("lm(attn)", 0, "needs a width"),
+        ("lm(attn, width=0)", 15, "whole number from 1"),
+        ("lm(attn, width=64, norm=rmz)", 24, "did you mean 'rms'"),
+        ("lm(attn, swiglu, width=64)", 0, "one stack"),
+        ("lm(0 * attn, width=64)", 3, "from 1 to 1024"),
+        ("lm(attn * 3, width=64)", 3, "stands first"),
+        ("lm(2.5 * attn, width=64)", 3, "not a whole number"),
+        ("lm(3 ** attn, width=64)", 3, "search space"),
+        ("lm(any(attn, gdn), width=64)", 3, "'any' has no place"),
+        ("lm(999 * (999 * attn), width=64)", 3, "at most 1024"),
+        ("lm(attn + 999 @ (2 * attn), width=64)", 10, "at most 1024"),
+        ("lm(attn | (gdn + swiglu), width=64)", 11, "one mixer"),
+        ("lm(beside(attn), width=64)", 3, "there are 2 to 16"),
+        ("lm(beside(attn, gdn, fuze=sum), width=64)", 21, "did you mean 'fuse'"),
+        ("lm(attn + 3, width=64)", 10, "before * or @"),
+        ("lm(lm(attn, width=64), width=64)", 3, "'lm' has no place"),
+        ("lm(__import__(os), width=64)", 3, "unknown mixer"),
+        ("lm(attn(heads=2, heads=3), width=64)", 17, "given twice"),
+        ("lm(conv(), width=64, width=64)", 21, "given twice"),
+    ],
+)
+def test_errors_name_the_place_and_the_way_out(text: str, column: int, saying: str) -> None:
+    with pytest.raises(NotationError) as caught:
+        parse(text)
+    assert saying in str(caught.value)
+    assert caught.value.column == column
+    assert str(caught.value).split("\n")[2] == " " * (4 + column) + "^"
+
+
+def test_python_words_are_the_text() -> None:
+    attn, gdn, swiglu, gqa, lm = words.attn, words.gdn, words.swiglu, words.gqa, words.lm
+    made = lm(6 * (3 * (gdn + swiglu) + attn(window=1024, kv=gqa(4)) + swiglu), width=512, embed=words.untied)
+    assert made == parse(
+        "lm(6 * (3 * (gdn + swiglu) + attn(window=1024, kv=gqa(4)) + swiglu), width=512, embed=untied)"
+    )
+    branches = words.beside(2 * gdn, attn, fuse=sum)
+    assert lm(2 @ branches, width=192) == parse("lm(2 @ (2*gdn | attn), width=192)")
+    namespace: dict[str, object] = {}
+    exec("from mixforge.words import *", namespace)
+    assert namespace["gdn"] == gdn
+    assert "sum" not in namespace
+    with pytest.raises(AttributeError, match="did you mean 'swiglu'"):
+        words.swigle  # noqa: B018
+
+
+def test_python_trees_without_a_text_raise_plain_sentences() -> None:
+    deep = words.attn
+    for _ in range(3000):
+        deep = 1 * deep
+    with pytest.raises(NotationError, match="nested too deeply"):
+        words.lm(deep, width=64)
+    with pytest.raises(NotationError, match=r"^attn has no gene 'x'"):
+        words.lm(words.attn(x=1), width=64)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "x", '{"units":[["attn"]],"width":64}', '{"units":[],"width":64}']
+)
+def test_broken_json_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        from_json(text)
+
+
+def test_the_catalogue_says_what_the_notation_needs() -> None:
+    for name, mixer in CATALOGUE.items():
+        assert mixer.word() == name
+        assert issubclass(mixer, Mixer)
+        for gene in genes_of(mixer).values():
+            assert gene.domains
+            assert gene.default is None or any(domain.has(gene.default) for domain in gene.domains)
+
+
+def test_parsing_48_layers_is_quick() -> None:
+    text = "lm(" + " + ".join(["attn(window=1024) + swiglu"] * 24) + ", width=512)"
+    times = []
+    for _ in range(30):
+        started = time.thread_time()
+        architecture = parse(text)
+        assert architecture.why_illegal() is None
+        assert architecture.digest
+        times.append(time.thread_time() - started)
+    # About 1 ms on one core; the bound leaves room for a busy machine.
+    assert min(times) < 0.008
+
+
+def test_architectures_are_values() -> None:
+    first, second = parse("lm(2 * attn, width=64)"), parse("lm(attn + attn, width=64)")
+    assert {first} == {second}
+    assert isinstance(first, Architecture)
+    assert first != parse("lm(2 * attn, width=128)")
