@@ -93,8 +93,8 @@ class Curve:
 class Evaluation:
     """One architecture under one budget: its costs, its scores and how the training went.
 
-    Scores without a suffix are of the selection split, which the search sees; `_test` ones are of the test split.
-    A score is None where its task was not in the budget or the outcome is not ok.
+    Scores without a suffix are of the selection split, which the search sees; `_test` ones are of the test
+    split. A score is None where its task was not in the budget or the outcome is not ok.
     """
 
     outcome: Outcome
@@ -124,7 +124,10 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a latency is measured on. Prefill reads `context` tokens; decode adds one token after `context`."""
+    """What a latency is measured on.
+
+    Prefill reads `context` tokens; decode adds one token after `context`.
+    """
 
     batch: int = 1
     context: int = 512
