@@ -1,0 +1,85 @@
+"""Which schema a database has, and how it gets the newest one."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from sqlalchemy import Connection, inspect, text
+
+from mixforge.db.connection import Database, StoreError, StoreUnwritable
+from mixforge.db.tables import SCHEMA, VERSION_TABLE
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def prepare(database: Database) -> None:
+    """Leaves the database with the newest schema.
+
+    An empty one is filled where it was opened to be created. An older one is copied beside itself first
+    (SQLite only), then migrated in one transaction, also where it was opened for reading.
+    Raises StoreError for what is not ours, or newer than this code.
+    """
+    with database.read() as connection:
+        found = _revision(connection, database)
+    if found == SCHEMA:
+        return
+    if found is None and database.mode != "create":
+        raise StoreError(f"{database.name} is an empty database; `mixforge run` fills one")
+    if database.mode == "read":
+        _migrate_in_passing(database, found)
+        return
+    if found is not None and database.sqlite:
+        _copy(database.path, database.path.with_name(f"{database.path.name}.schema-{found}"))
+    with database.write() as connection:
+        # Another process may have migrated it while this one waited for the lock.
+        if _revision(connection, database) != SCHEMA:
+            _migrate(connection)
+
+
+def _revision(connection: Connection, database: Database) -> str | None:
+    """The revision of a database of ours, None for an empty one."""
+    tables = inspect(connection).get_table_names()
+    if not tables:
+        return None
+    if VERSION_TABLE not in tables:
+        some = ", ".join(tables[:5])
+        raise StoreError(f"{database.name} is a database, but not one of Mixforge's (its tables: {some})")
+    query = text(f"SELECT version_num FROM {VERSION_TABLE}")
+    found: str | None = connection.execute(query).scalar_one_or_none()
+    if found is not None and found > SCHEMA:
+        raise StoreError(
+            f"{database.name} was written by a newer Mixforge (schema {found}, this one knows {SCHEMA}); "
+            "upgrade with `pip install -U mixforge`"
+        )
+    return found
+
+
+def _migrate_in_passing(database: Database, found: str | None) -> None:
+    writable = Database(database.location, "write")
+    try:
+        prepare(writable)
+    except StoreUnwritable as failure:
+        raise StoreUnwritable(
+            f"{database.name} has the older schema {found} and cannot be migrated to {SCHEMA} where it is; "
+            f"copy it to a folder that can be written ({failure})"
+        ) from failure
+    finally:
+        writable.close()
+
+
+def _migrate(connection: Connection) -> None:
+    # Loaded only here: it takes a tenth of a second, and nearly every opening needs no migration.
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
+        old.backup(new)
