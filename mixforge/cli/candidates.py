@@ -1,0 +1,323 @@
+"""Commands about architectures before any search: draw, profile, mixers, doctor."""
+
+from __future__ import annotations
+
+import platform
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mixforge.cli.output import (
+    DEFAULT_DATABASE,
+    Database,
+    Json,
+    RunFailed,
+    figure_text,
+    narrate,
+    print_json,
+    show_table,
+    table,
+)
+from mixforge.evaluator.evaluation import PHASES
+from mixforge.search_space.mixer import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mixforge.evaluator.evaluation import Profile
+    from mixforge.search_space.genes import GeneValue
+    from mixforge.search_space.grammar import Space
+    from mixforge.search_space.mixer import Mixer
+
+DataType = Literal["float32", "bfloat16", "float16"]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: mixforge draw examples/laptop.toml -n 5")(draw)
+    app.command(epilog="Example: mixforge profile griffin --context 1024")(profile)
+    app.command(epilog="Example: mixforge mixers attn")(mixers)
+    app.command(epilog="Example: mixforge doctor")(doctor)
+
+
+def draw(
+    space: Annotated[Path, typer.Argument(help="A campaign's TOML file, or one with a [space] table alone.")],
+    number: Annotated[int, typer.Option("-n", "--number", min=1, max=100_000, help="How many to draw.")] = 10,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same architectures.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw architectures from a space, within its limits, and say how many were refused and why."""
+    import random
+
+    read = _read_space(space)
+    generator = random.Random(seed)
+    drawn, refused = [], Counter[str]()
+    for _ in range(number):
+        found = read.draw_legal(generator)
+        refused.update(found.rejected)
+        drawn.append(found.architecture)
+    if as_json:
+        print_json(
+            {
+                "sentences": str(read.count()),
+                "rejected": dict(refused),
+                "architectures": [
+                    {"digest": each.digest, "architecture": str(each), "params": each.cost(1).params}
+                    for each in drawn
+                ],
+            }
+        )
+        return
+    made = table("digest", "params >", "architecture")
+    for each in drawn:
+        made.add_row(each.digest[:12], figure_text("params", each.cost(1).params), str(each))
+    show_table(made)
+    total = number + refused.total()
+    reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common())
+    narrate(
+        f"{space} has {_large(read.count())} sentences; {refused.total()} of {total} draws were refused"
+        + (f": {reasons}" if reasons else "")
+    )
+
+
+def _read_space(path: Path) -> Space:
+    from mixforge.search_space.grammar import Space
+
+    try:
+        tables = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(tables.get("space"), dict):
+        raise ValueError(f'{path}: has no [space] table; a space begins with [space] and start = "lm(...)"')
+    try:
+        return Space.from_table(tables["space"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _large(count: float) -> str:
+    if count == float("inf"):
+        return "endlessly many"
+    digits = len(str(int(count)))
+    return f"{int(count):,}" if digits <= 15 else f"about 10^{digits - 1}"
+
+
+def profile(
+    which: Annotated[str, typer.Argument(metavar="EXPR|PRESET|DIGEST", help="What to measure.")],
+    batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 1,
+    context: Annotated[int, typer.Option("--context", help="Tokens of the prompt.")] = 512,
+    dtype: Annotated[
+        DataType, typer.Option("--dtype", help="Numbers of weights and activations.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    backend: Annotated[Backend, typer.Option("--backend", help="The kernels' form.")] = "torch",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
+    db: Database = DEFAULT_DATABASE,
+    keep: Annotated[bool, typer.Option("--keep", help="Store the measurement in the database.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure prefill, decode and train-step latency and peak memory on the device that is there."""
+    import torch
+
+    from mixforge.cli.naming import architecture_of
+    from mixforge.evaluator.evaluation import Workload
+    from mixforge.evaluator.profiling import profile as measure
+
+    architecture = architecture_of(which, db)
+    torch.set_num_threads(threads)
+    measured = measure(
+        architecture, Workload(batch=batch, context=context, dtype=dtype), device=device, backend=backend
+    )
+    if keep:
+        from mixforge.db.store import Store
+        from mixforge.db.values import describe
+
+        with Store.open(db, "create") as store:
+            store.add_profile(describe(architecture), measured)
+    if as_json:
+        print_json(
+            {"digest": architecture.digest, "architecture": str(architecture), **_profile_json(measured)}
+        )
+    else:
+        print(architecture)
+        _show_profile(measured)
+    if measured.outcome != "ok":
+        raise RunFailed(f"{measured.outcome}: {measured.reason}")
+
+
+def _profile_json(measured: Profile) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    phases = {
+        timing.phase: {"median_ms": timing.median_ms, "spread_ms": timing.spread_ms}
+        for timing in measured.timings
+    }
+    return {**asdict(measured), "phases": phases}
+
+
+def _show_profile(measured: Profile) -> None:
+    made = table("phase", "median ms >", "spread ms >", "tokens/s >", "repeats >")
+    load = measured.workload
+    for phase in PHASES:
+        timing = measured.timing(phase)
+        if timing is not None:
+            tokens = load.batch * (1 if phase == "decode" else load.context)
+            made.add_row(
+                phase,
+                f"{timing.median_ms:.4g}",
+                f"{timing.spread_ms:.2g}",
+                f"{tokens / timing.median_ms * 1e3:.3g}",
+                str(len(timing.raw_ms)),
+            )
+    show_table(made)
+    environment = measured.environment
+    if measured.peak_bytes is not None:
+        print(f"peak memory of a train step: {figure_text('peak_bytes', measured.peak_bytes)}B")
+    print(
+        f"batch {load.batch}, context {load.context}, {load.dtype}, backend {measured.backend}, on {environment.device} "
+        f"({environment.threads} threads), torch {environment.torch}"
+    )
+
+
+def mixers(
+    name: Annotated[str | None, typer.Argument(help="A mixer or an alias; all if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The catalogue: every mixer with its genes and their legal values, its famous points, and the presets."""
+    from mixforge.search_space.mixers import CATALOGUE
+    from mixforge.search_space.presets import PRESETS
+    from mixforge.search_space.vocabulary import mixer_named
+
+    chosen = {name: CATALOGUE[name] for name in CATALOGUE}
+    if name is not None:
+        owner = mixer_named(name)
+        chosen = {owner: CATALOGUE[owner]}
+    if as_json:
+        print_json(
+            {
+                "mixers": {
+                    each: {
+                        "kind": kind.kind,
+                        "summary": _summary(kind),
+                        "genes": {gene: {"default": default, "legal": legal} for gene, default, legal in _genes(kind)},
+                        "aliases": {alias: _texts(genes) for alias, genes in kind.aliases.items()},
+                    }
+                    for each, kind in chosen.items()
+                },
+                "presets": {each: str(preset.architecture()) for each, preset in PRESETS.items()} if name is None else {},
+            }
+        )  # fmt: skip
+        return
+    for each, kind in chosen.items():
+        print(f"{each} ({kind.kind} mixer): {_summary(kind)}")
+        genes = table("gene", "default", "legal values")
+        for gene, default, legal in _genes(kind):
+            genes.add_row(gene, default, legal)
+        show_table(genes)
+        for alias, values in kind.aliases.items():
+            print(
+                f"  {alias} = {each}({', '.join(f'{key}={value}' for key, value in _texts(values).items())})"
+            )
+        print()
+    if name is None:
+        presets = table("preset", "what", "source", title="Presets: mixforge show NAME")
+        for each, made in PRESETS.items():
+            presets.add_row(each, made.summary, made.paper)
+        show_table(presets)
+
+
+def _genes(kind: type[Mixer]) -> list[tuple[str, str, str]]:
+    """Each gene's name, default and legal values, as texts."""
+    from mixforge.search_space.genes import genes_of
+
+    return [
+        (name, "auto" if gene.default is None else str(gene.default), str(gene))
+        for name, gene in genes_of(kind).items()
+    ]
+
+
+def _texts(genes: Mapping[str, GeneValue]) -> dict[str, str]:
+    return {name: str(value) for name, value in genes.items()}
+
+
+def _summary(kind: type) -> str:
+    import sys
+
+    document = sys.modules[kind.__module__].__doc__ or ""
+    return document.strip().splitlines()[0]
+
+
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, and whether Mixforge can use it: versions, devices, threads, memory, disk."""
+    from mixforge.evaluator.environment import environment
+
+    try:
+        import torch
+
+        cuda = torch.cuda.is_available()
+    except ImportError as error:
+        raise RunFailed(f"torch does not import: {error}") from None
+    found = environment("cuda" if cuda else "cpu")
+    checks = [*_versions(), *_room()]
+    checks.append(("device", found.device, True, ""))
+    checks.append(
+        ("GPU", "yes" if cuda else "none", True, "" if cuda else "training and profiling run on the CPU")
+    )
+    checks.append(("cores", str(_cores()), True, "one training worker each"))
+    if as_json:
+        print_json(
+            [{"check": name, "found": value, "ok": ok, "note": note} for name, value, ok, note in checks]
+        )
+    else:
+        made = table("check", "found", "", "note")
+        for name, value, ok, note in checks:
+            made.add_row(name, value, "ok" if ok else "NOT OK", note)
+        show_table(made)
+    wrong = [name for name, _, ok, _ in checks if not ok]
+    if wrong:
+        raise RunFailed(f"not fit to search: {', '.join(wrong)}")
+
+
+Check = tuple[str, str, bool, str]
+
+
+def _versions() -> list[Check]:
+    from importlib import metadata
+
+    checks: list[Check] = [("python", platform.python_version(), True, "")]
+    for package in ("torch", "ray", "optuna", "sqlalchemy", "triton"):
+        try:
+            checks.append((package, metadata.version(package), True, ""))
+        except metadata.PackageNotFoundError:
+            needed = package != "triton"
+            note = "install it: pip install mixforge" if needed else "only needed for GPU kernels"
+            checks.append((package, "none", not needed, note))
+    return checks
+
+
+def _room() -> list[Check]:
+    import os
+    import shutil
+
+    free = shutil.disk_usage(Path.cwd()).free
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return [
+        (
+            "memory",
+            f"{memory / 2**30:.1f} GiB",
+            memory > 2 * 2**30,
+            "" if memory > 2 * 2**30 else "needs 2 GiB",
+        ),
+        ("disk free here", f"{free / 2**30:.1f} GiB", free > 2**30, "" if free > 2**30 else "needs 1 GiB"),
+        ("writable here", str(Path.cwd()), os.access(Path.cwd(), os.W_OK), ""),
+    ]
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,47 @@
+"""What a person may write where an architecture is asked for: an expression, a preset's name or a digest."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mixforge.search_space.architecture import Architecture
+
+_DIGEST = re.compile(r"[0-9a-fA-F]{4,64}")
+
+
+def is_digest(text: str) -> bool:
+    """Whether a text can only be a digest, or the beginning of one."""
+    return _DIGEST.fullmatch(text.strip()) is not None
+
+
+def architecture_of(text: str, db: str) -> Architecture:
+    """The architecture that a text means. Raises ValueError where it means none, or more than one digest fits."""
+    from mixforge.search_space.notation import parse
+    from mixforge.search_space.presets import PRESETS, preset
+
+    if is_digest(text):
+        from mixforge.db.results import open
+
+        with open(db) as results:
+            return results.architecture(text)
+    name, _, size = text.partition(":")
+    if name in PRESETS:
+        return preset(name, size or "tiny")
+    if text.replace("_", "a").isalnum():
+        raise ValueError(
+            f"{text!r} is no preset, no digest and no expression; presets are {', '.join(PRESETS)}, a digest is four "
+            'or more hexadecimal digits, an expression reads like "lm(4 * (attn + swiglu), width=128)"'
+        )
+    return parse(text)
+
+
+def folder_of(db: str) -> Path:
+    """The folder that a database's weights are kept beside: its own, or this one where a server holds it."""
+    from mixforge.db.connection import read_url
+
+    url = read_url(db)
+    is_file = url.get_backend_name() == "sqlite" and url.database is not None
+    return Path(str(url.database)).parent if is_file else Path()

@@ -1,0 +1,152 @@
+"""The command line: every command helps, shows an example and speaks JSON; a wrong request is told what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from mixforge.cli import main
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+COMMANDS = sorted(get_command(main.app).commands)  # type: ignore[attr-defined]
+TINY = (EXAMPLES / "tiny.toml").read_text()
+
+
+class Told:
+    """What a command printed and how it ended."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Runs `mixforge` with the given words, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Told:
+        monkeypatch.setattr(sys, "argv", ["mixforge", *words])
+        status = 0
+        try:
+            main.run()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return Told(status, printed.out, printed.err)
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_an_example_and_speaks_json(command: str, tell) -> None:
+    told = tell(command, "--help")
+    assert told.status == 0
+    assert f"Example: mixforge {command}" in told.out
+    assert "--json" in told.out
+
+
+def test_help_and_the_database_load_no_torch() -> None:
+    code = (
+        "import sys, mixforge, mixforge.cli.main, mixforge.db.results, mixforge.db.store\n"
+        "sys.argv = ['mixforge', '--help']\n"
+        "try: mixforge.cli.main.run()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'optuna', 'plotly'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_needs_no_search(tell) -> None:
+    drawn = json.loads(tell("draw", str(EXAMPLES / "laptop.toml"), "-n", "3", "--json").out)
+    assert len(drawn["architectures"]) == 3
+    assert drawn == json.loads(tell("draw", str(EXAMPLES / "laptop.toml"), "-n", "3", "--json").out)
+    shown = json.loads(tell("show", "griffin", "--json").out)
+    assert shown["cost"]["params"] > sum(layer["params"] for layer in shown["layers"])
+    assert {"attn", "linear"} <= set(json.loads(tell("mixers", "--json").out)["mixers"])
+    assert all(check["ok"] for check in json.loads(tell("doctor", "--json").out))
+
+
+def test_a_profile_is_measured_and_can_be_kept(tell) -> None:
+    words = ("lm(conv + mlp, width=16)", "--context", "16", "--json")
+    measured = json.loads(tell("profile", *words, "--keep", "--db", "kept.db").out)
+    assert set(measured["phases"]) == {"prefill", "decode", "train"}
+    assert all(phase["median_ms"] > 0 for phase in measured["phases"].values())
+    stored = json.loads(tell("show", measured["digest"], "--json", "--db", "kept.db").out)
+    assert len(stored["profiles"]) == 1
+
+
+def campaign(tmp_path: Path, old: str, new: str) -> str:
+    """The tiny campaign with one thing changed."""
+    assert old in TINY
+    changed = tmp_path / "changed.toml"
+    changed.write_text(TINY.replace(old, new))
+    return str(changed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seed = 0", "sede = 0", "seed"),
+        ("swiglu)", "swigul)", "swiglu"),
+        ("window=any", "widow=any", "window"),
+        ("(mixer +", "(mixr +", "mixer"),
+        ('"decode_ms"]', '"decoding_ms"]', "decode_ms"),
+        (
+            "any(attn(window=any(none, 32)), gdn, linear(decay=any(none, scalar)), rglru, conv)",
+            "mixer + gdn",
+            "mixer",
+        ),
+        ("width=any(32, 48))", "width=any(32, 48)", "^"),
+        ('sampler = "random"', 'sampler = "tbe"', "tpe"),
+        ("trials  = 6", "trials  = 0", "trials"),
+        ("steps = 20", "steps = -1", "steps"),
+        ("length = 64", 'length = 64\npath = "nowhere"', "nowhere"),
+        ("[search]", '[space.limits]\nparams = "<= 10"\n[search]', "params"),
+        ("lm(attn + swiglu, width=32)", "lm(attn(heads=5) + swiglu, width=32)", "heads 5"),
+    ],
+)
+def test_a_wrong_campaign_is_refused(old: str, new: str, said: str, tell, tmp_path: Path) -> None:
+    told = tell("search", campaign(tmp_path, old, new), "--db", "none.db")
+    assert told.status == 2, told.err
+    assert said in told.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("search", "nowhere.toml"), "nowhere.toml"),
+        (("front",), "mixforge search"),
+        (("status", "--db", "no.db"), "no.db"),
+        (("query", "--db", "notes.txt"), "notes.txt"),
+        (("show", "lm(attn(heads=5), width=64)"), "heads 5"),
+        (("show", "lm(gnd, width=64)"), "gdn"),
+        (("show", "griffon"), "griffin"),
+        (("profile", "transformer", "--batch", "0"), "batch 0"),
+        (("profile", "transformer", "--device", "tpu"), "tpu"),
+        (("draw", "notes.txt"), "notes.txt"),
+        (("mixers", "atn"), "attn"),
+        (("export", "abcdef", "out"), "runs/mixforge.db"),
+        (("frnt",), "frnt"),
+        (("draw", "x.toml", "-n", "many"), "--number"),
+    ],
+)
+def test_a_wrong_request_is_refused(words: tuple[str, ...], said: str, tell, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("these are notes, not a database and not TOML")
+    told = tell(*words)
+    assert told.status == 2, told.err
+    assert said in told.err
+
+
+def test_an_export_folder_that_exists_is_left_alone(tell, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    told = tell("export", "best", "out")
+    assert told.status == 2
+    assert "out exists" in told.err
+    assert list((tmp_path / "out").iterdir()) == []
