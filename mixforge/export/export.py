@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
+from mixforge.evaluator.weights import load_weights
 from mixforge.export import check
 from mixforge.export.card import Card, write_card
 from mixforge.export.model_file import write_model_file
@@ -88,20 +88,8 @@ def export(
 
 def _searched(architecture: Architecture, weights: Path | None, seed: int) -> LanguageModel:
     model = architecture.build(backend="torch", seed=seed)
-    if weights is None:
-        return model.eval()
-    try:
-        state = safetensors.torch.load_file(weights)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{weights}: there are no weights there; train {architecture.digest[:12]} again"
-        ) from error
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{weights} is not a whole safetensors file: {error}") from error
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{weights} does not hold the weights of {architecture}: {error}") from error
+    if weights is not None:
+        load_weights(model, weights)
     return model.eval()
 
 

@@ -272,9 +272,9 @@ def test_a_model_that_does_not_read_bytes_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "no weights there"),
-        (b"nothing of the kind", "not a whole safetensors file"),
-        ("other", "does not hold"),
+        (None, "No such file"),
+        (b"nothing of the kind", "cannot be read"),
+        ("other", "belong to another architecture"),
     ],
 )
 def test_wrong_weights_are_refused(tmp_path: Path, content: bytes | str | None, complaint: str) -> None:
