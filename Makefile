@@ -8,10 +8,10 @@ RUN    := runs/laptop
 .PHONY: search test setup bench clean
 
 search: $(VENV)/.ready
-	$(BIN)/mixforge search examples/laptop.toml --db $(RUN)/mixforge.db
-	$(BIN)/mixforge report laptop $(RUN)/report.html --picture $(RUN)/front.svg --db $(RUN)/mixforge.db
+	$(BIN)/mixforge search examples/laptop.toml
+	$(BIN)/mixforge report laptop $(RUN)/report.html --picture $(RUN)/front.svg
 	rm -rf $(RUN)/winner
-	$(BIN)/mixforge export best $(RUN)/winner --campaign laptop --db $(RUN)/mixforge.db
+	$(BIN)/mixforge export best $(RUN)/winner --campaign laptop
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
 test: $(VENV)/.ready-dev

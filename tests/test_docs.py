@@ -43,6 +43,8 @@ def run(command: list[str] | str, folder: Path) -> subprocess.CompletedProcess[s
         shell=isinstance(command, str),
         capture_output=True,
         text=True,
+        # A model that has seen little text writes bytes that are no UTF-8.
+        errors="replace",
         timeout=600,
     )
 

@@ -207,7 +207,7 @@ def show_front(
     if len(members) > limit:
         narrate(f"{len(members) - limit} more are on the front; --limit {len(members)} shows them all")
     if not members:
-        narrate("no finished trial has all of these figures yet")
+        narrate("no finished trial has all of these figures, or none that the condition lets through")
 
 
 def _arrow(name: str) -> str:

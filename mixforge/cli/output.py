@@ -65,7 +65,11 @@ def table(*columns: str, title: str | None = None) -> Table:
     made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for column in columns:
         right = column.endswith(" >")
-        made.add_column(column.removesuffix(" >"), justify="right" if right else "left", overflow="fold")
+        # A number or a digest that is broken over two lines can be neither read nor copied.
+        whole = right or column == "digest"
+        made.add_column(
+            column.removesuffix(" >"), justify="right" if right else "left", overflow="fold", no_wrap=whole
+        )
     return made
 
 

@@ -58,10 +58,14 @@ def search(
     from mixforge.cli.naming import folder_of
     from mixforge.db.results import open
     from mixforge.db.store import Store
+    from mixforge.evaluator.environment import environment
     from mixforge.orchestrator.campaign import Campaign
     from mixforge.orchestrator.run import run
 
+    if file == EXAMPLE and not file.exists():
+        raise ValueError(f"there is no {EXAMPLE} here; name a campaign file: mixforge search FILE")
     campaign = Campaign.read(file)
+    environment(device)
     weights = folder_of(db) / "weights"
     weights.parent.mkdir(parents=True, exist_ok=True)
     with Store.open(db, "create") as store, _picture(campaign, plain=as_json) as watch:

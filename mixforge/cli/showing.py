@@ -35,7 +35,8 @@ def register(app: typer.Typer) -> None:
 def show(
     which: Annotated[str, typer.Argument(metavar="DIGEST|EXPR|PRESET", help="What to show.")],
     context: Annotated[
-        int, typer.Option("--context", help="Tokens of context that costs are stated at.")
+        int,
+        typer.Option("--context", min=1, max=2**24, help="Tokens of context that costs are stated at."),
     ] = 2048,
     db: Database = DEFAULT_DATABASE,
     as_json: Json = False,

@@ -42,11 +42,7 @@ class Database:
         self.sqlite = self.url.get_backend_name() == "sqlite"
         if self.sqlite:
             _check_file(self.path, mode)
-        self.engine = (
-            _sqlite_engine(self.path, mode)
-            if self.sqlite
-            else create_engine(self.url, json_serializer=_json, pool_pre_ping=True)
-        )
+        self.engine = _sqlite_engine(self.path, mode) if self.sqlite else _server(self.url)
 
     @property
     def path(self) -> Path:
@@ -178,3 +174,13 @@ def _sqlite_engine(path: Path, mode: Mode) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _server(url: URL) -> Engine:
+    """An engine for a database server. Raises StoreError where its driver is not installed."""
+    try:
+        return create_engine(url, json_serializer=_json, pool_pre_ping=True)
+    except ImportError as error:
+        raise StoreError(
+            f"{url.drivername} needs {error.name}; install it: pip install 'mixforge[postgres]'"
+        ) from None

@@ -26,7 +26,7 @@ def prepare(database: Database) -> None:
     if found == SCHEMA:
         return
     if found is None and database.mode != "create":
-        raise StoreError(f"{database.name} is an empty database; `mixforge run` fills one")
+        raise StoreError(f"{database.name} is an empty database; `mixforge search FILE` fills one")
     if database.mode == "read":
         _migrate_in_passing(database, found)
         return

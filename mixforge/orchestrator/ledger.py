@@ -29,11 +29,17 @@ class Ledger:
         """Adds the campaign to the store where it is new, and takes over the trials that another run left
         open.
 
-        Raises ValueError where the store has another campaign of that name.
+        Raises ValueError where the store has another campaign of that name, or this one on other data.
         """
         self._campaign, self._store, self._environment = campaign, store, environment
         self._budget = campaign.budget.digest
         self.id = store.add_campaign(campaign.name, campaign.digest, campaign.text, campaign.seed)
+        # The campaign's digest is of its file; the budget's is of the text behind it too.
+        if any(trial.budget != self._budget for trial in store.trials(self.id)):
+            raise ValueError(
+                f"campaign {campaign.name!r} was begun with another text or budget (the data that [tasks] reads have "
+                "changed since), and figures of two texts do not compare; give the campaign a new name"
+            )
         store.abandon_open_attempts(self.id)
         self.trials: list[Trial] = list(store.trials(self.id))
         self._known = {trial.digest for trial in self.trials}

@@ -145,7 +145,8 @@ class Loop:
         """How long a job is likely to take yet: by its steps, or as long as others took."""
         seconds = self._pace.clock() - going.since
         mark = self._pool.mark(slot)
-        if mark is None:
+        # The board has no lock: a line that is being written may be read with nothing in it.
+        if mark is None or mark.step < 1:
             return max(0.0, self._pace.typical_s(going.stage) - seconds)
         return seconds * (mark.steps - mark.step) / mark.step
 
@@ -201,6 +202,9 @@ class Loop:
                 f"another run of campaign {self._campaign.name!r} works on {self._store.database.name} ({error}); "
                 "wait for it, or end it and run this command again"
             ) from error
+        if trial.state is State.proposed:
+            # It is there to be trained again, whatever was said when there was nothing left.
+            self._dry = None
         if isinstance(ended.result, Lost):
             next_step = "it is tried again" if trial.state is not State.finished else "it is not tried again"
             self._note = f"trial {trial.number}: {ended.result.reason}; {next_step}"

@@ -202,6 +202,7 @@ def build(
         model: LanguageModel = part.build()
         shrink = 1 / math.sqrt(architecture.depth)
         for name, weight in model.stack.named_parameters():
-            if name.endswith(".out.weight") or ".fuse.norms." in name:
+            # A norm at the end of a branch would undo what is done to the weights before it.
+            if name.endswith((".out.weight", ".inside.weight")) or ".fuse.norms." in name:
                 weight.mul_(shrink)
     return model.to(device=torch.device(device), dtype=dtype)

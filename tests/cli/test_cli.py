@@ -128,6 +128,9 @@ def test_a_wrong_campaign_is_refused(old: str, new: str, said: str, tell, tmp_pa
         (("show", "lm(attn(heads=5), width=64)"), "heads 5"),
         (("show", "lm(gnd, width=64)"), "gdn"),
         (("show", "griffon"), "griffin"),
+        (("show", "gdn", "--context", "0"), "--context"),
+        (("search",), "mixforge search FILE"),
+        (("front", "--db", "mysql://x/y"), "mysql"),
         (("profile", "transformer", "--batch", "0"), "batch 0"),
         (("profile", "transformer", "--device", "tpu"), "tpu"),
         (("draw", "notes.txt"), "notes.txt"),
@@ -142,6 +145,11 @@ def test_a_wrong_request_is_refused(words: tuple[str, ...], said: str, tell, tmp
     told = tell(*words)
     assert told.status == 2, told.err
     assert said in told.err
+
+
+def test_a_refused_search_leaves_nothing(tell, tmp_path: Path) -> None:
+    assert tell("search", str(EXAMPLES / "tiny.toml"), "--device", "nope", "--db", "new/none.db").status == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_folder_that_exists_is_left_alone(tell, tmp_path: Path) -> None:

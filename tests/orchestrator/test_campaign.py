@@ -14,7 +14,7 @@ def test_the_example_reads():
     campaign = Campaign.read(Path(__file__).parents[2] / "examples" / "laptop.toml")
     assert [objective.name for objective in campaign.objectives] == ["bits_per_byte", "recall", "decode_ms"]
     assert [baseline.name for baseline in campaign.baselines][:2] == ["transformer", "gdn"]
-    assert (campaign.sampler, campaign.trials, campaign.hours) == ("tpe", 60, 0.2)
+    assert (campaign.sampler, campaign.trials, campaign.hours) == ("tpe", 60, 0.18)
     assert campaign.text.startswith("# A search that fits a laptop")
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from mixforge.search_space.activation import gelu, identity, sigmoid, silu
+from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
 from mixforge.search_space.genes import Choice, GeneValue, Real
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
@@ -32,13 +33,13 @@ class Glu(Mixer):
     }
 
     act: Annotated[str, Choice("silu", "gelu", "sigmoid", "none")] = "silu"
-    expand: Annotated[int | float | None, Real(0.125, 32)] = None
+    expand: Annotated[int | float | None, Real(NARROWEST, WIDEST)] = None
 
     def hidden(self, width: int) -> int:
         """Hidden width."""
         if self.expand is None:
             return 8 * math.ceil(width / 3)
-        return max(1, round(self.expand * width))
+        return hidden_width(self.expand, width)
 
     def why_illegal(self, width: int) -> str | None:
         return None
@@ -46,15 +47,13 @@ class Glu(Mixer):
     def canonical(self, width: int) -> Self:
         if self.expand is not None and self.hidden(width) == replace(self, expand=None).hidden(width):
             return replace(self, expand=None)
-        if isinstance(self.expand, float) and self.expand.is_integer():
-            return replace(self, expand=int(self.expand))
-        return self
+        return self if self.expand is None else replace(self, expand=shortest_expand(self.expand, width))
 
     def narrow(self, width: int, share: Fraction) -> Self:
         hidden = self.hidden(width) * share
         if hidden.denominator != 1:
             raise ValueError(f"a share of {share} does not divide glu's hidden width {self.hidden(width)}")
-        return replace(self, expand=int(hidden) / width)
+        return replace(self, expand=int(hidden) / width).canonical(width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         params = 3 * width * self.hidden(width)

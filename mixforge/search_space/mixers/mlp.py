@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from mixforge.search_space.activation import gelu, relu, relu2, silu
+from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
 from mixforge.search_space.genes import Choice, Real
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
@@ -27,19 +28,17 @@ class Mlp(Mixer):
     kind: ClassVar[Literal["token", "channel"]] = "channel"
 
     act: Annotated[str, Choice("gelu", "relu", "relu2", "silu")] = "gelu"
-    expand: Annotated[int | float, Real(0.125, 32)] = 4
+    expand: Annotated[int | float, Real(NARROWEST, WIDEST)] = 4
 
     def hidden(self, width: int) -> int:
         """Hidden width."""
-        return max(1, round(self.expand * width))
+        return hidden_width(self.expand, width)
 
     def why_illegal(self, width: int) -> str | None:
         return None
 
     def canonical(self, width: int) -> Self:
-        if isinstance(self.expand, float) and self.expand.is_integer():
-            return replace(self, expand=int(self.expand))
-        return self
+        return replace(self, expand=shortest_expand(self.expand, width))
 
     def narrow(self, width: int, share: Fraction) -> Self:
         hidden = self.hidden(width) * share

@@ -30,3 +30,8 @@ def test_feed_forward_is_its_equation(act: str) -> None:
 def test_hidden_width_is_four_times_the_width() -> None:
     assert Mlp().hidden(96) == 384
     assert Mlp(expand=2.0).canonical(96) == Mlp(expand=2)
+
+
+def test_one_expand_for_one_hidden_width() -> None:
+    assert Mlp(expand=2.005).canonical(48) == Mlp(expand=2)
+    assert Mlp(expand=2.1).canonical(48).hidden(48) == Mlp(expand=2.1).hidden(48)

@@ -1,0 +1,21 @@
+"""The gene `expand` of channel mixers: the hidden width over the model's width. Loads no torch."""
+
+from __future__ import annotations
+
+NARROWEST = 0.125
+WIDEST = 32
+
+
+def hidden_width(expand: int | float, width: int) -> int:
+    """The hidden width that `expand` means: the nearest whole number, at least 1."""
+    return max(1, round(expand * width))
+
+
+def shortest_expand(expand: int | float, width: int) -> int | float:
+    """The number with the fewest digits that means the same hidden width: one for each model."""
+    hidden = hidden_width(expand, width)
+    for digits in range(8):
+        short = round(hidden / width, digits)
+        if NARROWEST <= short <= WIDEST and hidden_width(short, width) == hidden:
+            return int(short) if short.is_integer() else short
+    return expand
