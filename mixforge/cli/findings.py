@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mixforge.db.values import Status, StoredCampaign, Trial
 
 # A longer table is not read, and takes longer to draw than to find.
-MOST_ROWS = 50
+MOST_ROWS = 30
 _QUERY_COLUMNS = ("campaign", "number", "origin", "digest", "outcome", "architecture")
 CampaignName = Annotated[
     str | None, typer.Option("--campaign", metavar="NAME", help="Only this campaign; the newest if left out.")

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sqlalchemy import BindParameter, Connection, Insert, Select, Table, bindparam, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 
 from mixforge.db import encoding, tables
 from mixforge.db.values import Trial
@@ -38,10 +38,13 @@ def add_once(connection: Connection, table: Table, values: Values, identity: str
 
 @lru_cache(maxsize=32)
 def _insert_once(name: str, table: Table, identity: str) -> Insert:
-    # The two dialects agree on the clause, but each has its own class for it.
-    dialect = sqlite if name == "sqlite" else postgresql
-    statement: Insert = dialect.insert(table).on_conflict_do_nothing(index_elements=[identity])
-    return statement
+    # The two dialects agree on the clause, but each has its own class for it. The other one's module is large, and a
+    # question to a file should not wait for it.
+    if name == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing(index_elements=[identity])
+    from sqlalchemy.dialects import postgresql
+
+    return postgresql.insert(table).on_conflict_do_nothing(index_elements=[identity])
 
 
 def add_environment(connection: Connection, environment: Environment) -> str:

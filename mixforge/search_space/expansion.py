@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 NARROWEST = 0.125
 WIDEST = 32
 
@@ -11,6 +13,7 @@ def hidden_width(expand: int | float, width: int) -> int:
     return max(1, round(expand * width))
 
 
+@lru_cache(maxsize=4096)
 def shortest_expand(expand: int | float, width: int) -> int | float:
     """The number with the fewest digits that means the same hidden width: one for each model."""
     hidden = hidden_width(expand, width)

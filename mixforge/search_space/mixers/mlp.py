@@ -38,7 +38,8 @@ class Mlp(Mixer):
         return None
 
     def canonical(self, width: int) -> Self:
-        return replace(self, expand=shortest_expand(self.expand, width))
+        short = shortest_expand(self.expand, width)
+        return self if repr(short) == repr(self.expand) else replace(self, expand=short)
 
     def narrow(self, width: int, share: Fraction) -> Self:
         hidden = self.hidden(width) * share
