@@ -70,3 +70,9 @@ def test_pages_name_files_that_exist() -> None:
         text = (ROOT / page).read_text()
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_left_unfinished(page: str) -> None:
+    left = re.findall(r"^(?:[A-Z]{3,}|.*\b(?:TODO|TBD|FIXME)\b.*)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert not left, f"{page} has placeholders: {left}"
