@@ -25,7 +25,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeEngine
 
 SCHEMA = "0001"
 """The newest migration's revision."""
@@ -41,7 +41,21 @@ _NAMES = {
 }
 metadata = MetaData(naming_convention=_NAMES)
 
-Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+class Document(TypeDecorator[object]):
+    """JSON; on PostgreSQL its binary form, whose module is large and only loaded there."""
+
+    impl = JSON(none_as_null=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[object]:
+        if dialect.name != "postgresql":
+            return dialect.type_descriptor(self.impl_instance)
+        from sqlalchemy.dialects.postgresql import JSONB
+
+        return dialect.type_descriptor(JSONB(none_as_null=True))
+
+
 # SQLite numbers rows by itself only where the key's type is exactly INTEGER.
 Key = BigInteger().with_variant(Integer(), "sqlite")
 
