@@ -12,8 +12,11 @@ IEEE Transactions on Evolutionary Computation 16(1), 2012.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mixforge.db.front import Points, non_dominated
+from mixforge.db.front import non_dominated
+
+Points = NDArray[np.float64]
 
 
 def reference_point(points_NM: Points) -> Points:
@@ -35,7 +38,7 @@ def reference_point(points_NM: Points) -> Points:
 def hypervolume(points_NM: Points, reference_M: Points) -> float:
     """Volume beaten by points where smaller is better; one beyond the reference, or NaN, beats nothing."""
     inside = points_NM[(points_NM < reference_M).all(axis=1)]
-    return _volume(inside[non_dominated(inside)], reference_M)
+    return _volume(_front(inside), reference_M)
 
 
 def hypervolume_history(points_NM: Points, reference_M: Points) -> list[float]:
@@ -64,10 +67,14 @@ def _volume(front_NM: Points, reference_M: Points) -> float:
     base, total = reference_M[:-1], 0.0
     for index, point in enumerate(front):
         limited = np.maximum(front[index + 1 :, :-1], point[:-1])
-        inside = limited[non_dominated(limited)]
-        area = float(np.prod(base - point[:-1])) - _volume(_distinct(inside), base)
+        area = float(np.prod(base - point[:-1])) - _volume(_distinct(_front(limited)), base)
         total += area * float(reference_M[-1] - point[-1])
     return total
+
+
+def _front(points_NM: Points) -> Points:
+    front: Points = points_NM[np.array(non_dominated(points_NM.tolist()), dtype=bool)]
+    return front
 
 
 def _distinct(points_NM: Points) -> Points:

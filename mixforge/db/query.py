@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import numpy as np
 from sqlalchemy import ColumnElement, Select, select
 
 from mixforge.db import encoding, rows, tables
@@ -65,15 +65,16 @@ def front(
     """
     if not figures:
         raise ValueError("a front needs at least one figure")
-    directed(np.empty((0, len(figures))), figures)
+    directed((), figures)
     query = select(view.c.id, view.c.digest, *(view.c[name] for name in figures))
     query = _filtered(query, where, campaign).where(view.c.outcome == Outcome.ok.value).order_by(view.c.id)
     with store.database.read() as connection:
         found = connection.execute(query).all()
-        values = np.array([row[2:] for row in found], dtype=np.float64).reshape(len(found), len(figures))
-        points = directed(values, figures)
-        on_front = np.flatnonzero(non_dominated(points))
-        once = {(found[index].digest, *values[index]): index for index in reversed(on_front)}
+        points = directed(
+            ([math.nan if value is None else value for value in row[2:]] for row in found), figures
+        )
+        on_front = [index for index, is_on in enumerate(non_dominated(points)) if is_on]
+        once = {(found[index].digest, *points[index]): index for index in reversed(on_front)}
         best_first = sorted(once.values(), key=lambda index: tuple(points[index]))
         members: dict[int, Trial] = {}
         for start in range(0, len(best_first), MOST_MEMBERS):

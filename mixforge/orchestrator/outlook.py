@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixforge.db.front import Points, directed, non_dominated
-from mixforge.db.hypervolume import hypervolume, reference_point
+from mixforge.db.front import directed, non_dominated
+from mixforge.db.hypervolume import Points, hypervolume, reference_point
 from mixforge.db.values import Best, Trial
 from mixforge.evaluator.evaluation import Figure, Outcome
 from mixforge.orchestrator.progress import Volumes
@@ -44,10 +44,9 @@ def outlook(trials: Sequence[Trial], objectives: Sequence[Figure]) -> Outlook:
     best = tuple(found for figure in objectives if (found := _best(well, figure)) is not None)
     if not complete:
         return Outlook(best=best, front=0, volumes=None)
-    values = np.array([[trial.figures[name] for name in names] for trial in complete], dtype=np.float64)
-    points = directed(values, names)
+    points = directed([[trial.figures[name] for name in names] for trial in complete], names)
     arms = np.array([_arm(trial) for trial in complete])
-    return Outlook(best=best, front=int(non_dominated(points).sum()), volumes=_volumes(points, arms))
+    return Outlook(best=best, front=sum(non_dominated(points)), volumes=_volumes(np.array(points), arms))
 
 
 def _best(trials: Sequence[Trial], figure: Figure) -> Best | None:

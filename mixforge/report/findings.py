@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mixforge.db.front import directed, non_dominated
+from mixforge.db.front import Point, directed, non_dominated
 from mixforge.db.hypervolume import hypervolume_history, reference_point
 from mixforge.db.results import Results
 from mixforge.db.values import State, Status, StoredCampaign, Trial
@@ -164,21 +164,20 @@ def candidates(
             measured.setdefault(trial.digest, trial)
     if not measured:
         return ()
-    front = non_dominated(np.array([_point(trial, objectives) for trial in measured.values()]))
+    front = non_dominated([_point(trial, objectives) for trial in measured.values()])
     return tuple(
         Candidate(
             trial=trial,
             arm="baseline" if digest in baselines else _arm(trial),
-            on_front=bool(on_front),
+            on_front=on_front,
             name=names.get(digest),
         )
         for (digest, trial), on_front in zip(measured.items(), front, strict=True)
     )
 
 
-def _point(trial: Trial, objectives: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    row = directed(np.array([[trial.figures[name] for name in objectives]]), objectives)[0]
-    return np.asarray(row, dtype=np.float64)
+def _point(trial: Trial, objectives: Sequence[str]) -> Point:
+    return directed([[trial.figures[name] for name in objectives]], objectives)[0]
 
 
 def _arm(trial: Trial) -> Arm:
