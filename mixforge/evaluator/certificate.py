@@ -3,10 +3,10 @@
 A task can be believed where it tells apart what is known to differ. `mqar_certificate.toml` holds cases: an
 architecture, a setting, a bound, and the recall that was measured on two seeds.
 
-A small state also learns more slowly, which looks the same in one figure: eight states of 4 by 4 at width 32 have
-0.2 of 16 pairs after 450 steps and all of them after 1,800. So the small state whose fall is certified is set
-beside a large one of the same rule that was trained as long, and is trained twice as long as well. More than that,
-that no training would bring it there, is not claimed.
+Every case is within the laptop budget: a width of its space, its steps and its rate. There attention recalls 14
+pairs, and a mixer with sixteen states of 4 by 8 numbers falls from all of 6 pairs to none of 14, where one of the
+same rule with two states of 32 by 64 still recalls 10. A small state also learns more slowly, so what is certified
+is what this budget shows, not what no training could bring.
 
     python -m mixforge.evaluator.certificate           measure every case again; exit status 1 where one fails
     python -m mixforge.evaluator.certificate --write   and store what was measured
