@@ -1,0 +1,261 @@
+"""Block sizes of the Triton kernels: a plain table by device generation, dims and dtype.
+
+The first row that fits is taken. A row never depends on a length: a new length compiles nothing. What
+`mixforge doctor --tune` found for a device goes before the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+ANY = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one kernel is launched."""
+
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    """Its constexpr block sizes by name."""
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def text(self) -> str:
+        """As people read it."""
+        blocks = [f"{name} {size}" for name, size in self.blocks.items()]
+        return ", ".join([*blocks, f"{self.warps} warps", f"{self.stages} stages"])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A configuration, and what it is for."""
+
+    kernel: str
+    config: Config
+    generation: str = ""
+    """The beginning of the generations that it is for, such as `sm_9` or `gfx`; empty for all."""
+    itemsize: int = 8
+    """Bytes of the operands' dtype, at most."""
+    key: int = ANY
+    """The key dim, or the only dim, at most."""
+    value: int = ANY
+    """The value dim, at most."""
+    variant: str = ""
+    """The variant of the kernel that it is for; empty for all."""
+
+
+TABLE: tuple[Row, ...] = (
+    # chunked_linear
+    Row("linear_gram", Config({"BK": 32}), variant="channel"),
+    Row("linear_gram", Config({"BK": 64})),
+    Row("linear_solve", Config(warps=1)),
+    Row("linear_scan", Config({"BV": 64}), key=128),
+    Row("linear_scan", Config({"BV": 32})),
+    Row("linear_output", Config({"BK": 64, "BV": 64})),
+    Row("linear_scan_backward", Config({"BV": 32}), key=128),
+    Row("linear_scan_backward", Config({"BV": 16})),
+    Row("linear_pairs_backward", Config({"BV": 64})),
+    Row("linear_gradients", Config({"BK": 32, "BV": 64}), variant="channel"),
+    Row("linear_gradients", Config({"BK": 32, "BV": 64})),
+    # gated_scan
+    Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu"),
+    Row("scan_forward", Config({"BLOCK_T": 32, "BLOCK_D": 32}, warps=1), key=64, value=1),
+    Row("scan_forward", Config({"BLOCK_T": 32, "BLOCK_D": 64}, warps=1), value=1),
+    Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 32}, warps=1)),
+    Row("scan_backward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu"),
+    Row("scan_backward", Config({"BLOCK_T": 32, "BLOCK_D": 32}, warps=1), value=1),
+    Row("scan_backward", Config({"BLOCK_T": 16, "BLOCK_D": 32}, warps=1)),
+    Row("scan_step", Config({"BLOCK_D": 256}, warps=2)),
+    # norm
+    Row("norm_forward", Config({"BLOCK_R": 4}), generation="cpu"),
+    Row("norm_forward", Config({"BLOCK_R": 16}), key=128),
+    Row("norm_forward", Config({"BLOCK_R": 4}), key=1024),
+    Row("norm_forward", Config({"BLOCK_R": 1}), key=4096),
+    Row("norm_forward", Config({"BLOCK_R": 1}, warps=16)),
+    Row("norm_backward", Config({"BLOCK_R": 4}), generation="cpu"),
+    Row("norm_backward", Config({"BLOCK_R": 16}), key=128),
+    Row("norm_backward", Config({"BLOCK_R": 2}), key=1024),
+    Row("norm_backward", Config({"BLOCK_R": 1}, warps=8), key=4096),
+    Row("norm_backward", Config({"BLOCK_R": 1}, warps=16)),
+    # short_conv
+    Row("conv_forward", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
+    Row("conv_forward", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
+    Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
+    Row("conv_weight_gradient", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
+    Row("conv_input_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
+    Row("conv_input_gradient", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
+    Row("conv_step", Config({"BLOCK_D": 256}, warps=2)),
+    # selective_scan: the key dim is the states of a channel, the value dim the channels
+    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 4}), generation="cpu"),
+    Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 8}), key=16),
+    Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 2}), key=64),
+    Row("selective_step", Config({"BLOCK_D": 32}), key=16),
+    Row("selective_step", Config({"BLOCK_D": 8})),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeClass:
+    """What a configuration is chosen for. No length is part of it."""
+
+    kernel: str
+    dtype: torch.dtype
+    key: int = 0
+    value: int = 0
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """As it stands in the cache's file."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return " ".join(
+            part for part in (self.kernel, self.variant, dtype, f"{self.key}x{self.value}") if part
+        )
+
+
+def choose(
+    kernel: str, generation: str, dtype: torch.dtype, key: int = 0, value: int = 0, variant: str = ""
+) -> Config:
+    """The configuration of a kernel for operands of a dtype and dims, on a device generation."""
+    wanted = ShapeClass(kernel, dtype, key, value, variant)
+    if _trial is not None:
+        config = _trial.configs.get(wanted) or from_table(wanted, generation)
+        _trial.asked[wanted] = config
+        return config
+    # Interpreted kernels run on the CPU of a machine that may have a tuned GPU.
+    if generation != "cpu" and not _table_only.get() and torch.cuda.is_available():
+        tuned = _tuned(torch.cuda.current_device()).get(wanted.name)
+        if tuned is not None:
+            return tuned
+    return from_table(wanted, generation)
+
+
+def from_table(wanted: ShapeClass, generation: str) -> Config:
+    """The first row of the table that fits."""
+    fitting = rows_for(wanted, generation)
+    if not fitting:
+        raise LookupError(f"no block sizes for kernel {wanted.name} on {generation}")
+    return fitting[0].config
+
+
+def rows_for(wanted: ShapeClass, generation: str) -> list[Row]:
+    """The rows of the table that fit, the one to take first."""
+    return [
+        row
+        for row in TABLE
+        if row.kernel == wanted.kernel
+        and generation.startswith(row.generation)
+        and wanted.dtype.itemsize <= row.itemsize
+        and wanted.key <= row.key
+        and wanted.value <= row.value
+        and row.variant in ("", wanted.variant)
+    ]
+
+
+@dataclass(slots=True)
+class Trial:
+    """Configurations that are tried in place of those of the table, and what was asked for meanwhile."""
+
+    configs: Mapping[ShapeClass, Config]
+    asked: dict[ShapeClass, Config] = field(default_factory=dict)
+
+
+# Not of a context, for autograd asks from a thread of its own.
+_trial: Trial | None = None
+_table_only: ContextVar[bool] = ContextVar("table_only", default=False)
+
+
+@contextmanager
+def trying(configs: Mapping[ShapeClass, Config]) -> Generator[Trial]:
+    """Take these configurations, and those of the table for all else."""
+    global _trial
+    before, _trial = _trial, Trial(configs)
+    try:
+        yield _trial
+    finally:
+        _trial = before
+
+
+@contextmanager
+def table_only() -> Generator[None]:
+    """Take no notice of what was tuned for the device at hand."""
+    token = _table_only.set(True)
+    try:
+        yield
+    finally:
+        _table_only.reset(token)
+
+
+def cache_file() -> Path:
+    """Where tuned configurations are kept: in $MIXFORGE_CACHE, or ~/.cache/mixforge."""
+    return Path(os.environ.get("MIXFORGE_CACHE") or Path.home() / ".cache" / "mixforge") / "tuned.json"
+
+
+def cache_key(device: str) -> str:
+    """Whose configurations they are: a device by its name, under one version of Triton."""
+    return f"{device}, Triton {triton.__version__}"
+
+
+def read_tuned(device: str) -> dict[str, Config]:
+    """Tuned configurations of a device by the names of their shape classes. None where there is no file.
+
+    A file that cannot be read is warned of and left as it is.
+    """
+    file = cache_file()
+    try:
+        stored = json.loads(file.read_text()).get(cache_key(device), {})
+        return {name: _config(**config) for name, config in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{file} holds no tuned configurations ({type(error).__name__}: {error}), so the table's are used; "
+            "delete it, or write it anew with: mixforge doctor --tune",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def _config(blocks: Mapping[str, int], warps: int, stages: int) -> Config:
+    numbers = (*blocks.values(), warps, stages)
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise ValueError(f"blocks, warps and stages must be whole numbers above 0, got {numbers}")
+    return Config(dict(blocks), warps, stages)
+
+
+def write_tuned(device: str, found: Mapping[str, Config]) -> Path:
+    """Add configurations of a device to the file, or replace those of the same shape classes."""
+    file = cache_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        stored = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        stored = {}
+    stored = stored if isinstance(stored, dict) else {}
+    known = stored.get(cache_key(device))
+    known = known if isinstance(known, dict) else {}
+    stored[cache_key(device)] = known | {name: asdict(config) for name, config in found.items()}
+    # Renamed into place, so that a reader finds the old file or the new one and never half of it.
+    half = file.with_suffix(f".{os.getpid()}")
+    half.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+    half.replace(file)
+    _tuned.cache_clear()
+    return file
+
+
+@cache
+def _tuned(device: int) -> dict[str, Config]:
+    return read_tuned(torch.cuda.get_device_name(device))

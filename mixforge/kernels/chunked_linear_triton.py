@@ -1,0 +1,854 @@
+"""The linear family in Triton: stages that every decay and both rules share.
+
+A sequence is cut into chunks of 64 rows. For each chunk and value head, with G the running sum of its log decays,
+gram, reading, writing and keep as in `chunk_gates`, and S0 the state before the chunk:
+
+    linear_gram      P = gram(Q, K), A = beta gram(K, K) below the diagonal; G
+    linear_solve     M = (I + A)^-1                                                           rule delta
+    linear_scan      U = M beta (V - reading(K) S0), or V under rule add; S1 = keep(S0) + writing(K)^T U
+    linear_output    O = reading(Q) S0 + P U
+
+and backwards, from dO and the gradient of the last state:
+
+    linear_scan_backward     dU = P^T dO + writing(K) dS1;  dX = M^T dU (dU under rule add);
+                             dS0 = keep(dS1) + reading(Q)^T dO - reading(K)^T (beta dX)
+    linear_pairs_backward    dP = dO U^T, dA = -dX U^T
+    linear_gradients         dQ, dK, dV, dG and dbeta of a block of key channels
+
+The rule decides how U is made, the decay decides gram and three scalings: a new combination needs no new kernel.
+For backward P, M, U and the states between the chunks are kept; W = M beta reading(K) of the papers is never formed.
+
+Decays of a token and head enter as differences that are masked before the exponential. Decays of a channel are
+products of two powers, from an anchor in the first row of each block of 16 rows: nothing of a later row enters an
+earlier one, and with log decays of at least -5 no power passes e^75. M comes from substitution in the blocks of 16
+rows on the diagonal, merged by products of blocks: a Neumann series fails for keys that resemble one another.
+States and sums are float32; operands of products have the dtype of v. Log decays below -30 count as -30: e^-30 is
+nothing beside the rounding of float32, and sums stay small enough to be differenced.
+
+Source: Yang et al. 2023 (arXiv 2312.06635, section 4) for chunks with decays; Yang et al. 2024 (arXiv 2406.06484,
+section 3.2) and Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464, section 3.3) for the delta rule. Departures: U is
+made from M in the scan; the gradient is from the equations above, which need neither W nor its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixforge.kernels.blocks import Config, choose
+from mixforge.kernels.launch import check_device, dot_precision, generation, launch, recording
+
+CHUNK = 64
+BLOCK = 16
+GATES = {"none": 0, "head": 1, "scalar": 2, "channel": 3}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+MOST_KEYS = 256
+
+
+@triton.jit
+def _place(chunk, b, cu, table, T, NC, VARLEN: tl.constexpr):
+    """First row and length of the chunk's sequence, the chunk's number in it, and its number among all chunks."""
+    if VARLEN:
+        n = tl.load(table + 2 * chunk).to(tl.int64)
+        first = tl.load(cu + tl.maximum(n, 0)).to(tl.int64)
+        length = tl.where(n < 0, 0, tl.load(cu + tl.maximum(n, 0) + 1).to(tl.int64) - first)
+        return first, length, tl.load(table + 2 * chunk + 1).to(tl.int64), chunk.to(tl.int64)
+    else:
+        b = b.to(tl.int64)
+        return b * T, tl.cast(T, tl.int64), chunk.to(tl.int64), b * NC + chunk
+
+
+@triton.jit
+def _sums(log, sums, g, row, valid, within, G: tl.constexpr, GATE: tl.constexpr):
+    """Running sums [C] of scalar log decays in a chunk, 0 beyond the sequence."""
+    if GATE == 1:
+        total = (within + 1) * tl.maximum(tl.load(log + g).to(tl.float32), -30.0)
+        return tl.where(valid, total, 0.0)
+    else:
+        return tl.load(sums + row * G + g, mask=valid, other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def linear_gram(
+    q, k, log, beta, sums, q_read, k_read, k_write, pairs, system, cu, table, T, NC,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
+    VARLEN: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P and A of one chunk and head, the running sums of its log decays, and what decays per channel scale."""
+    chunk, bg = tl.program_id(0), tl.program_id(1)
+    g = bg % G
+    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    within = tl.arange(0, C)
+    valid = c * C + within < length
+    row = first + c * C + within
+    key_row = (row * H + g // (G // H)) * K
+    inner = tl.zeros([C, C], tl.float32)
+    keys = tl.zeros([C, C], tl.float32)
+    for start in range(0, K, BK):
+        channel = start + tl.arange(0, BK)
+        mask = valid[:, None] & (channel < K)[None, :]
+        q_CK = tl.load(q + key_row[:, None] + channel[None, :], mask=mask, other=0.0)
+        k_CK = tl.load(k + key_row[:, None] + channel[None, :], mask=mask, other=0.0)
+        if GATE == 3:
+            spot = (row * G + g)[:, None] * K + channel[None, :]
+            total = tl.cumsum(tl.load(log + spot, mask=mask, other=0.0).to(tl.float32), 0)
+            tl.store(sums + spot, total, mask=mask)
+            last = tl.sum(tl.where((within == tl.minimum(length - c * C, C) - 1)[:, None], total, 0.0), 0)
+            read = tl.exp(total)
+            dtype = q_read.dtype.element_ty
+            tl.store(q_read + spot, (q_CK.to(tl.float32) * read).to(dtype), mask=mask)
+            tl.store(k_read + spot, (k_CK.to(tl.float32) * read).to(dtype), mask=mask)
+            write = tl.exp(tl.minimum(last[None, :] - total, 0.0))
+            tl.store(k_write + spot, (k_CK.to(tl.float32) * write).to(dtype), mask=mask)
+            for block in range(0, C, SUB):
+                left, right = _anchored(total, within, block, SUB)
+                right = (k_CK.to(tl.float32) * right).to(WIDE)
+                inner = tl.dot((q_CK.to(tl.float32) * left).to(WIDE), tl.trans(right), inner, input_precision=PRECISION)
+                if DELTA:
+                    keys = tl.dot((k_CK.to(tl.float32) * left).to(WIDE), tl.trans(right), keys, input_precision=PRECISION)
+        else:
+            inner = tl.dot(q_CK, tl.trans(k_CK), inner, input_precision=PRECISION)
+            if DELTA:
+                keys = tl.dot(k_CK, tl.trans(k_CK), keys, input_precision=PRECISION)
+    causal = within[:, None] >= within[None, :]
+    if GATE == 2:
+        decay = tl.load(log + row * G + g, mask=valid, other=0.0).to(tl.float32)
+        total = tl.cumsum(tl.maximum(decay, -30.0), 0)
+        tl.store(sums + row * G + g, total, mask=valid)
+    if GATE == 1:
+        total = _sums(log, sums, g, row, valid, within, G, GATE)
+    if (GATE == 1) or (GATE == 2):
+        weight = tl.exp(tl.where(causal & valid[:, None], total[:, None] - total[None, :], 0.0))
+        inner *= weight
+        keys *= weight
+    place = (row * G + g)[:, None] * C + within[None, :]
+    tl.store(pairs + place, tl.where(causal, inner, 0.0).to(pairs.dtype.element_ty), mask=valid[:, None])
+    if DELTA:
+        step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
+        below = within[:, None] > within[None, :]
+        tl.store(system + place, tl.where(below, step[:, None] * keys, 0.0), mask=valid[:, None])
+
+
+@triton.jit
+def _anchored(total, within, block, SUB: tl.constexpr):
+    """Powers e^(G_i - a) of the rows of a block and e^(a - G_j) of those up to its end, a in its first row; others 0."""
+    anchor = tl.sum(tl.where((within == block)[:, None], total, 0.0), 0)
+    inside = ((within >= block) & (within < block + SUB))[:, None]
+    before = (within < block + SUB)[:, None]
+    offset = total - anchor[None, :]
+    # Rows beyond the sequence may have a sum of 0: they are cut, and what they scale is 0.
+    left = tl.where(inside, tl.exp(tl.where(inside, tl.minimum(offset, 0.0), 0.0)), 0.0)
+    right = tl.where(before, tl.exp(tl.where(before, tl.minimum(-offset, 80.0), 0.0)), 0.0)
+    return left, right
+
+
+@triton.jit
+def _block(system, row, g, valid, i: tl.constexpr, j: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr):
+    """Rows of block i and columns of block j of A."""
+    column = j * SUB + tl.arange(0, SUB)
+    return tl.load(system + ((row + i * SUB) * G + g)[:, None] * C + column[None, :], mask=valid[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def linear_solve(
+    system, inverse, cu, table, T, NC,
+    G: tl.constexpr, VARLEN: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """M = (I + A)^-1 of one chunk and head: substitution in the diagonal blocks, then products of blocks."""
+    chunk, bg = tl.program_id(0), tl.program_id(1)
+    g = bg % G
+    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    within = tl.arange(0, SUB)
+    row = first + c * C + within
+    left = length - c * C
+    in_0, in_1, in_2, in_3 = within < left, within + SUB < left, within + 2 * SUB < left, within + 3 * SUB < left
+    m_00 = tl.zeros([SUB, SUB], tl.float32)
+    m_11 = tl.zeros([SUB, SUB], tl.float32)
+    m_22 = tl.zeros([SUB, SUB], tl.float32)
+    m_33 = tl.zeros([SUB, SUB], tl.float32)
+    start = first + c * C
+    for i in range(0, SUB):
+        here = (within == i)[:, None]
+        unit = tl.where(within == i, 1.0, 0.0)
+        a = system + ((start + i) * G + g) * C + within
+        pitch = SUB * G * C + SUB
+        a_0 = tl.load(a, mask=(within < i) & (i < left), other=0.0)
+        a_1 = tl.load(a + pitch, mask=(within < i) & (i + SUB < left), other=0.0)
+        a_2 = tl.load(a + 2 * pitch, mask=(within < i) & (i + 2 * SUB < left), other=0.0)
+        a_3 = tl.load(a + 3 * pitch, mask=(within < i) & (i + 3 * SUB < left), other=0.0)
+        m_00 = tl.where(here, (unit - tl.sum(a_0[:, None] * m_00, 0))[None, :], m_00)
+        m_11 = tl.where(here, (unit - tl.sum(a_1[:, None] * m_11, 0))[None, :], m_11)
+        m_22 = tl.where(here, (unit - tl.sum(a_2[:, None] * m_22, 0))[None, :], m_22)
+        m_33 = tl.where(here, (unit - tl.sum(a_3[:, None] * m_33, 0))[None, :], m_33)
+    a_10 = _block(system, row, g, in_1, 1, 0, G, C, SUB)
+    a_20 = _block(system, row, g, in_2, 2, 0, G, C, SUB)
+    a_21 = _block(system, row, g, in_2, 2, 1, G, C, SUB)
+    a_30 = _block(system, row, g, in_3, 3, 0, G, C, SUB)
+    a_31 = _block(system, row, g, in_3, 3, 1, G, C, SUB)
+    a_32 = _block(system, row, g, in_3, 3, 2, G, C, SUB)
+    m_10 = -tl.dot(m_11, tl.dot(a_10, m_00, input_precision=PRECISION), input_precision=PRECISION)
+    m_21 = -tl.dot(m_22, tl.dot(a_21, m_11, input_precision=PRECISION), input_precision=PRECISION)
+    m_32 = -tl.dot(m_33, tl.dot(a_32, m_22, input_precision=PRECISION), input_precision=PRECISION)
+    sum_20 = tl.dot(a_20, m_00, input_precision=PRECISION) + tl.dot(a_21, m_10, input_precision=PRECISION)
+    m_20 = -tl.dot(m_22, sum_20, input_precision=PRECISION)
+    sum_31 = tl.dot(a_31, m_11, input_precision=PRECISION) + tl.dot(a_32, m_21, input_precision=PRECISION)
+    m_31 = -tl.dot(m_33, sum_31, input_precision=PRECISION)
+    sum_30 = tl.dot(a_30, m_00, input_precision=PRECISION) + tl.dot(a_31, m_10, input_precision=PRECISION)
+    sum_30 += tl.dot(a_32, m_20, input_precision=PRECISION)
+    m_30 = -tl.dot(m_33, sum_30, input_precision=PRECISION)
+    zero = tl.zeros([SUB, SUB], tl.float32)
+    _store_row(inverse, row, g, in_0, 0, m_00, zero, zero, zero, G, C, SUB)
+    _store_row(inverse, row, g, in_1, 1, m_10, m_11, zero, zero, G, C, SUB)
+    _store_row(inverse, row, g, in_2, 2, m_20, m_21, m_22, zero, G, C, SUB)
+    _store_row(inverse, row, g, in_3, 3, m_30, m_31, m_32, m_33, G, C, SUB)
+
+
+@triton.jit
+def _store_row(
+    inverse, row, g, valid, i: tl.constexpr, m_0, m_1, m_2, m_3, G: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr
+):  # fmt: skip
+    """The four blocks of a row of blocks."""
+    place = inverse + ((row + i * SUB) * G + g)[:, None] * C + tl.arange(0, SUB)[None, :]
+    tl.store(place, m_0.to(inverse.dtype.element_ty), mask=valid[:, None])
+    tl.store(place + SUB, m_1.to(inverse.dtype.element_ty), mask=valid[:, None])
+    tl.store(place + 2 * SUB, m_2.to(inverse.dtype.element_ty), mask=valid[:, None])
+    tl.store(place + 3 * SUB, m_3.to(inverse.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def _sequence(n, cu, offsets, T, NC, VARLEN: tl.constexpr):
+    """First row, length and first chunk of a sequence."""
+    if VARLEN:
+        first = tl.load(cu + n).to(tl.int64)
+        return first, tl.load(cu + n + 1).to(tl.int64) - first, tl.load(offsets + n).to(tl.int64)
+    else:
+        n = n.to(tl.int64)
+        return n * T, tl.cast(T, tl.int64), n * NC
+
+
+@triton.jit
+def _row_scalings(log, sums, g, row, valid, within, last_row, count, G: tl.constexpr, GATE: tl.constexpr):
+    """Of scalar decays: factors of reading and writing, [C], and of keep."""
+    total = _sums(log, sums, g, row, valid, within, G, GATE)
+    if GATE == 1:
+        last = count * tl.maximum(tl.load(log + g).to(tl.float32), -30.0)
+    else:
+        last = tl.load(sums + last_row * G + g)
+    return tl.exp(total), tl.exp(tl.minimum(last - total, 0.0)), tl.exp(last)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def linear_scan(
+    k_read, k_write, v, log, beta, sums, inverse, u, states, first_state, final_state, cu, offsets, T, NC,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
+    VARLEN: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """U and the state before each chunk, and the last state: one head of a sequence and a block of value channels."""
+    block, ng = tl.program_id(0), tl.program_id(1)
+    g = ng % G
+    first, length, chunk = _sequence(ng // G, cu, offsets, T, NC, VARLEN)
+    channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
+    matrix = channel[:, None] * V + value[None, :]
+    in_matrix = (channel < K)[:, None] & (value < V)[None, :]
+    if first_state is None:
+        state = tl.zeros([KP, BV], tl.float32)
+    else:
+        state = tl.load(first_state + ng.to(tl.int64) * K * V + matrix, mask=in_matrix, other=0.0).to(tl.float32)
+    for start in range(0, length, C):
+        tl.store(states + (chunk * G + g) * K * V + matrix, state.to(states.dtype.element_ty), mask=in_matrix)
+        valid = start + within < length
+        row = first + start + within
+        count = tl.minimum(length - start, C)
+        in_keys = valid[:, None] & (channel < K)[None, :]
+        in_values = valid[:, None] & (value < V)[None, :]
+        key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
+        k_CK = tl.load(k_read + key_row, mask=in_keys, other=0.0)
+        spot = (row * G + g)[:, None] * V + value[None, :]
+        u_CV = tl.load(v + spot, mask=in_values, other=0.0)
+        if (GATE == 1) or (GATE == 2):
+            read, write, keep = _row_scalings(log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE)
+        if DELTA:
+            step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
+            m_CC = tl.load(inverse + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0)
+            x_CV = tl.dot(k_CK, state.to(k_CK.dtype), input_precision=PRECISION)
+            if (GATE == 1) or (GATE == 2):
+                x_CV *= read[:, None]
+            x_CV = (step[:, None] * (u_CV.to(tl.float32) - x_CV)).to(k_CK.dtype)
+            u_CV = tl.dot(m_CC, x_CV, input_precision=PRECISION).to(k_CK.dtype)
+            tl.store(u + spot, u_CV, mask=in_values)
+        if GATE == 3:
+            k_CK = tl.load(k_write + key_row, mask=in_keys, other=0.0)
+            last = (first + start + count - 1) * G + g
+            state *= tl.exp(tl.load(sums + last * K + channel, mask=channel < K, other=0.0))[:, None]
+        if (GATE == 1) or (GATE == 2):
+            u_CV = (u_CV.to(tl.float32) * write[:, None]).to(k_CK.dtype)
+            state *= keep
+        state = tl.dot(tl.trans(k_CK), u_CV, state, input_precision=PRECISION)
+        chunk += 1
+    tl.store(final_state + ng.to(tl.int64) * K * V + matrix, state, mask=in_matrix)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def linear_output(
+    q_read, log, sums, pairs, u, states, o, cu, table, T, NC,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
+    VARLEN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O of one chunk and head, a block of value channels."""
+    block, chunk, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = bg % G
+    first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    within, value = tl.arange(0, C), block * BV + tl.arange(0, BV)
+    valid = c * C + within < length
+    row = first + c * C + within
+    spot = (row * G + g)[:, None] * V + value[None, :]
+    in_values = valid[:, None] & (value < V)[None, :]
+    o_CV = tl.zeros([C, BV], tl.float32)
+    for start in range(0, K, BK):
+        channel = start + tl.arange(0, BK)
+        in_keys = valid[:, None] & (channel < K)[None, :]
+        q_CK = tl.load(q_read + (row * H + g // (G // H))[:, None] * K + channel[None, :], mask=in_keys, other=0.0)
+        matrix = (h * G + g) * K * V + channel[:, None] * V + value[None, :]
+        state = tl.load(states + matrix, mask=(channel < K)[:, None] & (value < V)[None, :], other=0.0)
+        o_CV = tl.dot(q_CK, state, o_CV, input_precision=PRECISION)
+    if (GATE == 1) or (GATE == 2):
+        o_CV *= tl.exp(_sums(log, sums, g, row, valid, within, G, GATE))[:, None]
+    p_CC = tl.load(pairs + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0)
+    o_CV = tl.dot(p_CC, tl.load(u + spot, mask=in_values, other=0.0), o_CV, input_precision=PRECISION)
+    tl.store(o + spot, o_CV.to(o.dtype.element_ty), mask=in_values)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def linear_scan_backward(
+    q_read, k_read, k_write, log, beta, sums, pairs, inverse, do, dx, dstates, dfinal, dfirst, cu, offsets, T, NC,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
+    VARLEN: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dX and the gradient of the state after each chunk, from the last chunk to the first."""
+    block, ng = tl.program_id(0), tl.program_id(1)
+    g = ng % G
+    first, length, chunk = _sequence(ng // G, cu, offsets, T, NC, VARLEN)
+    channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
+    matrix = channel[:, None] * V + value[None, :]
+    in_matrix = (channel < K)[:, None] & (value < V)[None, :]
+    if dfinal is None:
+        dstate = tl.zeros([KP, BV], tl.float32)
+    else:
+        dstate = tl.load(dfinal + ng.to(tl.int64) * K * V + matrix, mask=in_matrix, other=0.0).to(tl.float32)
+    chunks = tl.cdiv(length, C)
+    for back in range(0, chunks):
+        c = chunks - 1 - back
+        start = c * C
+        spot = ((chunk + c) * G + g) * K * V + matrix
+        tl.store(dstates + spot, dstate.to(dstates.dtype.element_ty), mask=in_matrix)
+        valid = start + within < length
+        row = first + start + within
+        count = tl.minimum(length - start, C)
+        in_keys = valid[:, None] & (channel < K)[None, :]
+        in_values = valid[:, None] & (value < V)[None, :]
+        key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
+        if (GATE == 1) or (GATE == 2):
+            read, write, keep = _row_scalings(log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE)
+        k_CK = tl.load(k_write + key_row, mask=in_keys, other=0.0)
+        du_CV = tl.dot(k_CK, dstate.to(k_CK.dtype), input_precision=PRECISION)
+        spot = (row * G + g)[:, None] * V + value[None, :]
+        do_CV = tl.load(do + spot, mask=in_values, other=0.0)
+        pair = (row * G + g)[:, None] * C + within[None, :]
+        p_CC = tl.load(pairs + pair, mask=valid[:, None], other=0.0)
+        if (GATE == 1) or (GATE == 2):
+            du_CV *= write[:, None]
+        du_CV = tl.dot(tl.trans(p_CC), do_CV, du_CV, input_precision=PRECISION)
+        q_CK = tl.load(q_read + key_row, mask=in_keys, other=0.0)
+        if GATE == 3:
+            last = (first + start + count - 1) * G + g
+            dstate *= tl.exp(tl.load(sums + last * K + channel, mask=channel < K, other=0.0))[:, None]
+        if (GATE == 1) or (GATE == 2):
+            do_CV = (do_CV.to(tl.float32) * read[:, None]).to(q_CK.dtype)
+            dstate *= keep
+        dstate = tl.dot(tl.trans(q_CK), do_CV, dstate, input_precision=PRECISION)
+        if DELTA:
+            step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
+            m_CC = tl.load(inverse + pair, mask=valid[:, None], other=0.0)
+            du_CV = tl.dot(tl.trans(m_CC), du_CV.to(k_CK.dtype), input_precision=PRECISION)
+            # Negative, so that the product can be added to what is there.
+            factor = -step
+            if (GATE == 1) or (GATE == 2):
+                factor *= read
+            if GATE == 3:
+                k_CK = tl.load(k_read + key_row, mask=in_keys, other=0.0)
+            dvalue_CV = (factor[:, None] * du_CV).to(k_CK.dtype)
+            dstate = tl.dot(tl.trans(k_CK), dvalue_CV, dstate, input_precision=PRECISION)
+        tl.store(dx + spot, du_CV.to(dx.dtype.element_ty), mask=in_values)
+    tl.store(dfirst + ng.to(tl.int64) * K * V + matrix, dstate, mask=in_matrix)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
+def linear_pairs_backward(
+    v, log, beta, sums, u, do, dx, dv, dbeta, dpairs, dsystem, cu, table, T, NC,
+    G: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
+    VARLEN: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dP and dA of one chunk and head, those of scalar decays times e^(G_i - G_j); under rule delta dV and its part of
+    dbeta."""
+    chunk, bg = tl.program_id(0), tl.program_id(1)
+    g = bg % G
+    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    within = tl.arange(0, C)
+    valid = c * C + within < length
+    row = first + c * C + within
+    dp_CC = tl.zeros([C, C], tl.float32)
+    da_CC = tl.zeros([C, C], tl.float32)
+    dstep = tl.zeros([C], tl.float32)
+    step = tl.zeros([C], tl.float32)
+    if DELTA:
+        step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
+    for start in range(0, V, BV):
+        value = start + tl.arange(0, BV)
+        spot = (row * G + g)[:, None] * V + value[None, :]
+        mask = valid[:, None] & (value < V)[None, :]
+        u_CV = tl.load(u + spot, mask=mask, other=0.0)
+        dp_CC = tl.dot(tl.load(do + spot, mask=mask, other=0.0), tl.trans(u_CV), dp_CC, input_precision=PRECISION)
+        if DELTA:
+            dx_CV = tl.load(dx + spot, mask=mask, other=0.0)
+            da_CC = tl.dot(dx_CV, tl.trans(u_CV), da_CC, input_precision=PRECISION)
+            v_CV = tl.load(v + spot, mask=mask, other=0.0)
+            dstep += tl.sum(dx_CV.to(tl.float32) * v_CV.to(tl.float32), 1)
+            tl.store(dv + spot, (step[:, None] * dx_CV.to(tl.float32)).to(dv.dtype.element_ty), mask=mask)
+    causal = within[:, None] >= within[None, :]
+    if (GATE == 1) or (GATE == 2):
+        total = _sums(log, sums, g, row, valid, within, G, GATE)
+        weight = tl.exp(tl.where(causal & valid[:, None], total[:, None] - total[None, :], 0.0))
+        dp_CC *= weight
+        da_CC *= weight
+    place = (row * G + g)[:, None] * C + within[None, :]
+    tl.store(dpairs + place, tl.where(causal, dp_CC, 0.0).to(dpairs.dtype.element_ty), mask=valid[:, None])
+    if DELTA:
+        below = within[:, None] > within[None, :]
+        tl.store(dsystem + place, tl.where(below, -da_CC, 0.0).to(dsystem.dtype.element_ty), mask=valid[:, None])
+        tl.store(dbeta + row * G + g, dstep, mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows", "T", "NC"])
+def linear_gradients(
+    q, k, log, beta, sums, u, states, do, dx, dstates, dpairs, dsystem, dq, dk, dlog, dbeta,
+    cu, table, rows, T, NC,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
+    VARLEN: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ and dK of one chunk and head, a block of key channels, with its part of dG and dbeta."""
+    block, chunk, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = bg % G
+    first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    within, channel = tl.arange(0, C), block * BK + tl.arange(0, BK)
+    valid = c * C + within < length
+    row = first + c * C + within
+    # Rows of scalars, one for each block of key channels.
+    part = (block.to(tl.int64) * rows + row) * G + g
+    in_keys = valid[:, None] & (channel < K)[None, :]
+    step = tl.full([C], 1.0, tl.float32)
+    if DELTA:
+        step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
+    dq_CK = tl.zeros([C, BK], tl.float32)
+    dwrite_CK = tl.zeros([C, BK], tl.float32)
+    z_CK = tl.zeros([C, BK], tl.float32)
+    # The part of dG that belongs to the chunk's last row: for each channel, or for all of them.
+    along = tl.zeros([BK], tl.float32)
+    held = 0.0
+    for start in range(0, V, BV):
+        value = start + tl.arange(0, BV)
+        spot = (row * G + g)[:, None] * V + value[None, :]
+        in_values = valid[:, None] & (value < V)[None, :]
+        matrix = (h * G + g) * K * V + channel[None, :] * V + value[:, None]
+        in_matrix = (channel < K)[None, :] & (value < V)[:, None] & (length > 0)
+        s_VK = tl.load(states + matrix, mask=in_matrix, other=0.0)
+        ds_VK = tl.load(dstates + matrix, mask=in_matrix, other=0.0)
+        do_CV = tl.load(do + spot, mask=in_values, other=0.0)
+        u_CV = tl.load(u + spot, mask=in_values, other=0.0)
+        dq_CK = tl.dot(do_CV, s_VK, dq_CK, input_precision=PRECISION)
+        dwrite_CK = tl.dot(u_CV, ds_VK, dwrite_CK, input_precision=PRECISION)
+        if GATE == 3:
+            along += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32), 0)
+        if (GATE == 1) or (GATE == 2):
+            held += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32))
+        if DELTA:
+            z_CK = tl.dot(tl.load(dx + spot, mask=in_values, other=0.0), s_VK, z_CK, input_precision=PRECISION)
+    key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
+    q_CK = tl.load(q + key_row, mask=in_keys, other=0.0)
+    k_CK = tl.load(k + key_row, mask=in_keys, other=0.0)
+    count = tl.minimum(length - c * C, C)
+    last_row = first + c * C + tl.maximum(count, 1) - 1
+    spot = (row * G + g)[:, None] * K + channel[None, :]
+    if GATE == 3:
+        total = tl.load(sums + spot, mask=in_keys, other=0.0)
+        last = tl.load(sums + (last_row * G + g) * K + channel, mask=channel < K, other=0.0)
+        read_CK = tl.exp(total)
+        dq_CK *= read_CK
+        z_CK *= read_CK
+        dwrite_CK *= tl.exp(tl.minimum(last[None, :] - total, 0.0))
+        along = along * tl.exp(last) + tl.sum(k_CK.to(tl.float32) * dwrite_CK, 0)
+    if (GATE == 1) or (GATE == 2):
+        read, write, keep = _row_scalings(log, sums, g, row, valid, within, last_row, count, G, GATE)
+        dq_CK *= read[:, None]
+        z_CK *= read[:, None]
+        dwrite_CK *= write[:, None]
+        held = held * keep + tl.sum(tl.sum(k_CK.to(tl.float32) * dwrite_CK, 1), 0)
+    z_CK = -z_CK
+    pair = (row * G + g)[:, None] * C + within[None, :]
+    dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
+    steps_CK = (k_CK.to(tl.float32) * step[:, None]).to(k_CK.dtype)
+    da_CC = dp_CC
+    if DELTA:
+        da_CC = tl.load(dsystem + pair, mask=valid[:, None], other=0.0)
+    if GATE == 3:
+        for start in range(0, C, SUB):
+            left, right = _anchored(total, within, start, SUB)
+            key_CK = (k_CK.to(tl.float32) * right).to(WIDE)
+            dq_CK += left * tl.dot(dp_CC, key_CK, input_precision=PRECISION)
+            column = tl.dot(tl.trans(dp_CC), (q_CK.to(tl.float32) * left).to(WIDE), input_precision=PRECISION)
+            if DELTA:
+                z_CK += left * tl.dot(da_CC, key_CK, input_precision=PRECISION)
+                left = (steps_CK.to(tl.float32) * left).to(WIDE)
+                column = tl.dot(tl.trans(da_CC), left, column, input_precision=PRECISION)
+            dwrite_CK += right * column
+    else:
+        dq_CK = tl.dot(dp_CC, k_CK, dq_CK, input_precision=PRECISION)
+        dwrite_CK = tl.dot(tl.trans(dp_CC), q_CK, dwrite_CK, input_precision=PRECISION)
+        if DELTA:
+            z_CK = tl.dot(da_CC, k_CK, z_CK, input_precision=PRECISION)
+            dwrite_CK = tl.dot(tl.trans(da_CC), steps_CK, dwrite_CK, input_precision=PRECISION)
+    tl.store(dq + spot, dq_CK.to(dq.dtype.element_ty), mask=in_keys)
+    if DELTA:
+        # The first part is that of the values.
+        tl.store(dbeta + rows * G + part, tl.sum(k_CK.to(tl.float32) * z_CK, 1), mask=valid)
+        z_CK *= step[:, None]
+    else:
+        z_CK = tl.zeros([C, BK], tl.float32)
+    tl.store(dk + spot, (dwrite_CK + z_CK).to(dk.dtype.element_ty), mask=in_keys)
+    if GATE != 0:
+        d_CK = q_CK.to(tl.float32) * dq_CK + k_CK.to(tl.float32) * (z_CK - dwrite_CK)
+        last = within == count - 1
+        if GATE == 3:
+            d_CK += tl.where(last[:, None], along[None, :], 0.0)
+            tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
+        else:
+            d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
+            tl.store(dlog + part, tl.cumsum(d_C, 0, reverse=True), mask=valid)
+
+
+def chunked_linear_triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None = None,
+    beta_BTG: Tensor | None = None,
+    state_BGKV: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `chunked_linear_reference`, on a GPU; the state is float32.
+
+    cu_seqlens: [N+1] whole numbers from 0 to T, for N sequences packed one after the other in a batch of 1; states are
+    then [N, G, K, V]. Raises ValueError where a shape, dtype or device does not fit.
+    """
+    check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
+    o_BTGV, state, *_ = forward(
+        q_BTHK,
+        k_BTHK,
+        v_BTGV,
+        None if decay is None else decay.float(),
+        None if beta_BTG is None else beta_BTG.float(),
+        None if state_BGKV is None else state_BGKV.float(),
+        cu_seqlens,
+    )
+    return o_BTGV, state
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ValueError naming the argument, what it was and what it must be."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [batch, time, heads, dim]")
+        if tensor.dtype not in TYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
+            raise ValueError(f"{name} is {tensor.dtype}; backend='triton' takes {known}")
+        if tensor.dtype != v.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and v is {v.dtype}; they must have one dtype")
+    batch, length, key_heads, keys = q.shape
+    heads, values = v.shape[2:]
+    if length == 0:
+        raise ValueError("q has a length of 0; there must be at least one token")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {list(k.shape)}; it must be that of q, {list(q.shape)}")
+    if v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v has shape {list(v.shape)}; it must begin as q does, {list(q.shape)}")
+    if heads % key_heads != 0:
+        raise ValueError(
+            f"{heads} value heads are no multiple of {key_heads} key heads; "
+            "give every key head the same number of value heads"
+        )
+    if keys > MOST_KEYS:
+        raise ValueError(f"q has {keys} key channels; backend='triton' takes at most {MOST_KEYS}")
+    sequences = batch
+    if cu_seqlens is not None:
+        if batch != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+            raise ValueError(
+                f"cu_seqlens has shape {list(cu_seqlens.shape)} beside a batch of {batch}; it must be [sequences + 1], and "
+                "packed sequences have a batch of 1"
+            )
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}; it must be int32 or int64")
+        sequences = len(cu_seqlens) - 1
+    legal = [(heads,), (batch, length, heads), (batch, length, heads, keys)]
+    if decay is not None and tuple(decay.shape) not in legal:
+        raise ValueError(
+            f"decay has shape {list(decay.shape)}; it must be one of {', '.join(str(list(shape)) for shape in legal)}"
+        )
+    if beta is not None and tuple(beta.shape) != legal[1]:
+        raise ValueError(f"beta has shape {list(beta.shape)}; it must be {list(legal[1])}")
+    if state is not None and tuple(state.shape) != (sequences, heads, keys, values):
+        raise ValueError(f"state has shape {list(state.shape)}; it must be {[sequences, heads, keys, values]}")
+    check_device(q=q, k=k, v=v, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens)
+
+
+def gate_of(decay: Tensor | None) -> str:
+    """The kind of a decay by its shape."""
+    return "none" if decay is None else {1: "head", 3: "scalar", 4: "channel"}[decay.dim()]
+
+
+class Shape:
+    """What every launch of one call has in common."""
+
+    def __init__(self, q: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, cu: Tensor | None) -> None:
+        self.batch, self.length, self.key_heads, self.keys = q.shape
+        self.heads, self.values = v.shape[2:]
+        self.gate, self.delta = gate_of(decay), beta is not None
+        # Whether the running sums are stored: those of a fixed decay are not.
+        self.sums = self.gate in ("scalar", "channel")
+        # Queries and keys that a decay per channel has scaled are those of value heads.
+        self.read_heads = self.heads if self.gate == "channel" else self.key_heads
+        self.cu = cu
+        self.table = self.offsets = None
+        self.sequences = self.batch
+        self.chunks = -(-self.length // CHUNK)
+        if cu is not None:
+            self.sequences = len(cu) - 1
+            # As many as there can be; those that are not needed belong to sequence -1.
+            self.chunks += self.sequences - 1
+            counts = (cu.diff() + CHUNK - 1) // CHUNK
+            self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            number = torch.arange(self.chunks, device=cu.device)
+            owner = torch.searchsorted(self.offsets, number, right=True) - 1
+            unused = owner >= self.sequences
+            inner = number - self.offsets[owner.clamp(max=self.sequences - 1)]
+            self.table = torch.stack([owner.masked_fill(unused, -1), inner.masked_fill(unused, 0)], 1).contiguous()
+        self.dtype = v.dtype
+        # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
+        self.wide, self.wide_precision = v.dtype, dot_precision(v.dtype)
+        if v.dtype == torch.float16 and self.gate == "channel":
+            self.wide = torch.float32
+            self.wide_precision = "tf32" if generation().startswith("sm_") else "ieee"
+
+    def config(self, kernel: Any, used: tuple[str, ...]) -> Config:
+        """Blocks of a kernel, no wider than the dims are."""
+        name = kernel.fn.__name__
+        found = choose(name, generation(), self.dtype, self.keys, self.values, variant=self.gate)
+        dims = {"BK": self.keys, "BV": self.values}
+        blocks = {name: min(found.blocks[name], padded(dims[name])) for name in used}
+        return Config(blocks, found.warps, found.stages)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"G": self.heads, "VARLEN": self.cu is not None, "C": CHUNK}
+
+    def run(self, kernel: Any, grid: tuple[int, ...], *args: Any, blocks: tuple[str, ...] = (), **constants: Any) -> None:
+        """Launch a kernel that takes the sequences' bounds and the lengths at its end."""
+        is_scan = kernel in (linear_scan, linear_scan_backward)
+        places = (self.cu, self.offsets if is_scan else self.table)
+        rows = (self.batch * self.length,) if kernel is linear_gradients else ()
+        ends = (self.length, self.chunks)
+        config = self.config(kernel, blocks)
+        launch(kernel, grid, *args, *places, *rows, *ends, config=config, **self.constants, **constants)
+
+
+def padded(size: int) -> int:
+    """The next power of two that a product of matrices can have."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def forward_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the last state, and what backward needs: sums, scaled q and k, P, M, U and the states before the chunks.
+
+    What a rule or decay does not have is empty.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    decay, beta, state = (None if x is None else x.contiguous() for x in (decay, beta, state))
+    shape = Shape(q, v, decay, beta, cu_seqlens)
+    common = {"K": shape.keys, "GATE": GATES[shape.gate]}
+    value, precision = {"V": shape.values}, dot_precision(shape.dtype)
+    cells = (shape.batch, shape.length, shape.heads)
+    scaled = [q.new_empty(*cells, shape.keys) for _ in range(3)] if shape.gate == "channel" else []
+    sums = q.new_empty(decay.shape, dtype=torch.float32) if shape.sums and decay is not None else None
+    pairs = q.new_empty(*cells, CHUNK)
+    system = q.new_empty(*cells, CHUNK, dtype=torch.float32) if shape.delta else None
+    inverse = q.new_empty(*cells, CHUNK) if shape.delta else None
+    u = torch.empty_like(v) if shape.delta else None
+    states = q.new_empty(shape.chunks * shape.batch, shape.heads, shape.keys, shape.values)
+    final = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
+    o = torch.empty_like(v)
+    each_chunk = (shape.chunks, shape.batch * shape.heads)
+    shape.run(
+        linear_gram, each_chunk, q, k, decay, beta, sums, *(scaled or (None, None, None)), pairs, system, blocks=("BK",),
+        **common, H=shape.key_heads, DELTA=shape.delta, SUB=BLOCK, WIDE=TYPES[shape.wide], PRECISION=shape.wide_precision,
+    )  # fmt: skip
+    if shape.delta:
+        solve = dot_precision(torch.float32)
+        shape.run(linear_solve, each_chunk, system, inverse, SUB=BLOCK, PRECISION=solve)
+    q_read, k_read, k_write = scaled or (q, k, k)
+    scan = shape.config(linear_scan, ("BV",)).blocks["BV"]
+    shape.run(
+        linear_scan, (-(-shape.values // scan), shape.sequences * shape.heads),
+        k_read, k_write, v, decay, beta, sums, inverse, u, states, state, final, blocks=("BV",),
+        **common, **value, H=shape.read_heads, DELTA=shape.delta, KP=padded(shape.keys), PRECISION=precision,
+    )  # fmt: skip
+    wide = shape.config(linear_output, ("BK", "BV")).blocks["BV"]
+    shape.run(
+        linear_output, (-(-shape.values // wide), *each_chunk),
+        q_read, decay, sums, pairs, v if u is None else u, states, o, blocks=("BK", "BV"),
+        **common, **value, H=shape.read_heads, PRECISION=precision,
+    )  # fmt: skip
+    kept = [q.new_empty(0) if x is None else x for x in (sums, *(scaled or (None, None, None)), pairs, inverse, u, states)]
+    return o, final, *kept
+
+
+def backward_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sums: Tensor,
+    q_read: Tensor,
+    k_read: Tensor,
+    k_write: Tensor,
+    pairs: Tensor,
+    inverse: Tensor,
+    u: Tensor,
+    states: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, decay, beta and the first state, from those of o and the last state; empty where there is none."""
+    q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
+    decay, beta, dfinal = (None if x is None else x.contiguous() for x in (decay, beta, dfinal))
+    shape = Shape(q, v, decay, beta, cu_seqlens)
+    common = {"K": shape.keys, "GATE": GATES[shape.gate], "DELTA": shape.delta}
+    value, precision = {"V": shape.values}, dot_precision(shape.dtype)
+    kept_sums = sums if shape.sums else None
+    scaled = (q_read, k_read, k_write) if shape.gate == "channel" else (q, k, k)
+    kept_u = u if shape.delta else v
+    cells = (shape.batch, shape.length, shape.heads)
+    dx, dstates = torch.empty_like(v), torch.empty_like(states)
+    dfirst = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
+    scan = shape.config(linear_scan_backward, ("BV",)).blocks["BV"]
+    shape.run(
+        linear_scan_backward, (-(-shape.values // scan), shape.sequences * shape.heads),
+        *scaled, decay, beta, kept_sums, pairs, inverse if shape.delta else None, do, dx, dstates, dfinal, dfirst,
+        blocks=("BV",), **common, **value, H=shape.read_heads, KP=padded(shape.keys), PRECISION=precision,
+    )  # fmt: skip
+    dpairs = q.new_empty(*cells, CHUNK, dtype=shape.wide)
+    dsystem = torch.empty_like(dpairs) if shape.delta else None
+    each_chunk = (shape.chunks, shape.batch * shape.heads)
+    wide = shape.config(linear_gradients, ("BK", "BV")).blocks["BK"]
+    parts = -(-shape.keys // wide)
+    dbeta = q.new_empty(1 + parts, *cells, dtype=torch.float32) if shape.delta else None
+    dv = torch.empty_like(v) if shape.delta else dx
+    shape.run(
+        linear_pairs_backward, each_chunk,
+        v if shape.delta else None, decay, beta, kept_sums, kept_u, do,
+        dx if shape.delta else None, dv if shape.delta else None, dbeta, dpairs, dsystem,
+        blocks=("BV",), GATE=common["GATE"], DELTA=shape.delta, **value, PRECISION=precision,
+    )  # fmt: skip
+    # Value heads that share a key head add their gradients, in float32.
+    is_shared = shape.heads > shape.key_heads
+    dq = q.new_empty(*cells, shape.keys, dtype=torch.float32 if is_shared else q.dtype)
+    dk = torch.empty_like(dq)
+    dlog = None
+    if shape.gate != "none":
+        of_log = (*cells, shape.keys) if shape.gate == "channel" else (parts, *cells)
+        dlog = q.new_empty(of_log, dtype=torch.float32)
+    shape.run(
+        linear_gradients, (parts, *each_chunk),
+        q, k, decay, beta, kept_sums, kept_u, states, do, dx if shape.delta else None, dstates, dpairs, dsystem,
+        dq, dk, dlog, dbeta,
+        blocks=("BK", "BV"), **common, **value, H=shape.key_heads,
+        SUB=BLOCK, WIDE=TYPES[shape.wide], PRECISION=shape.wide_precision,
+    )  # fmt: skip
+    if is_shared:
+        group = (shape.batch, shape.length, shape.key_heads, shape.heads // shape.key_heads, shape.keys)
+        dq, dk = (x.view(group).sum(3).to(q.dtype) for x in (dq, dk))
+    if dlog is not None and shape.gate != "channel":
+        dlog = dlog.sum((0, 1, 2)) if shape.gate == "head" else dlog.sum(0)
+    dbeta = None if dbeta is None else dbeta.sum(0)
+    return dq, dk, dv, _or_empty(q, dlog), _or_empty(q, dbeta), dfirst
+
+
+def _or_empty(like: Tensor, x: Tensor | None) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+forward = torch.library.custom_op("mixforge::chunked_linear_forward", forward_kernels, mutates_args=())
+backward = torch.library.custom_op("mixforge::chunked_linear_backward", backward_kernels, mutates_args=())
+
+
+@forward.register_fake
+def _(*args: Any) -> Any:
+    with recording("sm_90"):
+        return forward_kernels(*args)
+
+
+@backward.register_fake
+def _(*args: Any) -> Any:
+    with recording("sm_90"):
+        return backward_kernels(*args)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, decay, beta, _, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, decay, beta, cu_seqlens, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    do, dfinal = grads[:2]
+    v, decay, beta = ctx.saved_tensors[2:5]
+    do = torch.zeros_like(v) if do is None else do
+    dq, dk, dv, dlog, dbeta, dfirst = backward(*ctx.saved_tensors, do, dfinal)
+    return (
+        dq, dk, dv, None if decay is None else dlog, None if beta is None else dbeta,
+        dfirst if ctx.needs_input_grad[5] else None, None,
+    )  # fmt: skip
+
+
+forward.register_autograd(_gradients, setup_context=_keep)

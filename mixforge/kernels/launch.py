@@ -1,0 +1,125 @@
+"""Where a Triton kernel can run, and how it is launched.
+
+Every launch of the package goes through `launch`. Inside `recording`, launches are written down instead of run:
+the ahead-of-time gate compiles what was written down, and traffic and launches are counted from it, so that what is
+checked on a machine without a GPU is what a machine with one would launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mixforge.kernels.blocks import Config, table_only
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch that was written down. `args` are tensors, numbers and None, in the kernel's order."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    """The kernel's constexpr arguments by name, blocks included."""
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Bytes of all tensors that it is given, each counted once: what it moves if it reads or writes all of each."""
+        tensors = {id(arg): arg for arg in self.args if isinstance(arg, Tensor)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@dataclass(slots=True)
+class Recording:
+    """What is launched while it is on, for a device generation such as `sm_90` or `gfx942`."""
+
+    generation: str
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording(generation: str) -> Generator[Recording]:
+    """Write launches down instead of running them. Tensors may be on the meta device."""
+    made = Recording(generation)
+    token = _recording.set(made)
+    try:
+        with table_only():
+            yield made
+    finally:
+        _recording.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether kernels run under Triton's interpreter, as NumPy: TRITON_INTERPRET=1 before the first import."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def generation() -> str:
+    """The generation that is launched for: `sm_90`, `gfx942`, or `cpu` under the interpreter."""
+    recorded = _recording.get()
+    if recorded is not None:
+        return recorded.generation
+    return (
+        "cpu" if interpreting() or not torch.cuda.is_available() else _generation(torch.cuda.current_device())
+    )
+
+
+@cache
+def _generation(device: int) -> str:
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(found.gcnArchName).partition(":")[0]
+    return f"sm_{found.major}{found.minor}"
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as three TF32 products where there are some, or as they are."""
+    return "tf32x3" if dtype == torch.float32 and generation().startswith("sm_") else "ieee"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
+    """Run a kernel over a grid, with the blocks, warps and stages of `config`."""
+    recorded = _recording.get()
+    constants |= config.blocks
+    if recorded is not None:
+        recorded.launches.append(Launch(kernel, grid, args, constants, config))
+    elif all(grid):
+        kernel[grid](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError where a tensor is not where Triton can run, or not where the first one is."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first[0]} on {first[1]}; put both on one device"
+            )
+    if first is None or first[1].type == "cuda" or _recording.get() is not None:
+        return
+    if first[1].type == "cpu" and interpreting():
+        return
+    raise ValueError(
+        f"{first[0]} is on {first[1]}, and backend='triton' runs on a GPU: move model and inputs with .to('cuda'), "
+        "or build with backend='torch'"
+    )
