@@ -64,11 +64,14 @@ TABLE: tuple[Row, ...] = (
     Row("linear_scan", Config({"BV": 64}), key=128),
     Row("linear_scan", Config({"BV": 32})),
     Row("linear_output", Config({"BK": 64, "BV": 64})),
+    Row("linear_scan_backward", Config({"BV": 32}, stages=1), generation="gfx", key=128),
     Row("linear_scan_backward", Config({"BV": 32}), key=128),
     Row("linear_scan_backward", Config({"BV": 16})),
     Row("linear_pairs_backward", Config({"BV": 64})),
-    Row("linear_gradients", Config({"BK": 32, "BV": 64}), variant="channel"),
-    Row("linear_gradients", Config({"BK": 32, "BV": 64})),
+    Row("linear_gradients", Config({"BK": 32, "BV": 64}), generation="gfx", variant="channel"),
+    Row("linear_gradients", Config({"BK": 32, "BV": 64}, warps=8), variant="channel"),
+    Row("linear_gradients", Config({"BK": 32, "BV": 64}), generation="sm_8"),
+    Row("linear_gradients", Config({"BK": 64, "BV": 64})),
     # gated_scan
     Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu"),
     Row("scan_forward", Config({"BLOCK_T": 32, "BLOCK_D": 32}, warps=1), key=64, value=1),
@@ -91,9 +94,9 @@ TABLE: tuple[Row, ...] = (
     Row("norm_backward", Config({"BLOCK_R": 1}, warps=16)),
     # short_conv
     Row("conv_forward", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
-    Row("conv_forward", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
+    Row("conv_forward", Config({"BLOCK_T": 16, "BLOCK_D": 64})),
     Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
-    Row("conv_weight_gradient", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
+    Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 64})),
     Row("conv_input_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
     Row("conv_input_gradient", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
     Row("conv_step", Config({"BLOCK_D": 256}, warps=2)),
@@ -245,9 +248,11 @@ def write_tuned(device: str, found: Mapping[str, Config]) -> Path:
     except (FileNotFoundError, ValueError):
         stored = {}
     stored = stored if isinstance(stored, dict) else {}
-    known = stored.get(cache_key(device))
-    known = known if isinstance(known, dict) else {}
-    stored[cache_key(device)] = known | {name: asdict(config) for name, config in found.items()}
+    with warnings.catch_warnings():
+        # What cannot be read is written anew.
+        warnings.simplefilter("ignore")
+        known = read_tuned(device)
+    stored[cache_key(device)] = {name: asdict(config) for name, config in {**known, **found}.items()}
     # Renamed into place, so that a reader finds the old file or the new one and never half of it.
     half = file.with_suffix(f".{os.getpid()}")
     half.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")

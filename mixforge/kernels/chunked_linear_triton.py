@@ -497,7 +497,7 @@ def linear_gradients(
         dq_CK *= read[:, None]
         z_CK *= read[:, None]
         dwrite_CK *= write[:, None]
-        held = held * keep + tl.sum(tl.sum(k_CK.to(tl.float32) * dwrite_CK, 1), 0)
+        held = held * keep + tl.sum(k_CK.to(tl.float32) * dwrite_CK)
     z_CK = -z_CK
     pair = (row * G + g)[:, None] * C + within[None, :]
     dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
