@@ -1,11 +1,15 @@
 """How a decay scales the products inside a chunk and the states between chunks.
 
-With G the running sum of the log decays in a chunk of L tokens:
+With G the running sum of the log decays in a chunk of L tokens, and g' the log decay of its first row:
 
     gram(X, Y)_ij = sum_c X_ic Y_jc e^(G_ic - G_jc) for i >= j, else 0
     reading(X) = X e^G                  what row i reads of the state before the chunk
     writing(X) = X e^(G_L - G)          what row i leaves in the state after it
     keep(S) = e^(G_L) S
+
+No decay has the lower triangle of X Y^T and nothing else. Scalar decays multiply it by all pairs e^(G_i - G_j).
+Channel decays need no pairs: rows(X) = X e^(G - g') and columns(Y) = Y e^(g' - G) are scaled once, and their
+product is the gram. The states are then held as e^(g') S, so that what reads them are rows(X) themselves.
 
 Tensors are [C, B, G, L, *]: chunks, batch, heads, rows of a chunk. Log decays are [C, B, G, L, 1 or K], or
 with a batch of 1 where every sequence has the same.
@@ -26,47 +30,47 @@ from torch import Tensor
 # denormal numbers, on which a CPU is up to eighty times slower.
 FLOOR = -60.0
 
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
 
 class Gates(ABC):
-    """The products of all chunks under one decay, and their adjoints."""
+    """The scalings of all chunks under one decay. Each is its own adjoint."""
 
     @abstractmethod
     def __init__(self, log: Tensor | None) -> None:
         """From the log decays, None for none."""
 
     @abstractmethod
-    def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        """Decayed products of rows, [C, B, G, L, L], lower triangular with the diagonal."""
+    def rows(self, x: Tensor, out: Tensor) -> Tensor:
+        """What enters a gram as X. Fills and returns `out`, which may be x."""
 
     @abstractmethod
-    def gram_adjoint(self, d: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x and y from that of `gram(x, y)`, of which the lower triangle counts."""
+    def columns(self, x: Tensor, out: Tensor) -> Tensor:
+        """What enters a gram as Y. Fills and returns `out`, which may be x."""
 
     @abstractmethod
-    def reading(self, x: Tensor) -> Tensor:
-        """x e^G. May return x itself."""
+    def mask_(self, products: Tensor) -> Tensor:
+        """The products of rows and columns, [C, B, G, L, L], made a gram in place."""
 
     @abstractmethod
-    def writing(self, x: Tensor) -> Tensor:
-        """x e^(G_L - G). May return x itself."""
+    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """From rows(X), what reads the state: in `out`, which may be x, or where that is None perhaps x itself."""
 
     @abstractmethod
-    def keep(self, chunk: int, state: Tensor) -> Tensor:
-        """The state [B, G, K, V] after the decay of one whole chunk. May return the state itself."""
+    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """From columns(X), what is left in the state: as `reading`."""
 
     @abstractmethod
-    def log_grad(
-        self,
-        rows: Sequence[tuple[Tensor, Tensor]],
-        columns: Sequence[tuple[Tensor, Tensor]],
-        states: Tensor,
-        dstates: Tensor,
-    ) -> Tensor | None:
-        """Gradient of the log decays.
+    def enter(self, state: Tensor) -> Tensor:
+        """The state before the first chunk, as the chunk reads it. May return the state itself."""
 
-        `rows` are pairs (x, dx) of what was scaled by e^G, `columns` of what was scaled by e^-G; `states` are
-        those after each chunk.
-        """
+    @abstractmethod
+    def keep(self, chunk: int) -> Tensor | None:
+        """The factor of the state over one whole chunk, [B, G, K or 1, 1]; None for one."""
+
+    @abstractmethod
+    def log_grad(self, rows: Pairs, columns: Pairs, states: Tensor, dstates: Tensor) -> Tensor | None:
+        """Gradient of the log decays, from pairs (x, dx) of rows and columns and from the states."""
 
 
 class PlainGates(Gates):
@@ -75,29 +79,28 @@ class PlainGates(Gates):
     def __init__(self, log: Tensor | None) -> None:
         assert log is None
 
-    def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.mT).tril_()
+    def rows(self, x: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(x)
 
-    def gram_adjoint(self, d: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        d = d.tril()
-        return d @ y, d.mT @ x
+    def columns(self, x: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(x)
 
-    def reading(self, x: Tensor) -> Tensor:
+    def mask_(self, products: Tensor) -> Tensor:
+        return products.tril_()
+
+    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x
 
-    def writing(self, x: Tensor) -> Tensor:
+    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x
 
-    def keep(self, chunk: int, state: Tensor) -> Tensor:
+    def enter(self, state: Tensor) -> Tensor:
         return state
 
-    def log_grad(
-        self,
-        rows: Sequence[tuple[Tensor, Tensor]],
-        columns: Sequence[tuple[Tensor, Tensor]],
-        states: Tensor,
-        dstates: Tensor,
-    ) -> Tensor | None:
+    def keep(self, chunk: int) -> Tensor | None:
+        return None
+
+    def log_grad(self, rows: Pairs, columns: Pairs, states: Tensor, dstates: Tensor) -> Tensor | None:
         return None
 
 
@@ -107,49 +110,43 @@ class ScalarGates(Gates):
     def __init__(self, log: Tensor | None) -> None:
         assert log is not None
         self.shape = log.shape
-        dtype = log.dtype
         # Summed in float64 and differenced as two parts: after a decay of -1000 a float32 sum would leave the
         # later pairs with a relative error of 1e-4.
         total = log.double().cumsum(-2)
-        high = total.to(dtype)
-        low = (total - high).to(dtype)
+        high = total.to(log.dtype)
+        low = (total - high).to(log.dtype)
         pairs = high - high.mT
         pairs += low
         pairs -= low.mT
         self.pairs = pairs.clamp_(FLOOR, 0).exp_().tril_()
-        self.read = total.clamp(min=FLOOR).exp().to(dtype)
-        self.write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp().to(dtype)
+        self.read = total.clamp(min=FLOOR).exp().to(log.dtype)
+        self.write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp().to(log.dtype)
 
-    def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.mT).mul_(self.pairs)
+    def rows(self, x: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(x)
 
-    def gram_adjoint(self, d: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        d = d * self.pairs
-        return d @ y, d.mT @ x
+    def columns(self, x: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(x)
 
-    def reading(self, x: Tensor) -> Tensor:
-        return x * self.read
+    def mask_(self, products: Tensor) -> Tensor:
+        return products.mul_(self.pairs)
 
-    def writing(self, x: Tensor) -> Tensor:
-        return x * self.write
+    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(x, self.read, out=out)
 
-    def keep(self, chunk: int, state: Tensor) -> Tensor:
-        return self.read[chunk, ..., -1:, :] * state
+    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(x, self.write, out=out)
 
-    def log_grad(
-        self,
-        rows: Sequence[tuple[Tensor, Tensor]],
-        columns: Sequence[tuple[Tensor, Tensor]],
-        states: Tensor,
-        dstates: Tensor,
-    ) -> Tensor | None:
-        d = (states * dstates).sum((-2, -1))[..., None]
-        d = torch.nn.functional.pad(d, (self.shape[-2] - 1, 0))
-        for x, dx in rows:
-            d += torch.linalg.vecdot(x, dx)
-        for x, dx in columns:
-            d -= torch.linalg.vecdot(x, dx)
-        return d.flip(-1).cumsum(-1).flip(-1)[..., None].sum_to_size(self.shape)
+    def enter(self, state: Tensor) -> Tensor:
+        return state
+
+    def keep(self, chunk: int) -> Tensor | None:
+        return self.read[chunk, ..., -1:, :]
+
+    def log_grad(self, rows: Pairs, columns: Pairs, states: Tensor, dstates: Tensor) -> Tensor | None:
+        d = total_grad(rows, columns).sum(-1, keepdim=True)
+        d[..., -1, :] += (states[1:] * dstates[1:]).sum((-2, -1))[..., None]
+        return d.flip(-2).cumsum(-2).flip(-2).sum_to_size(self.shape)
 
 
 class ChannelGates(Gates):
@@ -161,41 +158,56 @@ class ChannelGates(Gates):
 
     def __init__(self, log: Tensor | None) -> None:
         assert log is not None
-        total = log.cumsum(-2)
-        first = total[..., :1, :]
         # The anchor is the chunk's first row, so that nothing of a later row enters an earlier one.
-        self.left = (total - first).exp_()
-        self.right = (first - total).exp_()
-        self.read = self.left * first.exp()
-        self.write = self.right * self.left[..., -1:, :]
+        first = log[..., :1, :]
+        total = torch.empty(log.shape, dtype=log.dtype, device=log.device)
+        torch.cumsum(log, -2, out=total)
+        total -= first
+        last = total[..., -1, :, None].clone()
+        last[:-1] += first[1:].mT
+        self.first, self.kept = first[0].mT.exp(), last.exp_()
+        self.right = (-total).exp_()
+        self.left = total.exp_()
 
-    def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        return ((x * self.left) @ (y * self.right).mT).tril_()
+    def rows(self, x: Tensor, out: Tensor) -> Tensor:
+        return torch.mul(x, self.left, out=out)
 
-    def gram_adjoint(self, d: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        d = d.tril()
-        return (d @ (y * self.right)).mul_(self.left), (d.mT @ (x * self.left)).mul_(self.right)
+    def columns(self, x: Tensor, out: Tensor) -> Tensor:
+        return torch.mul(x, self.right, out=out)
 
-    def reading(self, x: Tensor) -> Tensor:
-        return x * self.read
+    def mask_(self, products: Tensor) -> Tensor:
+        return products.tril_()
 
-    def writing(self, x: Tensor) -> Tensor:
-        return x * self.write
+    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return x
 
-    def keep(self, chunk: int, state: Tensor) -> Tensor:
-        return self.read[chunk, ..., -1, :, None] * state
+    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(x, self.kept.mT, out=out)
 
-    def log_grad(
-        self,
-        rows: Sequence[tuple[Tensor, Tensor]],
-        columns: Sequence[tuple[Tensor, Tensor]],
-        states: Tensor,
-        dstates: Tensor,
-    ) -> Tensor | None:
-        d = torch.zeros_like(self.read)
-        d[..., -1, :] = torch.linalg.vecdot(states, dstates)
-        for x, dx in rows:
-            d.addcmul_(x, dx)
-        for x, dx in columns:
-            d.addcmul_(x, dx, value=-1)
-        return d.flip(-2).cumsum(-2).flip(-2)
+    def enter(self, state: Tensor) -> Tensor:
+        return state * self.first
+
+    def keep(self, chunk: int) -> Tensor | None:
+        return self.kept[chunk]
+
+    def log_grad(self, rows: Pairs, columns: Pairs, states: Tensor, dstates: Tensor) -> Tensor | None:
+        d = total_grad(rows, columns)
+        ends = torch.linalg.vecdot(states, dstates)[..., None, :]
+        later = torch.ones(d.shape[-2], d.shape[-2], dtype=d.dtype, device=d.device).triu_()
+        later[0] = 0
+        flat = d.flatten(0, 2)
+        d = torch.bmm(later.expand(len(flat), -1, -1), flat).view_as(d)
+        d[..., 1:, :] += ends[1:]
+        d[..., :1, :] = ends[:-1]
+        return d
+
+
+def total_grad(rows: Pairs, columns: Pairs) -> Tensor:
+    """Gradient of G, for each row and channel."""
+    x, dx = rows[0]
+    d = x * dx
+    for x, dx in rows[1:]:
+        d.addcmul_(x, dx)
+    for x, dx in columns:
+        d.addcmul_(x, dx, value=-1)
+    return d

@@ -16,8 +16,8 @@ All forms take the same arguments:
     state_BGKV: the state before the first token; None is zeros.
 
 They return o_BTGV in the dtype of v and the final state_BGKV. States and everything between are float32, or
-float64 where v is. They raise ValueError where the heads do not divide or a decay per channel leaves its
-range.
+float64 where v is. They raise ValueError where the heads do not divide or, on a CPU, a decay per channel
+leaves its range.
 
 Source: Katharopoulos et al. 2020 (arXiv 2006.16236, equations 18 to 20); Schlag, Irie and Schmidhuber 2021
 (arXiv 2102.11174, equation 24) for the delta rule; Yang et al. 2023 (arXiv 2312.06635) for decays per
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixforge.kernels.chunk_gates import ChannelGates, Gates, PlainGates, ScalarGates
-from mixforge.kernels.chunk_rules import AddChunks, DeltaChunks
+from mixforge.kernels.chunk_rules import AddRule, Chunks, DeltaRule, Rule
 
 # Fifteen steps of this size from a chunk's first row to its last stay inside the range of float32.
 CHANNEL_FLOOR = -5.0
@@ -85,13 +85,14 @@ def keep_steps(decay: Tensor, length: int) -> list[Tensor]:
 
 
 def check_inputs(q_BTHK: Tensor, v_BTGV: Tensor, decay: Tensor | None) -> None:
-    """Raise ValueError where the heads do not divide or a decay per channel leaves its range."""
+    """Raise ValueError where the heads do not divide or, on a CPU, a decay per channel leaves its range."""
     if v_BTGV.shape[2] % q_BTHK.shape[2] != 0:
         raise ValueError(
             f"{v_BTGV.shape[2]} value heads are no multiple of {q_BTHK.shape[2]} key heads; "
             "give every key head the same number of value heads"
         )
-    if decay is not None and decay.dim() == 4:
+    # Only where the bounds are at hand: a GPU would have to be waited for.
+    if decay is not None and decay.dim() == 4 and decay.device.type == "cpu":
         low, high = (bound.item() for bound in decay.detach().aminmax())
         # A NaN passes: it is a diverged model, which the training loop reports.
         if low < CHANNEL_FLOOR or high > 0:
@@ -163,7 +164,7 @@ def add_plain(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, no decay."""
-    return in_chunks(AddChunks, PlainGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(AddRule, PlainGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def add_scalar(
@@ -175,7 +176,7 @@ def add_scalar(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, a decay per head, or per token and head."""
-    return in_chunks(AddChunks, ScalarGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(AddRule, ScalarGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def add_channel(
@@ -188,7 +189,7 @@ def add_channel(
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, a decay per key channel."""
     size = CHANNEL_CHUNK
-    return in_chunks(AddChunks, ChannelGates, size, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(AddRule, ChannelGates, size, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_plain(
@@ -200,7 +201,7 @@ def delta_plain(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, no decay."""
-    return in_chunks(DeltaChunks, PlainGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DeltaRule, PlainGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_scalar(
@@ -212,7 +213,7 @@ def delta_scalar(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, a decay per head, or per token and head."""
-    return in_chunks(DeltaChunks, ScalarGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DeltaRule, ScalarGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_channel(
@@ -225,11 +226,11 @@ def delta_channel(
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, a decay per key channel."""
     size = CHANNEL_CHUNK
-    return in_chunks(DeltaChunks, ChannelGates, size, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DeltaRule, ChannelGates, size, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def in_chunks(
-    rule: type[torch.autograd.Function],
+    rule: type[Rule],
     gates: type[Gates],
     longest: int,
     q_BTHK: Tensor,
@@ -248,15 +249,21 @@ def in_chunks(
         decay = decay if decay.dim() == 4 else decay[..., None]
     dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
     inputs = (q_BTHK, k_BTHK, v_BTGV, decay, None if beta_BTG is None else beta_BTG[..., None])
-    chunked = [None if x is None else cut(x.to(dtype), size, heads) for x in inputs]
+    padded = [None if x is None else pad(x.to(dtype), size, heads) for x in inputs]
     count = max(1, SLAB // (batch * heads * size))
-    slabs = -(-length // (size * count))
     state = first_state(q_BTHK, v_BTGV, state_BGKV)
-    outputs = []
-    for slab in zip(*([None] * slabs if x is None else torch.split(x, count) for x in chunked), strict=True):
-        o_CBGLV, state = rule.apply(*slab, state, gates)  # type: ignore[no-untyped-call]
-        outputs.append(o_CBGLV.permute(1, 0, 3, 2, 4))
-    return torch.cat(outputs, 1).flatten(1, 2)[:, :length].to(v_BTGV.dtype), state
+    o, state = Chunks.apply(*padded, state, rule, gates, size, count)  # type: ignore[no-untyped-call]
+    return o[:, :length].to(v_BTGV.dtype), state
+
+
+def pad(x: Tensor, size: int, heads: int) -> Tensor:
+    """[B, T, H, *] padded with zeros to whole chunks, each head repeated in place.
+
+    A padded token neither decays nor writes.
+    """
+    group = heads // x.shape[2]
+    x = x.repeat_interleave(group, 2) if group > 1 else x
+    return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size)) if x.shape[1] % size else x
 
 
 def chunk_size(length: int, longest: int) -> int:
