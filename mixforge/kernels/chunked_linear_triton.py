@@ -852,3 +852,90 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 forward.register_autograd(_gradients, setup_context=_keep)
+
+
+@triton.jit
+def linear_step(
+    q, k, v, log, beta, state, o,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
+    KP: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One token of one head, a block of value channels; the state in place."""
+    block, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g = bg % G
+    channel, value = tl.arange(0, KP), block * BV + tl.arange(0, BV)
+    in_keys, in_values = channel < K, value < V
+    key = (bg // G * H + g // (G // H)) * K + channel
+    q_K = tl.load(q + key, mask=in_keys, other=0.0).to(tl.float32)
+    k_K = tl.load(k + key, mask=in_keys, other=0.0).to(tl.float32)
+    u_V = tl.load(v + bg * V + value, mask=in_values, other=0.0).to(tl.float32)
+    matrix = bg * K * V + channel[:, None] * V + value[None, :]
+    in_matrix = in_keys[:, None] & in_values[None, :]
+    s_KV = tl.load(state + matrix, mask=in_matrix, other=0.0)
+    if GATE == 1:
+        s_KV *= tl.exp(tl.load(log + g).to(tl.float32))
+    if GATE == 2:
+        s_KV *= tl.exp(tl.load(log + bg).to(tl.float32))
+    if GATE == 3:
+        s_KV *= tl.exp(tl.load(log + bg * K + channel, mask=in_keys, other=0.0).to(tl.float32))[:, None]
+    if DELTA:
+        u_V = tl.load(beta + bg).to(tl.float32) * (u_V - tl.sum(k_K[:, None] * s_KV, 0))
+    s_KV += k_K[:, None] * u_V[None, :]
+    tl.store(state + matrix, s_KV, mask=in_matrix)
+    o_V = tl.sum(q_K[:, None] * s_KV, 0)
+    tl.store(o + bg * V + value, o_V.to(o.dtype.element_ty), mask=in_values)
+
+
+def step_kernels(
+    q: Tensor, k: Tensor, v: Tensor, decay_now: Tensor | None, beta: Tensor | None, state: Tensor
+) -> Tensor:
+    """o of one token; the state, which must be contiguous, is brought up to date in place."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    decay_now, beta = (None if x is None else x.contiguous() for x in (decay_now, beta))
+    batch, key_heads, keys = q.shape
+    heads, values = v.shape[1:]
+    gate = "none" if decay_now is None else {1: "head", 2: "scalar", 3: "channel"}[decay_now.dim()]
+    found = choose("linear_step", generation(), v.dtype, keys, values)
+    config = Config({"BV": min(found.blocks["BV"], padded(values))}, found.warps, found.stages)
+    o = torch.empty_like(v)
+    launch(
+        linear_step, (-(-values // config.blocks["BV"]), batch * heads), q, k, v, decay_now, beta, state, o,
+        config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], DELTA=beta is not None, KP=padded(keys),
+    )  # fmt: skip
+    return o
+
+
+one_step = torch.library.custom_op("mixforge::linear_step", step_kernels, mutates_args=("state",))
+
+
+@one_step.register_fake
+def _(*args: Any) -> Any:
+    with recording("sm_90"):
+        return step_kernels(*args)
+
+
+def linear_step_triton(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BGV: Tensor,
+    decay_now: Tensor | None,
+    beta_BG: Tensor | None,
+    state_BGKV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `linear_step`, in one kernel. Where gradients are wanted, a sequence of one token, which has them.
+
+    Raises ValueError where a shape, dtype or device does not fit.
+    """
+    decay, beta = decay_now, beta_BG
+    if decay is not None and decay.dim() > 1:
+        decay = decay[:, None]
+    beta = None if beta is None else beta[:, None]
+    q, k, v = q_BHK[:, None], k_BHK[:, None], v_BGV[:, None]
+    check_arguments(q, k, v, decay, beta, state_BGKV, None)
+    given = (q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        o, state = chunked_linear_triton(q, k, v, decay, beta, state_BGKV)
+        return o[:, 0], state
+    if state_BGKV.dtype != torch.float32 or not state_BGKV.is_contiguous():
+        raise ValueError(f"state is {state_BGKV.dtype} with strides {state_BGKV.stride()}; it must be float32 and contiguous")
+    return one_step(q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV), state_BGKV

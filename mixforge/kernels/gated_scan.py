@@ -11,27 +11,45 @@ applications, section 1.4) for first-order recurrences in blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Gates are cut here: e^-60 is nothing beside rounding, and smaller powers make denormal numbers, which are slow.
+from mixforge.kernels.backend import triton_form
+from mixforge.kernels.packed import check_packed
+
+# Gates below are zero: e^-60 is nothing beside rounding, and smaller powers make denormal numbers, which are slow.
 LOG_FLOOR = -60.0
 # Values that a step should advance at once to be worth its call: short rows are laid out as several blocks.
 BLOCK_VALUES = 2048
 
 
 def gated_scan_reference(
-    log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor | None = None
+    log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One token after the other. Returns (h_BTD, final state_BD); a state of None is zeros.
 
-    States are float32, or float64 where b is; h has the dtype of b. A log gate may be -inf.
+    States are float32, or float64 where b is; h has the dtype of b. A log gate may be -inf. Of packed sequences
+    (`packed`), the states are [N, D].
     """
+    check_scan(log_a_BTD, b_BTD, state_BD, cu_seqlens)
     dtype = torch.float64 if b_BTD.dtype == torch.float64 else torch.float32
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        pieces = [
+            gated_scan_reference(
+                log_a_BTD[:, begin:end],
+                b_BTD[:, begin:end],
+                None if state_BD is None else state_BD[n : n + 1],
+            )
+            for n, (begin, end) in enumerate(pairwise(bounds))
+        ]
+        return torch.cat([h for h, _ in pieces], 1), torch.cat([final for _, final in pieces])
     h_BD = torch.zeros_like(b_BTD[:, 0], dtype=dtype) if state_BD is None else state_BD.to(dtype)
     steps = []
     for a_BD, b_BD in zip(log_a_BTD.to(dtype).exp().unbind(1), b_BTD.to(dtype).unbind(1), strict=True):
@@ -41,13 +59,40 @@ def gated_scan_reference(
 
 
 def gated_scan_torch(
-    log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor | None = None
+    log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `gated_scan_reference`, in blocks."""
+    check_scan(log_a_BTD, b_BTD, state_BD, cu_seqlens)
     dtype = torch.float64 if b_BTD.dtype == torch.float64 else torch.float32
-    state = torch.zeros_like(b_BTD[:, 0], dtype=dtype) if state_BD is None else state_BD.to(dtype)
-    h_BTD: Tensor = GatedScan.apply(log_a_BTD.to(dtype), b_BTD.to(dtype), state)  # type: ignore[no-untyped-call]
-    return h_BTD.to(b_BTD.dtype), h_BTD[:, -1]
+    log_a, b = log_a_BTD.to(dtype), b_BTD.to(dtype)
+    if cu_seqlens is None:
+        state = torch.zeros_like(b[:, 0]) if state_BD is None else state_BD.to(dtype)
+        h_BTD: Tensor = GatedScan.apply(log_a, b, state)  # type: ignore[no-untyped-call]
+        return h_BTD.to(b_BTD.dtype), h_BTD[:, -1]
+    # A sequence begins behind a gate that is shut, with what its state gives added to its first token.
+    starts = cu_seqlens[:-1].long()
+    if state_BD is not None:
+        b = b.index_add(1, starts, (log_a[0, starts].exp() * state_BD.to(dtype))[None])
+    h_BTD = GatedScan.apply(  # type: ignore[no-untyped-call]
+        log_a.index_fill(1, starts, -math.inf), b, torch.zeros_like(b[:, 0])
+    )
+    return h_BTD.to(b_BTD.dtype), h_BTD[0, cu_seqlens[1:].long() - 1]
+
+
+def check_scan(log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError where the shapes do not fit."""
+    if b_BTD.dim() != 3 or log_a_BTD.shape != b_BTD.shape:
+        raise ValueError(
+            f"log_a and b must have one shape [B, T, D], got {list(log_a_BTD.shape)} and {list(b_BTD.shape)}"
+        )
+    batch, length, width = b_BTD.shape
+    if length == 0:
+        raise ValueError(f"b has a length of 0 (shape {list(b_BTD.shape)}); give at least one token")
+    if cu_seqlens is not None:
+        check_packed(cu_seqlens, batch, length)
+        batch = cu_seqlens.shape[0] - 1
+    if state_BD is not None and state_BD.shape != (batch, width):
+        raise ValueError(f"state must be of shape {[batch, width]}, got {list(state_BD.shape)}")
 
 
 def gated_scan_step(log_a_BD: Tensor, b_BD: Tensor, state_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +108,7 @@ class GatedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor) -> Tensor:
-        a_BTD = log_a_BTD.clamp(min=LOG_FLOOR).exp_()
+        a_BTD = F.threshold(log_a_BTD, LOG_FLOOR, -math.inf).exp_()
         h_BTD = scan_blocks(a_BTD, b_BTD, state_BD)
         ctx.save_for_backward(a_BTD, h_BTD, state_BD)
         return h_BTD
@@ -111,3 +156,11 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": gated_scan_reference,
     "torch": gated_scan_torch,
 }
+
+
+def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The form of one backend; that of Triton is imported when it is asked for."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("gated_scan", "gated_scan_triton")
+        return found
+    return FORMS[backend]

@@ -6,11 +6,15 @@ Source: Gu and Dao 2023 (arXiv 2312.00752, section 3.4), the convolution in fron
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mixforge.kernels.backend import triton_form
+from mixforge.kernels.packed import check_packed
 
 
 def short_conv_reference(
@@ -19,12 +23,18 @@ def short_conv_reference(
     bias_D: Tensor | None = None,
     activation: Literal["none", "silu"] = "none",
     state_BDW: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A sum of shifted inputs.
 
     `state_BDW` [B, D, W-1] holds the inputs before the first token, oldest first; None is zeros. Returns y_BTD and
-    the state after the last token, both in the dtype of x.
+    the state after the last token, both in the dtype of x. Of packed sequences (`packed`), states are [N, D, W-1].
     """
+    check_conv(x_BTD, weight_DW, bias_D, activation, state_BDW, cu_seqlens)
+    if cu_seqlens is not None:
+        return each_sequence(
+            short_conv_reference, x_BTD, weight_DW, bias_D, activation, state_BDW, cu_seqlens.tolist()
+        )
     width, length = weight_DW.shape[1], x_BTD.shape[1]
     x_BDT = with_past(x_BTD, width, state_BDW)
     y_BDT = torch.zeros_like(x_BDT[:, :, :length])
@@ -42,13 +52,62 @@ def short_conv_torch(
     bias_D: Tensor | None = None,
     activation: Literal["none", "silu"] = "none",
     state_BDW: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `short_conv_reference`, by torch's depthwise convolution: 2 W D matmul FLOPs a token."""
+    check_conv(x_BTD, weight_DW, bias_D, activation, state_BDW, cu_seqlens)
+    if cu_seqlens is not None:
+        return each_sequence(
+            short_conv_torch, x_BTD, weight_DW, bias_D, activation, state_BDW, cu_seqlens.tolist()
+        )
     width, length = weight_DW.shape[1], x_BTD.shape[1]
     x_BDT = with_past(x_BTD, width, state_BDW)
     y_BDT = F.conv1d(x_BDT, weight_DW[:, None], bias_D, groups=weight_DW.shape[0])
     y_BDT = F.silu(y_BDT) if activation == "silu" else y_BDT
     return y_BDT.transpose(1, 2), x_BDT[:, :, length:].clone()
+
+
+def check_conv(
+    x_BTD: Tensor,
+    weight_DW: Tensor,
+    bias_D: Tensor | None,
+    activation: str,
+    state_BDW: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ValueError where the shapes do not fit."""
+    if x_BTD.dim() != 3 or x_BTD.shape[1] == 0:
+        raise ValueError(f"x must be of shape [B, T, D] with at least one token, got {list(x_BTD.shape)}")
+    batch, length, dim = x_BTD.shape
+    if weight_DW.dim() != 2 or weight_DW.shape[0] != dim or not 1 <= weight_DW.shape[1] <= 8:
+        raise ValueError(f"weight must be of shape [{dim}, W], W at most 8, got {list(weight_DW.shape)}")
+    if bias_D is not None and bias_D.shape != (dim,):
+        raise ValueError(f"bias must be of shape [{dim}], got {list(bias_D.shape)}")
+    if activation not in ("none", "silu"):
+        raise ValueError(f"activation must be none or silu, got {activation!r}")
+    if cu_seqlens is not None:
+        check_packed(cu_seqlens, batch, length)
+        batch = cu_seqlens.shape[0] - 1
+    past = (batch, dim, weight_DW.shape[1] - 1)
+    if state_BDW is not None and state_BDW.shape != past:
+        raise ValueError(f"state must be of shape {list(past)}, got {list(state_BDW.shape)}")
+
+
+def each_sequence(
+    operation: Callable[..., tuple[Tensor, Tensor]],
+    x_BTD: Tensor,
+    weight_DW: Tensor,
+    bias_D: Tensor | None,
+    activation: Literal["none", "silu"],
+    state_BDW: Tensor | None,
+    bounds: list[int],
+) -> tuple[Tensor, Tensor]:
+    """An operation over packed sequences, one after the other."""
+    pieces = []
+    for n, (begin, end) in enumerate(pairwise(bounds)):
+        state = None if state_BDW is None else state_BDW[n : n + 1]
+        pieces.append(operation(x_BTD[:, begin:end], weight_DW, bias_D, activation, state))
+    return torch.cat([y for y, _ in pieces], 1), torch.cat([after for _, after in pieces])
 
 
 def with_past(x_BTD: Tensor, width: int, state_BDW: Tensor | None) -> Tensor:
@@ -79,3 +138,11 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": short_conv_reference,
     "torch": short_conv_torch,
 }
+
+
+def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The form of one backend; that of Triton is imported when it is asked for."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("short_conv", "short_conv_triton")
+        return found
+    return FORMS[backend]

@@ -1,0 +1,42 @@
+"""Packed sequences: N sequences one after the other on the time axis of a batch of one.
+
+`cu_seqlens` [N+1] holds where each begins, and the length behind the last: 0 < ... < T. A state then has one row
+for each sequence.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def check_packed(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """Raise ValueError where the bounds are none.
+
+    Bounds on an accelerator are taken as they are, for reading them would wait for all work before.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 of shape [N+1], got {cu_seqlens.dtype} of shape "
+            f"{list(cu_seqlens.shape)}"
+        )
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens needs a batch of 1, the sequences along its time axis; got a batch of {batch}"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {bounds}")
+
+
+def sequence_edges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """For each token the number of the sequence that it is the first of, or the last of; otherwise -1: int32 [T]."""
+    time_T = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    # The last bound at or before a token, so that an empty sequence has no token.
+    owner_T = torch.searchsorted(cu_seqlens, time_T, right=True) - 1
+    first_T = torch.where(cu_seqlens[owner_T] == time_T, owner_T, -1)
+    last_T = torch.where(cu_seqlens[owner_T + 1] == time_T + 1, owner_T, -1)
+    return first_T.int(), last_T.int()

@@ -1,0 +1,78 @@
+"""The one measure of error of the kernels' tests, RMS(actual - expected) / RMS(expected), and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# A few roundings of the accumulators, for sums of a few hundred terms.
+FLOAT32 = 3e-6
+
+
+def error_ratio(actual: Tensor, expected: Tensor) -> float:
+    """The ratio of RMS errors. Where all that is expected is zero, the RMS error itself."""
+    assert actual.shape == expected.shape, f"{list(actual.shape)} is not {list(expected.shape)}"
+    wanted = expected.double()
+    error, scale = (x.square().mean().sqrt().item() for x in (actual.double() - wanted, wanted))
+    return error / scale if scale > 0 else error
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, ratio: float = FLOAT32) -> None:
+    """The quantity `name` is within `ratio` of what is expected. NaN never is."""
+    error = error_ratio(actual, expected)
+    assert error <= ratio, f"{name}: RMS error ratio {error:.3g}, at most {ratio:.3g} allowed"
+
+
+def results(
+    operation: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor | None]
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of a weighted sum of all of them for all inputs of a floating dtype, by name."""
+    leaves = [
+        x.detach().clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs
+    ]
+    outputs = operation(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for output in outputs:
+        weights = torch.arange(1, output.numel() + 1, device=output.device).double().sin().view_as(output)
+        # Weights that every dtype holds, so that all forms receive the same gradients.
+        loss = loss + (output.double() * weights.to(torch.bfloat16)).sum()
+    loss.backward()
+    found = {f"output {n}": output.detach() for n, output in enumerate(outputs)}
+    for n, leaf in enumerate(leaves):
+        if leaf is not None and leaf.is_floating_point():
+            assert leaf.grad is not None, f"input {n} has no gradient"
+            found[f"gradient of input {n}"] = leaf.grad
+    return found
+
+
+def widened(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Floating inputs in float64."""
+    return [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+
+
+def assert_agree(
+    actual: Callable[..., Tensor | tuple[Tensor, ...]],
+    expected: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    ratio: float = FLOAT32,
+) -> None:
+    """Outputs and gradients of a form are those of another in float64."""
+    wanted = results(expected, widened(inputs))
+    for name, value in results(actual, inputs).items():
+        assert_close(name, value, wanted[name], ratio)
+
+
+def assert_as_good(
+    actual: Callable[..., Tensor | tuple[Tensor, ...]],
+    rival: Callable[..., Tensor | tuple[Tensor, ...]],
+    expected: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+) -> None:
+    """Errors of a form against another in float64 are at most twice those of a rival in the same dtype."""
+    wanted, allowed = results(expected, widened(inputs)), results(rival, inputs)
+    for name, value in results(actual, inputs).items():
+        ratio = 2 * error_ratio(allowed[name], wanted[name])
+        assert_close(name, value, wanted[name], max(ratio, FLOAT32))
