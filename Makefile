@@ -1,11 +1,15 @@
 # make search   set up everything, run the laptop campaign, export the winner (15 minutes on two cores)
 # make test     set up everything, then lint, types, imports, tests and the documentation's examples
+# make kernels  compile every kernel for every target, without a GPU, under both Triton versions (Linux)
+# make oracle   compare the kernels with fla-core's recurrences, in an environment of its own (Linux)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/laptop
+OLDER  := .venv-triton36
+ORACLE := .venv-oracle
 
-.PHONY: search test setup bench clean
+.PHONY: search test kernels oracle setup bench clean
 
 search: $(VENV)/.ready
 	$(BIN)/mixforge search examples/laptop.toml
@@ -20,6 +24,16 @@ test: $(VENV)/.ready-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+kernels: $(VENV)/.ready-dev $(OLDER)/.ready
+	$(BIN)/python -m mixforge.kernels.ahead_of_time
+	$(OLDER)/bin/python -m mixforge.kernels.ahead_of_time --targets sm_90,gfx942
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDER)/bin/python -m pytest tests/kernels/interpreted -k 13 \
+	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
+
+oracle: $(VENV)/.ready-dev $(ORACLE)/.ready
+	$(ORACLE)/bin/python -m pytest tests/oracle
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(ORACLE)/bin/python -m pytest tests/oracle
 
 bench: $(VENV)/.ready-dev
 	for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
@@ -39,5 +53,20 @@ $(VENV)/.ready-dev: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.ready
 
+# An environment with a few packages of its own, that finds all others in the main one.
+define layer
+	$(BIN)/python -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet --no-deps $(2)
+	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+	  > "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/layer.pth"
+	@touch $(1)/.ready
+endef
+
+$(OLDER)/.ready: tests/kernels/triton36.txt | $(VENV)/.ready-dev
+	$(call layer,$(OLDER),--requirement tests/kernels/triton36.txt)
+
+$(ORACLE)/.ready: tests/oracle/requirements.txt | $(VENV)/.ready-dev
+	$(call layer,$(ORACLE),--requirement tests/oracle/requirements.txt)
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(OLDER) $(ORACLE) runs build *.egg-info

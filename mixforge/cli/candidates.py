@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: mixforge draw examples/laptop.toml -n 5")(draw)
     app.command(epilog="Example: mixforge profile griffin --context 1024")(profile)
     app.command(epilog="Example: mixforge mixers attn")(mixers)
-    app.command(epilog="Example: mixforge doctor")(doctor)
+    app.command(epilog="Example: mixforge doctor\n\nExample: mixforge doctor --tune")(doctor)
 
 
 def draw(
@@ -251,8 +251,20 @@ def _summary(kind: type) -> str:
     return document.strip().splitlines()[0]
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Find the fastest block sizes of the kernels on this GPU and keep them."),
+    ] = False,
+    only: Annotated[
+        str, typer.Option("--only", metavar="TEXT", help="Tune only kernels whose shape class contains this.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
     """What this machine has, and whether Mixforge can use it: versions, devices, threads, memory, disk."""
+    if tune:
+        _tune(only, as_json)
+        return
     from mixforge.evaluator.environment import environment
 
     try:
@@ -280,6 +292,39 @@ def doctor(as_json: Json = False) -> None:
     wrong = [name for name, _, ok, _ in checks if not ok]
     if wrong:
         raise RunFailed(f"not fit to search: {', '.join(wrong)}")
+
+
+def _tune(only: str, as_json: bool) -> None:
+    import torch
+
+    # Asked here as well, for without a GPU there may be no triton to import the tuner with.
+    if not torch.cuda.is_available():
+        raise ValueError("there is no GPU to tune kernels for; run doctor --tune on a machine that has one")
+    from dataclasses import asdict
+
+    from mixforge.kernels.blocks import cache_file
+    from mixforge.kernels.tuning import tune
+
+    found = tune(narrate, only)
+    if as_json:
+        print_json(
+            [
+                {**asdict(one), "shape": one.shape.name, "ratio": one.ratio, "file": str(cache_file())}
+                for one in found
+            ]
+        )
+    else:
+        made = table("shape class", "default ms >", "best ms >", "ratio >", "best", "dropped >")
+        for one in found:
+            times = ("-" if ms is None else f"{ms:.3g}" for ms in (one.default_ms, one.best_ms))
+            ratio = "-" if one.ratio is None else f"{one.ratio:.2f}"
+            best = "none is right" if one.best is None else one.best.text
+            made.add_row(one.shape.name, *times, ratio, best, str(len(one.dropped)))
+        show_table(made)
+        narrate(f"kept in {cache_file()}")
+    broken = [one.shape.name for one in found if one.best is None]
+    if broken:
+        raise RunFailed(f"no configuration is right for {', '.join(broken)}")
 
 
 Check = tuple[str, str, bool, str]

@@ -73,6 +73,14 @@ def test_what_needs_no_search(tell) -> None:
     assert all(check["ok"] for check in json.loads(tell("doctor", "--json").out))
 
 
+def test_kernels_are_tuned_on_a_gpu_only(tell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    told = tell("doctor", "--tune")
+    assert told.status == 2
+    assert "there is no GPU to tune kernels for" in told.err
+    assert not told.out
+
+
 def test_a_profile_is_measured_and_can_be_kept(tell) -> None:
     words = ("lm(conv + mlp, width=16)", "--context", "16", "--json")
     measured = json.loads(tell("profile", *words, "--keep", "--db", "kept.db").out)

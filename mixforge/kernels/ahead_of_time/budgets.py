@@ -1,0 +1,111 @@
+"""What a compiled kernel may use, and how it is judged.
+
+A kernel that asks for too much still compiles: what does not fit is refused at its launch, or comes out as a stub of a
+few instructions. So every figure is held against what the device has.
+
+Source: NVIDIA, CUDA C++ Programming Guide, table of technical specifications by compute capability; AMD, Instinct
+MI300 Instruction Set Architecture, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What the compiler made of one kernel for one target."""
+
+    registers: int
+    """Of a thread (lane)."""
+    stack_bytes: int
+    """Memory of a thread outside its registers: spills, and arrays that are indexed."""
+    spills: int
+    """Instructions that move a register to or from there (NVIDIA), or registers that do not fit (AMD)."""
+    shared_bytes: int
+    """Shared memory (LDS) of a program."""
+    tensor_columns: int
+    """Columns of tensor memory of a program, on a device that has it."""
+    instructions: int
+    matrix_instructions: int
+    """How many of them multiply matrices."""
+    least_instructions: int
+    """No fewer can do what the kernel says: one for each load, store, product and reduction of a tile."""
+    wants_matrix: bool
+    """Whether it multiplies tiles in a dtype that the matrix units of the target take."""
+    compile_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a program may use on one target."""
+
+    registers: int
+    shared_bytes: int
+    tensor_columns: int = 0
+
+
+LIMITS = {
+    "sm_80": Limits(255, 166_912),
+    "sm_90": Limits(255, 232_448),
+    "sm_100": Limits(255, 232_448, 512),
+    "gfx942": Limits(512, 65_536),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StackBudget:
+    """A kernel that may use the stack on some targets, and why."""
+
+    kernel: str
+    target: str
+    """The beginning of the targets' names."""
+    stack_bytes: int
+    reason: str
+
+
+# Every other kernel may use none.
+STACK_BUDGETS: tuple[StackBudget, ...] = ()
+
+# A stub has 16; a kernel that adds one to a row has 21.
+FEWEST_INSTRUCTIONS = 20
+
+
+def stack_budget(kernel: str, target: str) -> int:
+    """Bytes of stack that a kernel may use on a target."""
+    return max(
+        (
+            allowed.stack_bytes
+            for allowed in STACK_BUDGETS
+            if allowed.kernel == kernel and target.startswith(allowed.target)
+        ),
+        default=0,
+    )
+
+
+def over_budget(kernel: str, target: str, found: Figures) -> list[str]:
+    """One sentence for each figure outside its budget; none if the kernel may be launched."""
+    limits = LIMITS[target]
+    most = {
+        "registers": (found.registers, limits.registers),
+        "stack bytes": (found.stack_bytes, stack_budget(kernel, target)),
+        "bytes of shared memory": (found.shared_bytes, limits.shared_bytes),
+        "columns of tensor memory": (found.tensor_columns, limits.tensor_columns),
+    }
+    said = [
+        f"{kernel} on {target} uses {figure} {what}, and its budget is {budget}"
+        for what, (figure, budget) in most.items()
+        if figure > budget
+    ]
+    least = max(FEWEST_INSTRUCTIONS, found.least_instructions)
+    if found.instructions < least:
+        said.append(
+            f"{kernel} on {target} has {found.instructions} instructions, and can do its work in no fewer than {least}: "
+            "the compiler dropped it"
+        )
+    if found.wants_matrix and not found.matrix_instructions:
+        said.append(
+            f"{kernel} on {target} has 0 matrix instructions, and its products need at least 1: "
+            "they run as single multiply-adds"
+        )
+    return said

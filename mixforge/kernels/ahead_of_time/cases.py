@@ -1,0 +1,166 @@
+"""What the gate compiles and the tuner tunes: every operation in every template, at the dims that matter.
+
+A case stands for a shape class, not for a length, so one length is enough. The sizes are those of the benchmarks, so
+that bytes can be read beside times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixforge.kernels.ahead_of_time.case import Call, Case
+from mixforge.kernels.chunked_linear import chunked_linear_reference
+from mixforge.kernels.chunked_linear_triton import chunked_linear_triton, linear_step_triton
+from mixforge.kernels.gated_scan import gated_scan_reference
+from mixforge.kernels.gated_scan_complex import gated_scan_complex_reference
+from mixforge.kernels.gated_scan_triton import (
+    gated_scan_complex_step_triton,
+    gated_scan_complex_triton,
+    gated_scan_step_triton,
+    gated_scan_triton,
+)
+from mixforge.kernels.norm import rms_norm_gated_reference, rms_norm_reference
+from mixforge.kernels.norm_triton import rms_norm_gated_triton, rms_norm_triton
+from mixforge.kernels.selective_scan import selective_scan_reference
+from mixforge.kernels.selective_scan_triton import selective_scan_step_triton, selective_scan_triton
+from mixforge.kernels.short_conv import short_conv_reference
+from mixforge.kernels.short_conv_triton import short_conv_step_triton, short_conv_triton
+
+DECAYS: Mapping[str, tuple[str, ...] | None] = {
+    "none": None,
+    "head": ("G",),
+    "scalar": ("B", "T", "G"),
+    "channel": ("B", "T", "G", "K"),
+}
+RULES = ("add", "delta")
+
+
+def _chunked_linear(case: Case) -> Call:
+    decay, rule = case.variant.split(", ")
+    log, size = DECAYS[decay], case.sizes["K"] ** -0.5
+    return chunked_linear_triton, (
+        case.tensor("B", "T", "H", "K", low=-size, high=size),
+        # Of a norm below 1, which the delta rule needs to stay bounded.
+        case.tensor("B", "T", "H", "K", low=-size, high=size),
+        case.tensor("B", "T", "G", "V"),
+        None if log is None else case.tensor(*log, dtype=torch.float32, low=-1.0, high=0.0),
+        case.tensor("B", "T", "G", dtype=torch.float32, low=0.0, high=1.0) if rule == "delta" else None,
+    )
+
+
+def _linear_step(case: Case) -> Call:
+    decay, rule = case.variant.split(", ")
+    log = DECAYS[decay]
+    vectors = (_still(case, *letters) for letters in (("B", "H", "K"), ("B", "H", "K"), ("B", "G", "V")))
+    return linear_step_triton, (
+        *vectors,
+        None if log is None else _still(case, *(x for x in log if x != "T"), dtype=torch.float32),
+        _still(case, "B", "G", dtype=torch.float32) if rule == "delta" else None,
+        _still(case, "B", "G", "K", "V", dtype=torch.float32),
+    )
+
+
+def _gated_scan(case: Case) -> Call:
+    gate = case.tensor("B", "T", "D", dtype=torch.float32, low=-1.0, high=0.0)
+    if case.variant == "complex":
+        phase = case.tensor("B", "T", "D", dtype=torch.float32)
+        return gated_scan_complex_triton, (gate, phase, case.tensor("B", "T", "P", "D"))
+    return gated_scan_triton, (gate, case.tensor("B", "T", "D"))
+
+
+def _gated_scan_step(case: Case) -> Call:
+    if case.variant == "complex":
+        gate, phase = (_still(case, "B", "D", dtype=torch.float32) for _ in range(2))
+        values = _still(case, "B", "P", "D"), _still(case, "B", "P", "D", dtype=torch.float32)
+        return gated_scan_complex_step_triton, (gate, phase, *values)
+    gate, state = (_still(case, "B", "D", dtype=torch.float32) for _ in range(2))
+    return gated_scan_step_triton, (gate, _still(case, "B", "D"), state)
+
+
+def _selective_scan(case: Case) -> Call:
+    return selective_scan_triton, (
+        case.tensor("B", "T", "D"),
+        case.tensor("B", "T", "D", low=0.0, high=0.1),
+        case.tensor("D", "N", dtype=torch.float32, low=-8.0, high=-0.1),
+        case.tensor("B", "T", "N"),
+        case.tensor("B", "T", "N"),
+        case.tensor("D", dtype=torch.float32),
+    )
+
+
+def _selective_scan_step(case: Case) -> Call:
+    inputs, rate = [_still(case, "B", "D") for _ in range(2)], _still(case, "D", "N", dtype=torch.float32)
+    maps = [_still(case, "B", "N") for _ in range(2)]
+    skip, state = _still(case, "D", dtype=torch.float32), _still(case, "B", "D", "N", dtype=torch.float32)
+    return selective_scan_step_triton, (*inputs, rate, *maps, skip, state)
+
+
+def _short_conv(case: Case) -> Call:
+    weights = case.tensor("D", "W"), case.tensor("D")
+    return short_conv_triton, (case.tensor("B", "T", "D"), *weights, case.variant)
+
+
+def _short_conv_step(case: Case) -> Call:
+    inputs = (_still(case, *letters) for letters in (("B", "D"), ("D", "W"), ("D",)))
+    state = torch.empty(
+        case.sizes["B"], case.sizes["D"], case.sizes["W"] - 1, dtype=case.dtype, device=case.device
+    )
+    return short_conv_step_triton, (*inputs, case.variant, state)
+
+
+def _norm(case: Case) -> Call:
+    x, weight = case.tensor("B", "T", "D"), case.tensor("D", dtype=torch.float32)
+    if case.variant == "gated":
+        return rms_norm_gated_triton, (x, case.tensor("B", "T", "D"), weight)
+    return rms_norm_triton, (x, weight)
+
+
+def _still(case: Case, *letters: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor that gets no gradient."""
+    return case.tensor(*letters, dtype=dtype, grad=False)
+
+
+def _case(
+    op: str,
+    variant: str,
+    call: Callable[[Case], Call],
+    sizes: Mapping[str, int],
+    reference: Callable[..., Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
+    return Case(op=op, variant=variant, dtype=dtype, sizes=sizes, call=call, reference=reference)
+
+
+def _linear(variant: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    sizes = {"B": 8, "T": 4096, "H": 16, "G": 16, "K": dim, "V": dim}
+    return _case("chunked_linear", variant, _chunked_linear, sizes, chunked_linear_reference, dtype)
+
+
+_WIDE = {"B": 8, "T": 4096, "D": 2048}
+_ROWS = {"B": 64, "D": 2048}
+_STATES = {"B": 64, "H": 16, "G": 16, "K": 128, "V": 128}
+
+CASES: tuple[Case, ...] = (
+    *(_linear(f"{decay}, {rule}", 128) for decay in DECAYS for rule in RULES),
+    # Smaller dims use less of everything: the heaviest of each stage stand for all.
+    *(_linear(variant, 64) for variant in ("none, delta", "scalar, delta", "channel, add", "channel, delta")),
+    _linear("channel, delta", 64, torch.float32),
+    *(_case("linear step", f"{decay}, {rule}", _linear_step, _STATES) for decay in DECAYS for rule in RULES),
+    _case("gated_scan", "real", _gated_scan, _WIDE, gated_scan_reference),
+    _case("gated_scan", "real", _gated_scan, _WIDE, gated_scan_reference, torch.float32),
+    _case("gated_scan", "complex", _gated_scan, {**_WIDE, "P": 2}, gated_scan_complex_reference),
+    _case("gated_scan step", "real", _gated_scan_step, _ROWS),
+    _case("gated_scan step", "complex", _gated_scan_step, {**_ROWS, "P": 2}),
+    _case("selective_scan", "skip", _selective_scan, {**_WIDE, "N": 16}, selective_scan_reference),
+    _case("selective_scan step", "skip", _selective_scan_step, {**_ROWS, "N": 16}),
+    _case("short_conv", "silu", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
+    _case("short_conv", "none", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
+    _case("short_conv step", "silu", _short_conv_step, {**_ROWS, "W": 4}),
+    _case("norm", "plain", _norm, _WIDE, rms_norm_reference),
+    _case("norm", "gated", _norm, _WIDE, rms_norm_gated_reference),
+    _case("norm", "gated", _norm, {"B": 8, "T": 65536, "D": 128}, rms_norm_gated_reference),
+)
