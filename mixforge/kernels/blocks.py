@@ -74,6 +74,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gradients", Config({"BK": 64, "BV": 64})),
     Row("linear_step", Config({"BV": 32}), key=128),
     Row("linear_step", Config({"BV": 16})),
+    Row("linear_decode", Config(warps=8)),
     # gated_scan
     Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu"),
     Row("scan_forward", Config({"BLOCK_T": 32, "BLOCK_D": 32}, warps=1), key=64, value=1),

@@ -14,6 +14,8 @@ All forms take the same arguments:
     decay: None, or finite log decays of at most 0: [G], [B, T, G], or [B, T, G, K], these in [-5, 0].
     beta_BTG: None is the rule add; a tensor, with values up to 2, is the rule delta.
     state_BGKV: the state before the first token; None is zeros.
+    cu_seqlens: [N+1] whole numbers from 0 to T where N sequences are packed one after the other in a batch of 1;
+        states are then [N, G, K, V].
 
 They return o_BTGV in the dtype of v and the final state_BGKV. States and everything between are float32, or
 float64 where v is. They raise ValueError where the heads do not divide or, on a CPU, a decay per channel
@@ -26,12 +28,15 @@ channel. `chunk_rules` and `chunk_gates` hold the chunked form's equations.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixforge.kernels.arguments import check_arguments
+from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import ChannelGates, Gates, PlainGates, ScalarGates
 from mixforge.kernels.chunk_rules import AddRule, Chunks, DeltaRule, Rule
 
@@ -51,8 +56,14 @@ def chunked_linear_reference(
     decay: Tensor | None = None,
     beta_BTG: Tensor | None = None,
     state_BGKV: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one token after the other."""
+    check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
+    if cu_seqlens is not None:
+        return one_by_one(
+            chunked_linear_reference, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens
+        )
     check_inputs(q_BTHK, v_BTGV, decay)
     dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
     group = v_BTGV.shape[2] // q_BTHK.shape[2]
@@ -76,6 +87,27 @@ def chunked_linear_reference(
     return torch.stack(outputs, 1).to(v_BTGV.dtype), state
 
 
+def one_by_one(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_BGKV: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences, each by itself."""
+    outputs, states = [], []
+    for number, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        of_tokens = (q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG)
+        cut = (x if x is None or x.dim() == 1 else x[:, start:end] for x in of_tokens)
+        o_BTGV, state = run(*cut, None if state_BGKV is None else state_BGKV[number : number + 1])
+        outputs.append(o_BTGV)
+        states.append(state)
+    return torch.cat(outputs, 1), torch.cat(states)
+
+
 def keep_steps(decay: Tensor, length: int) -> list[Tensor]:
     """For each token, the factor of its state, [..., K or 1, 1]."""
     if decay.dim() == 1:
@@ -92,7 +124,8 @@ def check_inputs(q_BTHK: Tensor, v_BTGV: Tensor, decay: Tensor | None) -> None:
             "give every key head the same number of value heads"
         )
     # Only where the bounds are at hand: a GPU would have to be waited for.
-    if decay is not None and decay.dim() == 4 and decay.device.type == "cpu":
+    is_at_hand = decay is not None and decay.device.type == "cpu" and not torch.compiler.is_compiling()
+    if decay is not None and decay.dim() == 4 and is_at_hand:
         low, high = (bound.item() for bound in decay.detach().aminmax())
         # A NaN passes: it is a diverged model, which the training loop reports.
         if low < CHANNEL_FLOOR or high > 0:
@@ -129,15 +162,17 @@ def linear_step(
     q_BGK, k_BGK = q_BHK.to(dtype), k_BHK.to(dtype)
     if group > 1:
         q_BGK, k_BGK = q_BGK.repeat_interleave(group, 1), k_BGK.repeat_interleave(group, 1)
-    state = state_BGKV.clone() if torch.is_grad_enabled() else state_BGKV
+    state, is_in_place = state_BGKV, not torch.is_grad_enabled()
     if decay_now is not None:
         keep = decay_now.to(dtype).exp()
-        state.mul_(keep[..., None] if keep.dim() == 3 else keep[..., None, None])
+        keep = keep[..., None] if keep.dim() == 3 else keep[..., None, None]
+        state = state.mul_(keep) if is_in_place else state * keep
     write_BGV = v_BGV.to(dtype)
     if beta_BG is not None:
         read_BGV = (k_BGK[..., None, :] @ state)[..., 0, :]
         write_BGV = beta_BG.to(dtype)[..., None] * (write_BGV - read_BGV)
-    state.addcmul_(k_BGK[..., :, None], write_BGV[..., None, :])
+    add = state.addcmul_ if is_in_place else state.addcmul
+    state = add(k_BGK[..., :, None], write_BGV[..., None, :])
     return (q_BGK[..., None, :] @ state)[..., 0, :].to(v_BGV.dtype), state
 
 
@@ -148,8 +183,14 @@ def chunked_linear_torch(
     decay: Tensor | None = None,
     beta_BTG: Tensor | None = None,
     state_BGKV: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks, as matrix products."""
+    check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
+    if cu_seqlens is not None:
+        return one_by_one(
+            chunked_linear_torch, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens
+        )
     kind = "none" if decay is None else "channel" if decay.dim() == 4 else "scalar"
     run = form("torch", "add" if beta_BTG is None else "delta", kind)
     return run(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
@@ -283,7 +324,13 @@ def cut(x: Tensor, size: int, heads: int) -> Tensor:
 
 
 def form(backend: str, rule: str, decay: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The narrowest form that runs one rule (add, delta) and decay (none, head, scalar, channel)."""
+    """The narrowest form that runs one rule (add, delta) and decay (none, head, scalar, channel).
+
+    That of Triton runs them all, and is imported when it is asked for.
+    """
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("chunked_linear", "chunked_linear_triton")
+        return found
     torch_forms: dict[tuple[str, str], Callable[..., tuple[Tensor, Tensor]]] = {
         ("add", "none"): add_plain,
         ("add", "head"): add_scalar,
@@ -311,6 +358,14 @@ def matmul_flops(
     pairs, states = (1, 2) if rule == "add" else (2, 3)
     products = pairs * size * size * (key_dim + value_dim) + states * size * key_dim * value_dim
     return 2 * chunks * value_heads * products
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("chunked_linear", "linear_step_triton")
+        return found
+    return linear_step
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -30,6 +30,9 @@ section 3.2) and Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464, section 3.3
 made from M in the scan; the gradient is from the equations above, which need neither W nor its gradient.
 """
 
+# Jit functions have no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 from typing import Any
@@ -39,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, recording
 
@@ -108,9 +112,16 @@ def linear_gram(
             for block in range(0, C, SUB):
                 left, right = _anchored(total, within, block, SUB)
                 right = (k_CK.to(tl.float32) * right).to(WIDE)
-                inner = tl.dot((q_CK.to(tl.float32) * left).to(WIDE), tl.trans(right), inner, input_precision=PRECISION)
+                inner = tl.dot(
+                    (q_CK.to(tl.float32) * left).to(WIDE), tl.trans(right), inner, input_precision=PRECISION
+                )
                 if DELTA:
-                    keys = tl.dot((k_CK.to(tl.float32) * left).to(WIDE), tl.trans(right), keys, input_precision=PRECISION)
+                    keys = tl.dot(
+                        (k_CK.to(tl.float32) * left).to(WIDE),
+                        tl.trans(right),
+                        keys,
+                        input_precision=PRECISION,
+                    )
         else:
             inner = tl.dot(q_CK, tl.trans(k_CK), inner, input_precision=PRECISION)
             if DELTA:
@@ -148,10 +159,22 @@ def _anchored(total, within, block, SUB: tl.constexpr):
 
 
 @triton.jit
-def _block(system, row, g, valid, i: tl.constexpr, j: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr):
+def _block(
+    system,
+    row,
+    g,
+    valid,
+    i: tl.constexpr,
+    j: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    SUB: tl.constexpr,
+):
     """Rows of block i and columns of block j of A."""
     column = j * SUB + tl.arange(0, SUB)
-    return tl.load(system + ((row + i * SUB) * G + g)[:, None] * C + column[None, :], mask=valid[:, None], other=0.0)
+    return tl.load(
+        system + ((row + i * SUB) * G + g)[:, None] * C + column[None, :], mask=valid[:, None], other=0.0
+    )
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
@@ -166,7 +189,12 @@ def linear_solve(
     within = tl.arange(0, SUB)
     row = first + c * C + within
     left = length - c * C
-    in_0, in_1, in_2, in_3 = within < left, within + SUB < left, within + 2 * SUB < left, within + 3 * SUB < left
+    in_0, in_1, in_2, in_3 = (
+        within < left,
+        within + SUB < left,
+        within + 2 * SUB < left,
+        within + 3 * SUB < left,
+    )
     m_00 = tl.zeros([SUB, SUB], tl.float32)
     m_11 = tl.zeros([SUB, SUB], tl.float32)
     m_22 = tl.zeros([SUB, SUB], tl.float32)
@@ -258,7 +286,9 @@ def linear_scan(
     if first_state is None:
         state = tl.zeros([KP, BV], tl.float32)
     else:
-        state = tl.load(first_state + ng.to(tl.int64) * K * V + matrix, mask=in_matrix, other=0.0).to(tl.float32)
+        state = tl.load(first_state + ng.to(tl.int64) * K * V + matrix, mask=in_matrix, other=0.0).to(
+            tl.float32
+        )
     for start in range(0, length, C):
         tl.store(states + (chunk * G + g) * K * V + matrix, state.to(states.dtype.element_ty), mask=in_matrix)
         valid = start + within < length
@@ -271,10 +301,14 @@ def linear_scan(
         spot = (row * G + g)[:, None] * V + value[None, :]
         u_CV = tl.load(v + spot, mask=in_values, other=0.0)
         if (GATE == 1) or (GATE == 2):
-            read, write, keep = _row_scalings(log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE)
+            read, write, keep = _row_scalings(
+                log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE
+            )
         if DELTA:
             step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
-            m_CC = tl.load(inverse + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0)
+            m_CC = tl.load(
+                inverse + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0
+            )
             x_CV = tl.dot(k_CK, state.to(k_CK.dtype), input_precision=PRECISION)
             if (GATE == 1) or (GATE == 2):
                 x_CV *= read[:, None]
@@ -312,7 +346,9 @@ def linear_output(
     for start in range(0, K, BK):
         channel = start + tl.arange(0, BK)
         in_keys = valid[:, None] & (channel < K)[None, :]
-        q_CK = tl.load(q_read + (row * H + g // (G // H))[:, None] * K + channel[None, :], mask=in_keys, other=0.0)
+        q_CK = tl.load(
+            q_read + (row * H + g // (G // H))[:, None] * K + channel[None, :], mask=in_keys, other=0.0
+        )
         matrix = (h * G + g) * K * V + channel[:, None] * V + value[None, :]
         state = tl.load(states + matrix, mask=(channel < K)[:, None] & (value < V)[None, :], other=0.0)
         o_CV = tl.dot(q_CK, state, o_CV, input_precision=PRECISION)
@@ -353,7 +389,9 @@ def linear_scan_backward(
         in_values = valid[:, None] & (value < V)[None, :]
         key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
         if (GATE == 1) or (GATE == 2):
-            read, write, keep = _row_scalings(log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE)
+            read, write, keep = _row_scalings(
+                log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE
+            )
         k_CK = tl.load(k_write + key_row, mask=in_keys, other=0.0)
         du_CV = tl.dot(k_CK, dstate.to(k_CK.dtype), input_precision=PRECISION)
         spot = (row * G + g)[:, None] * V + value[None, :]
@@ -412,7 +450,9 @@ def linear_pairs_backward(
         spot = (row * G + g)[:, None] * V + value[None, :]
         mask = valid[:, None] & (value < V)[None, :]
         u_CV = tl.load(u + spot, mask=mask, other=0.0)
-        dp_CC = tl.dot(tl.load(do + spot, mask=mask, other=0.0), tl.trans(u_CV), dp_CC, input_precision=PRECISION)
+        dp_CC = tl.dot(
+            tl.load(do + spot, mask=mask, other=0.0), tl.trans(u_CV), dp_CC, input_precision=PRECISION
+        )
         if DELTA:
             dx_CV = tl.load(dx + spot, mask=mask, other=0.0)
             da_CC = tl.dot(dx_CV, tl.trans(u_CV), da_CC, input_precision=PRECISION)
@@ -429,7 +469,9 @@ def linear_pairs_backward(
     tl.store(dpairs + place, tl.where(causal, dp_CC, 0.0).to(dpairs.dtype.element_ty), mask=valid[:, None])
     if DELTA:
         below = within[:, None] > within[None, :]
-        tl.store(dsystem + place, tl.where(below, -da_CC, 0.0).to(dsystem.dtype.element_ty), mask=valid[:, None])
+        tl.store(
+            dsystem + place, tl.where(below, -da_CC, 0.0).to(dsystem.dtype.element_ty), mask=valid[:, None]
+        )
         tl.store(dbeta + row * G + g, dstep, mask=valid)
 
 
@@ -477,7 +519,9 @@ def linear_gradients(
         if (GATE == 1) or (GATE == 2):
             held += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32))
         if DELTA:
-            z_CK = tl.dot(tl.load(dx + spot, mask=in_values, other=0.0), s_VK, z_CK, input_precision=PRECISION)
+            z_CK = tl.dot(
+                tl.load(dx + spot, mask=in_values, other=0.0), s_VK, z_CK, input_precision=PRECISION
+            )
     key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
     q_CK = tl.load(q + key_row, mask=in_keys, other=0.0)
     k_CK = tl.load(k + key_row, mask=in_keys, other=0.0)
@@ -556,6 +600,7 @@ def chunked_linear_triton(
     then [N, G, K, V]. Raises ValueError where a shape, dtype or device does not fit.
     """
     check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
+    check_limits(q_BTHK)
     o_BTGV, state, *_ = forward(
         q_BTHK,
         k_BTHK,
@@ -568,59 +613,13 @@ def chunked_linear_triton(
     return o_BTGV, state
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raise ValueError naming the argument, what it was and what it must be."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [batch, time, heads, dim]")
-        if tensor.dtype not in TYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
-            raise ValueError(f"{name} is {tensor.dtype}; backend='triton' takes {known}")
-        if tensor.dtype != v.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} and v is {v.dtype}; they must have one dtype")
-    batch, length, key_heads, keys = q.shape
-    heads, values = v.shape[2:]
-    if length == 0:
-        raise ValueError("q has a length of 0; there must be at least one token")
-    if k.shape != q.shape:
-        raise ValueError(f"k has shape {list(k.shape)}; it must be that of q, {list(q.shape)}")
-    if v.shape[:2] != q.shape[:2]:
-        raise ValueError(f"v has shape {list(v.shape)}; it must begin as q does, {list(q.shape)}")
-    if heads % key_heads != 0:
-        raise ValueError(
-            f"{heads} value heads are no multiple of {key_heads} key heads; "
-            "give every key head the same number of value heads"
-        )
-    if keys > MOST_KEYS:
-        raise ValueError(f"q has {keys} key channels; backend='triton' takes at most {MOST_KEYS}")
-    sequences = batch
-    if cu_seqlens is not None:
-        if batch != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-            raise ValueError(
-                f"cu_seqlens has shape {list(cu_seqlens.shape)} beside a batch of {batch}; it must be [sequences + 1], and "
-                "packed sequences have a batch of 1"
-            )
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}; it must be int32 or int64")
-        sequences = len(cu_seqlens) - 1
-    legal = [(heads,), (batch, length, heads), (batch, length, heads, keys)]
-    if decay is not None and tuple(decay.shape) not in legal:
-        raise ValueError(
-            f"decay has shape {list(decay.shape)}; it must be one of {', '.join(str(list(shape)) for shape in legal)}"
-        )
-    if beta is not None and tuple(beta.shape) != legal[1]:
-        raise ValueError(f"beta has shape {list(beta.shape)}; it must be {list(legal[1])}")
-    if state is not None and tuple(state.shape) != (sequences, heads, keys, values):
-        raise ValueError(f"state has shape {list(state.shape)}; it must be {[sequences, heads, keys, values]}")
-    check_device(q=q, k=k, v=v, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens)
+def check_limits(q: Tensor) -> None:
+    """Raise ValueError for a dtype or a dim that the kernels do not take."""
+    if q.dtype not in TYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
+        raise ValueError(f"q is {q.dtype}; backend='triton' takes {known}")
+    if q.shape[3] > MOST_KEYS:
+        raise ValueError(f"q has {q.shape[3]} key channels; backend='triton' takes at most {MOST_KEYS}")
 
 
 def gate_of(decay: Tensor | None) -> str:
@@ -631,7 +630,9 @@ def gate_of(decay: Tensor | None) -> str:
 class Shape:
     """What every launch of one call has in common."""
 
-    def __init__(self, q: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, cu: Tensor | None) -> None:
+    def __init__(
+        self, q: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, cu: Tensor | None
+    ) -> None:
         self.batch, self.length, self.key_heads, self.keys = q.shape
         self.heads, self.values = v.shape[2:]
         self.gate, self.delta = gate_of(decay), beta is not None
@@ -653,7 +654,9 @@ class Shape:
             owner = torch.searchsorted(self.offsets, number, right=True) - 1
             unused = owner >= self.sequences
             inner = number - self.offsets[owner.clamp(max=self.sequences - 1)]
-            self.table = torch.stack([owner.masked_fill(unused, -1), inner.masked_fill(unused, 0)], 1).contiguous()
+            self.table = torch.stack(
+                [owner.masked_fill(unused, -1), inner.masked_fill(unused, 0)], 1
+            ).contiguous()
         self.dtype = v.dtype
         # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
         self.wide, self.wide_precision = v.dtype, dot_precision(v.dtype)
@@ -673,7 +676,9 @@ class Shape:
     def constants(self) -> dict[str, Any]:
         return {"G": self.heads, "VARLEN": self.cu is not None, "C": CHUNK}
 
-    def run(self, kernel: Any, grid: tuple[int, ...], *args: Any, blocks: tuple[str, ...] = (), **constants: Any) -> None:
+    def run(
+        self, kernel: Any, grid: tuple[int, ...], *args: Any, blocks: tuple[str, ...] = (), **constants: Any
+    ) -> None:
         """Launch a kernel that takes the sequences' bounds and the lengths at its end."""
         is_scan = kernel in (linear_scan, linear_scan_backward)
         places = (self.cu, self.offsets if is_scan else self.table)
@@ -701,6 +706,7 @@ def forward_kernels(
 
     What a rule or decay does not have is empty.
     """
+    check_device(q=q, k=k, v=v, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     decay, beta, state = (None if x is None else x.contiguous() for x in (decay, beta, state))
     shape = Shape(q, v, decay, beta, cu_seqlens)
@@ -737,8 +743,9 @@ def forward_kernels(
         q_read, decay, sums, pairs, v if u is None else u, states, o, blocks=("BK", "BV"),
         **common, **value, H=shape.read_heads, PRECISION=precision,
     )  # fmt: skip
-    kept = [q.new_empty(0) if x is None else x for x in (sums, *(scaled or (None, None, None)), pairs, inverse, u, states)]
-    return o, final, *kept
+    kept = (sums, *(scaled or (None, None, None)), pairs, inverse, u, states)
+    # An operation of torch returns tensors: what there is not is empty.
+    return o, final, *(_or_empty(q, x) for x in kept)  # type: ignore[return-value]
 
 
 def backward_kernels(
@@ -759,7 +766,10 @@ def backward_kernels(
     do: Tensor,
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, decay, beta and the first state, from those of o and the last state; empty where there is none."""
+    """Gradients of q, k, v, decay, beta and the first state, from those of o and the last state.
+
+    What has none is empty.
+    """
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
     decay, beta, dfinal = (None if x is None else x.contiguous() for x in (decay, beta, dfinal))
     shape = Shape(q, v, decay, beta, cu_seqlens)
@@ -890,6 +900,7 @@ def step_kernels(
     q: Tensor, k: Tensor, v: Tensor, decay_now: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> Tensor:
     """o of one token; the state, which must be contiguous, is brought up to date in place."""
+    check_device(q=q, k=k, v=v, decay=decay_now, beta=beta, state=state)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     decay_now, beta = (None if x is None else x.contiguous() for x in (decay_now, beta))
     batch, key_heads, keys = q.shape
@@ -932,10 +943,13 @@ def linear_step_triton(
     beta = None if beta is None else beta[:, None]
     q, k, v = q_BHK[:, None], k_BHK[:, None], v_BGV[:, None]
     check_arguments(q, k, v, decay, beta, state_BGKV, None)
+    check_limits(q)
     given = (q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         o, state = chunked_linear_triton(q, k, v, decay, beta, state_BGKV)
         return o[:, 0], state
     if state_BGKV.dtype != torch.float32 or not state_BGKV.is_contiguous():
-        raise ValueError(f"state is {state_BGKV.dtype} with strides {state_BGKV.stride()}; it must be float32 and contiguous")
+        raise ValueError(
+            f"state is {state_BGKV.dtype} with strides {state_BGKV.stride()}; it must be float32 and contiguous"
+        )
     return one_step(q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV), state_BGKV

@@ -30,7 +30,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """As `rms_norm_reference`, with the derivative written out."""
+    """With the derivative written out; computed in float32 or better."""
     check_norm(x, weight)
     wide = x if x.dtype == torch.float64 else x.float()
     y: Tensor = RootMeanSquare.apply(wide, weight.to(wide.dtype), eps)  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ def rms_norm_gated_torch(
     activation: Literal["silu", "sigmoid"] = "silu",
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """As `rms_norm_gated_reference`, with the derivative of the norm written out."""
+    """With the derivative of the norm written out; computed in float32 or better."""
     check_gated(x, gate, weight, activation)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     factor = F.silu(gate.to(dtype)) if activation == "silu" else torch.sigmoid(gate.to(dtype))

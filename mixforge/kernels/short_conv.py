@@ -146,3 +146,11 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
         found: Callable[..., tuple[Tensor, Tensor]] = triton_form("short_conv", "short_conv_triton")
         return found
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("short_conv", "short_conv_step_triton")
+        return found
+    return short_conv_step

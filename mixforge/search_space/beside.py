@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mixforge.search_space.layer import Pass, TokenMixer
-from mixforge.search_space.norm import RMSNorm
 
 
 class Beside(TokenMixer):
@@ -79,9 +78,9 @@ class SumFuse(nn.Module):
 class MeanFuse(nn.Module):
     """y = mean over the branches of norm_i(y_i), each with its own learned scale."""
 
-    def __init__(self, width: int, branches: int) -> None:
+    def __init__(self, norms: list[nn.Module]) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(branches))
+        self.norms = nn.ModuleList(norms)
 
     def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         return torch.stack([norm(y) for norm, y in zip(self.norms, outputs, strict=True)]).mean(0)

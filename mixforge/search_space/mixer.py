@@ -15,8 +15,8 @@ from typing import ClassVar, Literal, Self
 from mixforge.search_space.genes import GeneValue
 from mixforge.search_space.part import Part
 
-Backend = Literal["reference", "torch"]
-BACKENDS: tuple[Backend, ...] = ("reference", "torch")
+Backend = Literal["reference", "torch", "triton"]
+BACKENDS: tuple[Backend, ...] = ("reference", "torch", "triton")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from mixforge.search_space.architecture import Beside as BesideUnit
 from mixforge.search_space.beside import Beside, ConcatFuse, GateFuse, MeanFuse, SumFuse
 from mixforge.search_space.layer import Pass, Pointwise
 from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
-from mixforge.search_space.norm import RMSNorm
+from mixforge.search_space.norm import norm_part
 from mixforge.search_space.part import Part
 from mixforge.search_space.residual import Residual, Stack
 
@@ -71,8 +71,11 @@ class LanguageModel(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[..., D] -> logits [..., X]."""
-        readout = self.embedding if self.readout is None else self.readout
-        return F.linear(self.norm(x), readout.weight)
+        return F.linear(self.norm(x), self.read_weight())
+
+    def read_weight(self) -> Tensor:
+        """[X, D], of which logits are products with what the last norm gives."""
+        return (self.embedding if self.readout is None else self.readout).weight
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """int64 tokens [B, T] -> logits [B, T, X]."""
@@ -145,7 +148,7 @@ def language_model(architecture: Architecture, backend: Backend) -> Part:
         width=architecture.width,
         tied=architecture.embed == "tied",
         stack=Part(Stack, units=[_unit_part(unit, architecture, backend) for unit in architecture.stack]),
-        norm=_norm_part(architecture),
+        norm=_norm_part(architecture, backend),
     )
 
 
@@ -156,7 +159,7 @@ def _unit_part(unit: Unit, architecture: Architecture, backend: Backend) -> Part
         )
     places = {"pre": ("before",), "post": ("after",), "sandwich": ("before", "inside")}[architecture.place]
     norms = {
-        place: _norm_part(architecture) if place in places else Part(nn.Identity)
+        place: _norm_part(architecture, backend) if place in places else Part(nn.Identity)
         for place in ("before", "inside", "after")
     }
     return Part(Residual, mixer=_mixer_part(unit, architecture.width, backend), **norms)
@@ -166,9 +169,14 @@ def _mixer_part(unit: Layer | BesideUnit, width: int, backend: Backend) -> Part:
     if isinstance(unit, Layer):
         return _placed(unit.mixer, width, backend)
     branches = [_placed(mixer, width, backend) for mixer in unit.branches]
-    fuses = {"sum": SumFuse, "mean": MeanFuse, "gate": GateFuse, "concat": ConcatFuse}
-    sizes = {} if unit.fuse == "sum" else {"width": width, "branches": len(branches)}
-    return Part(Beside, branches=branches, fuse=Part(fuses[unit.fuse], **sizes))
+    fuses = {"gate": GateFuse, "concat": ConcatFuse}
+    if unit.fuse == "mean":
+        fuse = Part(MeanFuse, norms=[norm_part(width, backend) for _ in branches])
+    elif unit.fuse == "sum":
+        fuse = Part(SumFuse)
+    else:
+        fuse = Part(fuses[unit.fuse], width=width, branches=len(branches))
+    return Part(Beside, branches=branches, fuse=fuse)
 
 
 def _placed(mixer: Mixer, width: int, backend: Backend) -> Part:
@@ -176,10 +184,10 @@ def _placed(mixer: Mixer, width: int, backend: Backend) -> Part:
     return Part(Pointwise, inner=part) if mixer.kind == "channel" else part
 
 
-def _norm_part(architecture: Architecture) -> Part:
+def _norm_part(architecture: Architecture, backend: Backend) -> Part:
     if architecture.norm == "layer":
         return Part(nn.LayerNorm, normalized_shape=architecture.width)
-    return Part(RMSNorm, width=architecture.width)
+    return norm_part(architecture.width, backend)
 
 
 def build(

@@ -5,21 +5,29 @@ Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from mixforge.kernels.norm import RootMeanSquare
+from mixforge.kernels import norm
+from mixforge.search_space.mixer import Backend
+from mixforge.search_space.part import Part
 
 
 class RMSNorm(nn.Module):
     """Over the last axis, of size `width`; computed in float32 or better."""
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, operation: Callable[..., Tensor], eps: float = 1e-6) -> None:
         super().__init__()
+        self.operation = operation
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        y: Tensor = RootMeanSquare.apply(wide, self.weight.to(wide.dtype), self.eps)  # type: ignore[no-untyped-call]
-        return y.to(x.dtype)
+        return self.operation(x, self.weight, self.eps)
+
+
+def norm_part(width: int, backend: Backend) -> Part:
+    """The module with the operation of a backend."""
+    return Part(RMSNorm, width=width, operation=norm.form(backend))

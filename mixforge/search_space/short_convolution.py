@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mixforge.kernels.short_conv import short_conv_step
-
 
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution over the last `size` tokens of each channel, without a bias."""
@@ -21,10 +19,12 @@ class ShortConvolution(nn.Module):
         size: int,
         activation: Literal["none", "silu"],
         operation: Callable[..., tuple[Tensor, Tensor]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
         self.activation = activation
         self.operation = operation
+        self.one_step = one_step
         self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-1, 1) / math.sqrt(size))
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -37,6 +37,7 @@ class ShortConvolution(nn.Module):
 
     def step(self, x_BD: Tensor, state_BDW: Tensor) -> Tensor:
         """One token. The state is brought up to date in place."""
-        y_BD, after_BDW = short_conv_step(x_BD, self.weight, None, self.activation, state_BDW)
-        state_BDW.copy_(after_BDW)
+        y_BD, after_BDW = self.one_step(x_BD, self.weight, None, self.activation, state_BDW)
+        if after_BDW is not state_BDW:
+            state_BDW.copy_(after_BDW)
         return y_BD

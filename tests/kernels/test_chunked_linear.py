@@ -290,7 +290,7 @@ def test_refuses_what_it_cannot_run(operation: Callable[..., tuple[Tensor, Tenso
     assert inputs[3] is not None
     with pytest.raises(ValueError, match=r"\[-5, 0\], got -5\.5 to"):
         operation(*inputs[:3], inputs[3].clamp(max=-0.1).index_fill(1, torch.tensor([3]), -5.5), None, None)
-    with pytest.raises(ValueError, match=r"to 0\.25"):
+    with pytest.raises(ValueError, match=r"at most 0, got 0\.25"):
         operation(*inputs[:3], inputs[3].index_fill(1, torch.tensor([3]), 0.25), None, None)
     with pytest.raises(ValueError, match="4 value heads are no multiple of 3 key heads"):
         operation(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 4), None, None, None)

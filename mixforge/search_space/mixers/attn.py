@@ -15,6 +15,7 @@ above read; in the paper the shared keys and values belong to no layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
@@ -22,20 +23,15 @@ from typing import Annotated, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from mixforge.kernels import attention
+from mixforge.kernels.attention import attended_pairs, step_attention
 from mixforge.search_space.genes import Call, Choice, Form, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.mixer import Backend, Cost, Mixer
-from mixforge.search_space.norm import RMSNorm
+from mixforge.search_space.norm import norm_part
 from mixforge.search_space.part import Part
 from mixforge.search_space.rotary import rotate
-from mixforge.search_space.softmax import (
-    attended_pairs,
-    causal_attention,
-    masked_window_attention,
-    step_attention,
-    window_attention,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +130,29 @@ class Attn(Mixer):
             "heads": heads,
             "head_dim": head_dim,
             "theta": 10000.0 if self.pos == "rope" else None,
-            "query_norm": Part(RMSNorm, width=head_dim) if self.qk_norm == "rms" else None,
+            "query_norm": norm_part(head_dim, backend) if self.qk_norm == "rms" else None,
             "gated": self.out_gate == "sigmoid",
         }
         if self.kv == "shared":
-            return Part(SharedAttention, **common)
-        key_norm = Part(RMSNorm, width=head_dim) if self.qk_norm == "rms" else None
+            return Part(SharedAttention, **common, operation=attention.form(backend))
+        key_norm = norm_part(head_dim, backend) if self.qk_norm == "rms" else None
         if isinstance(self.window, int):
-            return Part(WindowAttention, **common, kv_heads=kv_heads, key_norm=key_norm, window=self.window)
-        return Part(Attention, **common, kv_heads=kv_heads, key_norm=key_norm, publishes=self.kv == "own")
+            return Part(
+                WindowAttention,
+                **common,
+                kv_heads=kv_heads,
+                key_norm=key_norm,
+                window=self.window,
+                operation=attention.window_form(backend),
+            )
+        return Part(
+            Attention,
+            **common,
+            kv_heads=kv_heads,
+            key_norm=key_norm,
+            publishes=self.kv == "own",
+            operation=attention.form(backend),
+        )
 
 
 class Queries(nn.Module):
@@ -233,9 +243,11 @@ class Attention(TokenMixer):
         key_norm: nn.Module | None,
         gated: bool,
         publishes: bool,
+        operation: Callable[[Tensor, Tensor, Tensor, int], Tensor],
     ) -> None:
         super().__init__()
         self.publishes = publishes
+        self.operation = operation
         self.queries = Queries(width, heads, head_dim, theta, query_norm, gated)
         self.memory = KeysValues(width, kv_heads, head_dim, theta, key_norm)
 
@@ -256,7 +268,7 @@ class Attention(TokenMixer):
                 k_BHTK, v_BHTK = state["key"][:, :, :end], state["value"][:, :, :end]
         if self.publishes:
             at.shared = (k_BHTK, v_BHTK)
-        o_BHTK = causal_attention(self.queries.ask(x_BTD, at.positions_T), k_BHTK, v_BHTK, at.start)
+        o_BHTK = self.operation(self.queries.ask(x_BTD, at.positions_T), k_BHTK, v_BHTK, at.start)
         return self.queries.answer(o_BHTK, x_BTD), state
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
@@ -283,8 +295,10 @@ class SharedAttention(TokenMixer):
         theta: float | None,
         query_norm: nn.Module | None,
         gated: bool,
+        operation: Callable[[Tensor, Tensor, Tensor, int], Tensor],
     ) -> None:
         super().__init__()
+        self.operation = operation
         self.queries = Queries(width, heads, head_dim, theta, query_norm, gated)
 
     def initial_state(
@@ -296,7 +310,7 @@ class SharedAttention(TokenMixer):
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         assert at.shared is not None, "an architecture with kv=shared and no owner below it is illegal"
-        o_BHTK = causal_attention(self.queries.ask(x_BTD, at.positions_T), *at.shared, at.start)
+        o_BHTK = self.operation(self.queries.ask(x_BTD, at.positions_T), *at.shared, at.start)
         return self.queries.answer(o_BHTK, x_BTD), state
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
@@ -321,9 +335,11 @@ class WindowAttention(TokenMixer):
         key_norm: nn.Module | None,
         gated: bool,
         window: int,
+        operation: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
     ) -> None:
         super().__init__()
         self.window = window
+        self.operation = operation
         self.queries = Queries(width, heads, head_dim, theta, query_norm, gated)
         self.memory = KeysValues(width, kv_heads, head_dim, theta, key_norm)
 
@@ -338,14 +354,14 @@ class WindowAttention(TokenMixer):
         q_BHTK = self.queries.ask(x_BTD, at.positions_T)
         k_BHTK, v_BHTK = self.memory(x_BTD, at.positions_T)
         if at.start == 0 or state is None:
-            o_BHTK = window_attention(q_BHTK, k_BHTK, v_BHTK, self.window)
+            o_BHTK = self.operation(q_BHTK, k_BHTK, v_BHTK, self.window, 0)
         else:
             # Tokens start - past to start - 1, in order, from their slots in the ring.
             past = min(at.start, self.window - 1)
             ring = torch.arange(at.start - past, at.start, device=x_BTD.device) % state["key"].shape[2]
             wide_k_BHTK = torch.cat([state["key"][:, :, ring], k_BHTK], 2)
             wide_v_BHTK = torch.cat([state["value"][:, :, ring], v_BHTK], 2)
-            o_BHTK = masked_window_attention(q_BHTK, wide_k_BHTK, wide_v_BHTK, self.window)
+            o_BHTK = self.operation(q_BHTK, wide_k_BHTK, wide_v_BHTK, self.window, past)
         if state is not None:
             slots = state["key"].shape[2]
             kept = min(slots, x_BTD.shape[1])

@@ -47,7 +47,8 @@ class Conv(Mixer):
             channels=width,
             size=self.size,
             activation="none",
-            operation=short_conv.FORMS[backend],
+            operation=short_conv.form(backend),
+            one_step=short_conv.step_form(backend),
         )
         return Part(GatedConvolution, width=width, conv=conv)
 

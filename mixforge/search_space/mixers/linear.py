@@ -43,13 +43,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels import chunked_linear, short_conv
+from mixforge.kernels.backend import triton_form
 from mixforge.search_space.activation import relu, sigmoid, silu
 from mixforge.search_space.decay import (
     HeadDecay,
@@ -63,7 +64,7 @@ from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.mixer import Backend, Cost, Mixer
-from mixforge.search_space.norm import RMSNorm
+from mixforge.search_space.norm import norm_part
 from mixforge.search_space.part import Part
 from mixforge.search_space.rotary import rotate
 from mixforge.search_space.short_convolution import ShortConvolution
@@ -251,12 +252,14 @@ class Linear(Mixer):
         inner = size.heads * size.value_dim
         mixed = 2 * size.key_heads * size.key_dim + inner
         norm = {
-            "rms": Part(RMSNorm, width=size.value_dim),
-            "gated": Part(RMSNorm, width=inner),
+            "rms": norm_part(size.value_dim, backend),
+            "gated": norm_part(inner, backend),
             "none": None,
         }[self.out_norm]
+        make, decoded = self._decoder(size) if backend == "triton" else (LinearAttention, {})
         return Part(
-            LinearAttention,
+            make,
+            **decoded,
             width=width,
             heads=size.heads,
             key_heads=size.key_heads,
@@ -265,6 +268,7 @@ class Linear(Mixer):
             features=size.features,
             scale=1.0 if self.phi == TAYLOR or self.in_gate == "dt" else size.key_dim**-0.5,
             operation=chunked_linear.form(backend, self.rule, self.decay),
+            one_step=chunked_linear.step_form(backend),
             conv=None
             if isinstance(self.conv, str)
             else Part(
@@ -272,7 +276,8 @@ class Linear(Mixer):
                 channels=mixed,
                 size=self.conv,
                 activation="silu",
-                operation=short_conv.FORMS[backend],
+                operation=short_conv.form(backend),
+                one_step=short_conv.step_form(backend),
             ),
             theta=10000.0 if self.pos == "rope" else None,
             feature=_FEATURES[str(self.phi)],
@@ -293,6 +298,23 @@ class Linear(Mixer):
                 activation=_ACTIVATIONS[self.out_gate],
             ),
         )
+
+    def _decoder(self, size: Sizes) -> tuple[type[TokenMixer], dict[str, Any]]:
+        """The module whose step is one kernel between its projections, where that kernel takes these genes."""
+        # Imported here, for it has this module's classes as its base.
+        from mixforge.search_space.linear_decode import FusedLinearAttention
+
+        is_small = size.key_dim <= 128 and size.value_dim <= 256
+        is_plain = self.phi in ("none", "elu1", "relu") and self.norm == "none" and self.pos == "none"
+        if not (is_small and is_plain):
+            return LinearAttention, {}
+        return FusedLinearAttention, {
+            "decode": triton_form("linear_decode", "linear_decode_triton"),
+            "decay_kind": self.decay,
+            "feature_map": self.phi,
+            "activation": self.out_gate,
+            "is_normed_by_head": self.out_norm == "rms",
+        }
 
     def _decay_part(self, width: int, size: Sizes) -> Part | None:
         match self.decay, self.forget:
@@ -437,6 +459,7 @@ class LinearAttention(TokenMixer):
         features: int,
         scale: float,
         operation: Callable[..., tuple[Tensor, Tensor]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
         conv: ShortConvolution | None,
         theta: float | None,
         feature: Callable[[Tensor], Tensor] | None,
@@ -453,6 +476,7 @@ class LinearAttention(TokenMixer):
         self.key_dim, self.value_dim, self.features = key_dim, value_dim, features
         self.scale = scale
         self.operation = operation
+        self.one_step = one_step
         self.theta = theta
         self.feature = feature
         self.unit_keys = unit_keys
@@ -498,7 +522,7 @@ class LinearAttention(TokenMixer):
         decay, write_BTHV, beta_BTH = self.gates_of(x_BTD, v_BTHV)
         now = decay if decay is None or decay.dim() == 1 else decay[:, 0]
         beta_BH = None if beta_BTH is None else beta_BTH[:, 0]
-        o_BHV, matrix = chunked_linear.linear_step(
+        o_BHV, matrix = self.one_step(
             q_BTHK[:, 0], k_BTHK[:, 0], write_BTHV[:, 0], now, beta_BH, state["matrix"]
         )
         if matrix is not state["matrix"]:

@@ -95,7 +95,8 @@ class Rglru(Mixer):
                 channels=heads * head_dim,
                 size=self.conv,
                 activation="none",
-                operation=short_conv.FORMS[backend],
+                operation=short_conv.form(backend),
+                one_step=short_conv.step_form(backend),
             )
         return Part(
             RecurrentBlock,
@@ -103,7 +104,8 @@ class Rglru(Mixer):
             heads=heads,
             head_dim=head_dim,
             conv=conv,
-            operation=gated_scan.FORMS[backend],
+            operation=gated_scan.form(backend),
+            one_step=gated_scan.step_form(backend),
         )
 
 
@@ -135,10 +137,12 @@ class RecurrentBlock(TokenMixer):
         head_dim: int,
         conv: ShortConvolution | None,
         operation: Callable[..., tuple[Tensor, Tensor]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
         inner = heads * head_dim
         self.operation = operation
+        self.one_step = one_step
         self.gate = nn.Linear(width, inner, bias=False)
         self.into = nn.Linear(width, inner, bias=False)
         self.conv = conv
@@ -174,7 +178,7 @@ class RecurrentBlock(TokenMixer):
         if self.conv is not None:
             into_BD = self.conv.step(into_BD, state["conv"])
         log_a_BTD, b_BTD = self.gates_of(into_BD[:, None])
-        h_BD, hidden_BD = gated_scan.gated_scan_step(log_a_BTD[:, 0], b_BTD[:, 0], state["hidden"])
+        h_BD, hidden_BD = self.one_step(log_a_BTD[:, 0], b_BTD[:, 0], state["hidden"])
         if hidden_BD is not state["hidden"]:
             state["hidden"].copy_(hidden_BD)
         return self.finish(h_BD, x_BD), state

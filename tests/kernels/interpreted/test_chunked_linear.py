@@ -1,0 +1,197 @@
+"""The linear family in Triton against the recurrence in float64: every decay and rule, with every gradient."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from tolerance import assert_agree, assert_close
+from torch import Tensor
+
+from mixforge.kernels import chunked_linear_triton
+from mixforge.kernels.chunked_linear import chunked_linear_reference, linear_step
+from mixforge.kernels.chunked_linear_triton import chunked_linear_triton as run
+from mixforge.kernels.chunked_linear_triton import linear_step_triton
+from mixforge.kernels.launch import recording
+
+DECAYS = ("none", "head", "scalar", "channel")
+RULES = ("add", "delta")
+# Sums of decays are differenced in float32.
+RATIO = 1e-5
+# The gradient of a head's decay is one number, a difference of two sums over all tokens.
+OF_DECAY = 1e-4
+
+
+def draw(
+    decay: str,
+    rule: str,
+    length: int = 65,
+    *,
+    batch: int = 1,
+    key_heads: int = 1,
+    value_heads: int = 1,
+    key_dim: int = 16,
+    value_dim: int = 16,
+    sequences: int | None = None,
+    reach: float = 3.0,
+    alike: float = 1.0,
+) -> list[Tensor | None]:
+    """Random inputs, unit keys; `alike` moves the keys towards one another, `reach` bounds the log decays."""
+    dice = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch, length, key_heads, key_dim, generator=dice) for _ in range(2))
+    v = torch.randn(batch, length, value_heads, value_dim, generator=dice)
+    state = torch.randn(sequences or batch, value_heads, key_dim, value_dim, generator=dice)
+    shapes = {"head": (value_heads,), "scalar": v.shape[:3], "channel": (*v.shape[:3], key_dim)}
+    g = None if decay == "none" else -reach * torch.rand(shapes[decay], generator=dice)
+    beta = 2 * torch.rand(v.shape[:3], generator=dice) if rule == "delta" else None
+    return [q, torch.nn.functional.normalize(k + alike, dim=-1), v, g, beta, state]
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", [1, 13, 63, 64, 65])
+def test_equals_the_recurrence(decay: str, rule: str, length: int) -> None:
+    assert_agree(run, chunked_linear_reference, draw(decay, rule, length), RATIO, gradient_3=OF_DECAY)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_the_recurrence_with_odd_sizes(decay: str, rule: str) -> None:
+    """Three value heads to a key head, a batch of 3, dims that are no powers of two and more than one block."""
+    inputs = draw(decay, rule, 70, batch=3, key_heads=1, value_heads=3, key_dim=24, value_dim=33)
+    assert_agree(run, chunked_linear_reference, inputs, RATIO, gradient_3=OF_DECAY)
+
+
+@pytest.mark.parametrize(("decay", "rule"), [("scalar", "delta"), ("channel", "delta"), ("none", "add")])
+def test_equals_the_recurrence_over_many_chunks(decay: str, rule: str) -> None:
+    inputs = draw(decay, rule, 200, value_heads=2, key_heads=2, key_dim=64, value_dim=64)
+    assert_agree(run, chunked_linear_reference, inputs, RATIO, gradient_3=OF_DECAY)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_packed_sequences_do_not_see_one_another(decay: str, rule: str) -> None:
+    bounds = torch.tensor([0, 15, 80, 90])
+    inputs = draw(decay, rule, 90, sequences=3, value_heads=2)
+    forms = [partial(form, cu_seqlens=bounds) for form in (run, chunked_linear_reference)]
+    assert_agree(*forms, inputs, RATIO, gradient_3=OF_DECAY)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("decay", ["head", "scalar"])
+def test_decays_of_nothing_and_of_everything(decay: str, rule: str) -> None:
+    """A token that keeps all beside one that keeps e^-1000 of what was before."""
+    inputs = draw(decay, rule, 65)
+    g = inputs[3]
+    assert g is not None
+    g.fill_(-1000.0 if decay == "head" else 0.0)
+    if decay == "scalar":
+        g[:, 5::7] = -1000.0
+    assert_agree(run, chunked_linear_reference, inputs, 3e-5, gradient_3=1e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_channel_decays_at_their_floor(rule: str) -> None:
+    inputs = draw("channel", rule, 65)
+    assert inputs[3] is not None
+    inputs[3].fill_(-5.0)
+    assert_agree(run, chunked_linear_reference, inputs, RATIO, gradient_3=OF_DECAY)
+
+
+@pytest.mark.parametrize("decay", ["none", "channel"])
+def test_keys_that_resemble_one_another(decay: str) -> None:
+    """With beta up to 2: where a Neumann series for the triangular system is off by 1e10."""
+    inputs = draw(decay, "delta", 64, alike=5.0, reach=0.1)
+    assert_agree(run, chunked_linear_reference, inputs, 2e-4 if decay == "none" else 1e-4)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_prefix_does_not_see_what_follows(decay: str, rule: str) -> None:
+    inputs = draw(decay, rule, 70)
+    other = [x if x is None or x.dim() == 1 else x.clone() for x in inputs]
+    for x in other[:5]:
+        if x is not None and x.dim() > 1:
+            x[:, 40:] = x[:, 40:] * 0.5
+    assert torch.equal(run(*inputs)[0][:, :40], run(*other)[0][:, :40])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_step(decay: str, rule: str) -> None:
+    q, k, v, g, beta, state = draw(decay, rule, 1, batch=3, value_heads=2, key_dim=24, value_dim=33)
+    now = g if g is None or g.dim() == 1 else g[:, 0]
+    assert not any(x is None for x in (q, k, v, state))
+    given = (q[:, 0], k[:, 0], v[:, 0], now, None if beta is None else beta[:, 0])
+    with torch.no_grad():
+        expected, after = linear_step(*given, state.clone())
+        actual, same = linear_step_triton(*given, state)
+    assert same is state
+    assert_close("o", actual, expected)
+    assert_close("state", state, after)
+
+
+def test_step_gives_gradients_where_they_are_wanted() -> None:
+    q, k, v, g, beta, state = draw("scalar", "delta", 1)
+
+    def with_form(step: object) -> object:
+        return lambda q, k, v, g, b, s: step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], b[:, 0], s)
+
+    assert_agree(with_form(linear_step_triton), with_form(linear_step), [q, k, v, g, beta, state], RATIO)
+
+
+@pytest.mark.parametrize(("decay", "rule"), [("none", "add"), ("head", "delta"), ("channel", "delta")])
+def test_registered_with_torch(decay: str, rule: str) -> None:
+    inputs = [x if x is None else x.requires_grad_() for x in draw(decay, rule, 20)]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None), test_utils=checks)
+    packed = (*draw(decay, rule, 20, sequences=2), torch.tensor([0, 7, 20]))
+    torch.library.opcheck(chunked_linear_triton.forward, packed, test_utils=checks)
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = draw("scalar", "delta", 20)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_agree(compiled, chunked_linear_reference, inputs, RATIO, gradient_3=OF_DECAY)
+
+
+def test_launches() -> None:
+    """A call is three launches, four with a system to solve, and three backwards."""
+    for rule, expected in (("add", 3), ("delta", 4)):
+        with recording("sm_90") as recorded:
+            inputs = [None if x is None else x.to("meta") for x in draw("scalar", rule, 130)]
+            o, last, *kept = chunked_linear_triton.forward_kernels(*inputs, None)
+            assert len(recorded.launches) == expected
+            chunked_linear_triton.backward_kernels(*inputs[:5], None, *kept, o, last)
+            assert len(recorded.launches) == expected + 3
+
+
+def test_bad_input() -> None:
+    q, k, v, g, beta, state = draw("scalar", "delta", 20, value_heads=2)
+    assert not any(x is None for x in (q, k, v, state))
+    for given, message in [
+        ((q[0], k, v), r"q has shape \[20, 1, 16\]; it must be \[batch, time, heads, dim\]"),
+        ((q.double(), k, v), "q is torch.float64 and v is torch.float32; they must have one dtype"),
+        ((q.half(), k, v), "q is torch.float16 and v is torch.float32; they must have one dtype"),
+        ((q[:, :0], k[:, :0], v[:, :0]), "length of 0"),
+        ((q, k[:, :5], v), r"k has shape \[1, 5, 1, 16\]; it must be that of q"),
+        ((q, k, v[:, :5]), r"v has shape \[1, 5, 2, 16\]"),
+        ((q, k, v, g[:, :5]), "decay has shape"),
+        ((q, k, v, 1 + g.abs()), "log decays must be at most 0"),
+        ((q, k, v, g, beta[:, :5]), "beta has shape"),
+        ((q, k, v, g, beta, state[:, :1]), r"state has shape \[1, 1, 16, 16\]; it must be \[1, 2, 16, 16\]"),
+        ((q, k, v, g, beta, state.to("meta")), "state is on meta and q on cpu"),
+        ((q, k, v, g, beta, None, torch.tensor([0.0, 20.0])), "cu_seqlens must be int32 or int64"),
+        ((q, k, v, g, beta, None, torch.tensor([0, 25])), "cu_seqlens must rise from 0 to the length 20"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(*given)
+    with pytest.raises(ValueError, match=r"q is torch\.float64; backend='triton' takes float32"):
+        run(q.double(), k.double(), v.double())
+    wide = torch.randn(1, 2, 1, 300)
+    with pytest.raises(ValueError, match="q has 300 key channels; backend='triton' takes at most 256"):
+        run(wide, wide, wide)
+    three = torch.cat([q, q, q], 2)
+    with pytest.raises(ValueError, match="2 value heads are no multiple of 3 key heads"):
+        run(three, three, v)

@@ -1,0 +1,74 @@
+"""Whole models on the Triton backend, under the interpreter: what they compute is what the torch form computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixforge.kernels.launch import recording
+from mixforge.search_space.notation import parse
+
+MIXERS = [
+    "gdn",
+    "kda",
+    "mamba2(heads=4)",
+    "gla",
+    "retnet",
+    "deltanet(out_gate=silu, conv=none)",
+    "linear(phi=relu, key_heads=1, heads=4, out_norm=none)",
+    "linear(decay=scalar, forget=sigmoid, out_gate=sigmoid, phi=elu1)",
+    "linear(phi=elu1, norm=denominator)",
+    "based(key_dim=4)",
+    "rglru",
+    "conv",
+]
+
+
+def models(mixer: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    architecture = parse(f"lm({mixer} + swiglu, width=32)")
+    return architecture.build("triton"), architecture.build("torch")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_forward_and_gradients(mixer: str) -> None:
+    tokens = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
+    losses, gradients = [], []
+    for model in models(mixer):
+        logits = model(tokens)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_steps(mixer: str) -> None:
+    """Steps after a prefill equal the forward pass, as they do in the torch form."""
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for model in models(mixer):
+            expected = model(tokens)
+            logits, state = model.prefill(tokens[:, :5], capacity=9)
+            for position in range(5, 9):
+                logits, state = model.step(tokens[:, position], state)
+                torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_holds_few_launches() -> None:
+    """Beside the products of torch: the norms, the convolution, and one kernel for all that is between them."""
+    model = parse("lm(gdn + swiglu, width=32)").build("triton")
+    with torch.no_grad():
+        _, state = model.prefill(torch.zeros(1, 4, dtype=torch.long), capacity=8)
+        with recording("sm_90") as recorded:
+            model.step(torch.zeros(1, dtype=torch.long), state)
+    names = [launch.name for launch in recorded.launches]
+    assert names == ["norm_forward", "conv_step", "linear_decode", "norm_forward", "norm_forward"]
+
+
+def test_attention_needs_a_gpu() -> None:
+    model = parse("lm(attn + swiglu, width=32)").build("triton")
+    with pytest.raises(ValueError, match="backend='triton'"):
+        model(torch.zeros(1, 4, dtype=torch.long))

@@ -1,0 +1,227 @@
+"""Softmax attention: its forms against one another in float64, and what FlexAttention is given."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from tolerance import assert_as_good, results
+from torch import Tensor
+
+from mixforge.kernels.attention import (
+    FORMS,
+    WINDOW_FORMS,
+    attended_pairs,
+    form,
+    step_attention,
+    window_form,
+)
+
+Made = Callable[..., Tensor]
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module of the triton form, with FlexAttention traced as on a GPU and run as plain torch."""
+    module = importlib.import_module("mixforge.kernels.attention_triton")
+    torch._dynamo.reset()
+    eager = torch.compile(module.flex_attention, fullgraph=True, backend="eager")
+    monkeypatch.setattr(module, "compiled", eager)
+    return module
+
+
+def draw(length: int, past: int = 0, heads: int = 4, key_heads: int = 2, dim: int = 6) -> list[Tensor]:
+    dice = torch.Generator().manual_seed(0)
+    sizes = [(heads, length), (key_heads, past + length), (key_heads, past + length)]
+    return [torch.randn(3, *size, dim, generator=dice, dtype=torch.float64) for size in sizes]
+
+
+def assert_equal(actual: Made, expected: Made, inputs: list[Tensor]) -> None:
+    wanted = results(expected, inputs)
+    for name, value in results(actual, inputs).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("past", [0, 5])
+@pytest.mark.parametrize("length", [1, 13, 64])
+def test_forms_agree_over_all_earlier_tokens(length: int, past: int, key_heads: int) -> None:
+    forms = [partial(FORMS[name], start=past) for name in ("torch", "reference")]
+    assert_equal(*forms, draw(length, past, key_heads=key_heads))
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize(("length", "window"), [(1, 1), (7, 9), (9, 9), (20, 9), (36, 9), (41, 9), (13, 1)])
+def test_forms_agree_over_a_window(length: int, window: int, key_heads: int) -> None:
+    """Shorter than the window, masked, in whole blocks and with a block that is not full."""
+    forms = [partial(WINDOW_FORMS[name], window=window, past=0) for name in ("torch", "reference")]
+    assert_equal(*forms, draw(length, key_heads=key_heads))
+
+
+@pytest.mark.parametrize("past", [1, 8])
+@pytest.mark.parametrize("length", [1, 5, 50])
+def test_forms_agree_behind_a_past(length: int, past: int) -> None:
+    forms = [partial(WINDOW_FORMS[name], window=9, past=past) for name in ("torch", "reference")]
+    assert_equal(*forms, draw(length, past))
+
+
+def test_the_reference_is_the_equation() -> None:
+    q, k, v = draw(11, key_heads=4)
+    o = WINDOW_FORMS["reference"](q, k, v, 4, 0)
+    weights = torch.exp(torch.stack([q[1, 2, 9] @ k[1, 2, s] for s in range(6, 10)]) / 6**0.5)
+    torch.testing.assert_close(o[1, 2, 9], weights @ v[1, 2, 6:10] / weights.sum())
+
+
+def test_a_past_is_what_came_before() -> None:
+    q, k, v = draw(30)
+    for name in FORMS:
+        whole = FORMS[name](q, k, v, 0)
+        torch.testing.assert_close(FORMS[name](q[:, :, 12:], k, v, 12), whole[:, :, 12:])
+        windowed = WINDOW_FORMS[name](q, k, v, 8, 0)
+        piece = WINDOW_FORMS[name](q[:, :, 12:], k[:, :, 5:], v[:, :, 5:], 8, 7)
+        torch.testing.assert_close(piece, windowed[:, :, 12:])
+
+
+def test_a_step_is_the_last_row() -> None:
+    q, k, v = draw(12)
+    expected = FORMS["reference"](q, k, v, 0)[:, :, -1:]
+    room = [torch.cat([x, torch.full_like(x[:, :, :3], 9.0)], 2) for x in (k, v)]
+    torch.testing.assert_close(step_attention(q[:, :, -1:], *room, torch.tensor([11])), expected)
+    torch.testing.assert_close(step_attention(q[:, :, -1:], k, v, torch.tensor([40])), expected)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_bfloat16_in_and_out(name: str) -> None:
+    inputs = [x.bfloat16() for x in draw(40)]
+    assert FORMS[name](*inputs, 0).dtype == torch.bfloat16
+    assert WINDOW_FORMS[name](*inputs, 9, 0).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_shapes_that_do_not_fit(name: str) -> None:
+    q, k, v = draw(8, key_heads=2)
+    with pytest.raises(ValueError, match=r"q must be of shape .* at least one token"):
+        FORMS[name](q[:, :, :0], k, v, 0)
+    with pytest.raises(ValueError, match=r"k must be of shape .* behind 2 earlier tokens"):
+        FORMS[name](q, k, v, 2)
+    with pytest.raises(ValueError, match="v must be of shape"):
+        WINDOW_FORMS[name](q, k, v[..., :3], 4, 0)
+    with pytest.raises(ValueError, match="2 key heads of k do not divide 3 query heads of q"):
+        FORMS[name](q[:, :3], k, v, 0)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        WINDOW_FORMS[name](q, k, v, 0, 0)
+
+
+@pytest.mark.parametrize("window", [1, 9, 16, 33, 40, None])
+def test_attended_pairs_are_those_that_are_computed(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pair that the fused operation is given, counted where it is called."""
+    module = importlib.import_module("mixforge.kernels.attention")
+    plain, pairs = module.attend, []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, *rest: object, **named: object) -> Tensor:
+        pairs.append(q.shape[0] // 3 * q.shape[2] * k.shape[2])
+        return plain(q, k, v, *rest, **named)
+
+    monkeypatch.setattr(module, "attend", counted)
+    for length in (1, 36, 41, 160):
+        pairs.clear()
+        inputs = draw(length)
+        if window is None:
+            FORMS["torch"](*inputs, 0)
+        else:
+            WINDOW_FORMS["torch"](*inputs, window, 0)
+        assert sum(pairs) == attended_pairs(length, window)
+
+
+def test_triton_refuses_a_cpu(flex: ModuleType) -> None:
+    inputs = [x.float() for x in draw(8)]
+    with pytest.raises(ValueError, match=r"q is on cpu.*backend='triton'.*backend='torch'"):
+        form("triton")(*inputs, 0)
+    with pytest.raises(ValueError, match=r"q is on cpu.*backend='triton'.*backend='torch'"):
+        window_form("triton")(*inputs, 4, 0)
+
+
+@pytest.mark.parametrize("window", [1, 5, 40])
+def test_flex_mask_is_the_window(flex: ModuleType, window: int) -> None:
+    module = importlib.import_module("mixforge.kernels.attention")
+    index = torch.arange(30)
+    none = torch.zeros((), dtype=torch.int64)
+    mask = flex.window_mask(window, torch.device("cpu"))
+    seen = mask(none, none, index[:, None], index)
+    assert torch.equal(seen, module.window_pairs(30, window, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("window", [1, 5, 127, 128, 129, 300, 2000])
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 700])
+def test_flex_blocks_are_those_of_the_mask(flex: ModuleType, length: int, window: int) -> None:
+    """Found by their bounds, they are what torch finds from all pairs."""
+    attention = importlib.import_module("torch.nn.attention.flex_attention")
+    device = torch.device("cpu")
+    found = flex.block_mask(length, window, device)
+    mask = flex.window_mask(window, device)
+    expected = attention.create_block_mask(mask, None, None, length, length, device=device)
+    assert found.shape == expected.shape
+    assert found.BLOCK_SIZE == expected.BLOCK_SIZE
+    for side, part in (("kv", ""), ("q", ""), ("kv", "full_"), ("q", "full_")):
+        for name in (f"{part}{side}_num_blocks", f"{part}{side}_indices"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "past", "key_heads", "dim"),
+    [(150, 9, 0, 4, 16), (150, 200, 0, 2, 16), (64, 9, 8, 1, 24), (1, 9, 8, 4, 5)],
+)
+def test_flex_equals_the_reference(
+    flex: ModuleType, length: int, window: int, past: int, key_heads: int, dim: int
+) -> None:
+    inputs = draw(length, past, key_heads=key_heads, dim=dim)
+    expected = WINDOW_FORMS["reference"](*inputs, window, past)
+    torch.testing.assert_close(flex.flexible_attention(*inputs, window, past), expected)
+
+
+def test_flex_takes_a_forget_gate(flex: ModuleType) -> None:
+    """Scores gain the log gates between key and query, those of the query's token included."""
+    q, k, v = draw(40, key_heads=4, dim=16)
+    log_gates = -torch.rand(3, 4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    reach = log_gates.cumsum(2)
+
+    def forget(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + reach[batch, head, query] - reach[batch, head, key]
+
+    found = flex.flexible_attention(q, k, v, 40, score_mod=forget)
+    scores = q @ k.transpose(2, 3) / 4 + reach[..., :, None] - reach[..., None, :]
+    weights = scores.masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -torch.inf).softmax(3)
+    torch.testing.assert_close(found, weights @ v)
+
+
+def test_windows_and_lengths_compile_nothing_anew(flex: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for a first length, and once for every other."""
+    count = importlib.import_module("torch._dynamo.testing").CompileCounter()
+    monkeypatch.setattr(flex, "compiled", torch.compile(flex.flex_attention, fullgraph=True, backend=count))
+    for length, window in [(150, 5), (300, 5), (400, 7), (500, 9), (350, 11), (270, 13)]:
+        flex.flexible_attention(*draw(length, dim=16), window)
+    assert count.frame_count == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [8, 32, 48, 128])
+@pytest.mark.parametrize(
+    ("length", "window", "past"), [(1, 9, 0), (200, 64, 0), (1000, 130, 0), (300, 64, 63)]
+)
+def test_a_gpu_is_as_exact_as_the_torch_form(
+    length: int, window: int, past: int, dim: int, dtype: torch.dtype
+) -> None:
+    inputs = [x.to("cuda", dtype) for x in draw(length, past, dim=dim)]
+    windows = [
+        partial(window_form(name), window=window, past=past) for name in ("triton", "torch", "reference")
+    ]
+    assert_as_good(*windows, inputs)
+    assert_as_good(*(partial(form(name), start=past) for name in ("triton", "torch", "reference")), inputs)
