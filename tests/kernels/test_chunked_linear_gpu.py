@@ -1,0 +1,56 @@
+"""The linear family's kernels on a GPU, against the recurrence in float64, at twice the error of torch's form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import assert_as_good
+from torch import Tensor
+
+from mixforge.kernels.chunked_linear import chunked_linear_reference, chunked_linear_torch
+from mixforge.search_space.notation import parse
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DECAYS = ("none", "head", "scalar", "channel")
+# The torch form multiplies in float32 whatever the dtype; the kernels' operands are rounded to it, some of them twice.
+LEAST = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def draw(decay: str, rule: str, length: int, dim: int, dtype: torch.dtype) -> list[Tensor | None]:
+    dice = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, length, 2, dim, generator=dice) for _ in range(2))
+    v = torch.randn(2, length, 4, dim, generator=dice)
+    shapes = {"head": (4,), "scalar": v.shape[:3], "channel": v.shape}
+    g = None if decay == "none" else -torch.rand(shapes[decay], generator=dice).cuda()
+    beta = 2 * torch.rand(v.shape[:3], generator=dice).cuda() if rule == "delta" else None
+    state = torch.randn(2, 4, dim, dim, generator=dice).cuda()
+    unit = torch.nn.functional.normalize
+    q, k, v = (x.cuda().to(dtype) for x in (q * dim**-0.5, unit(k, dim=-1), v))
+    return [q, k, v, g, beta, state]
+
+
+@pytest.mark.parametrize("dtype", LEAST, ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", ["add", "delta"])
+@pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 16), (200, 128), (1000, 100)])
+def test_as_good_as_torch(rule: str, decay: str, length: int, dim: int, dtype: torch.dtype) -> None:
+    from mixforge.kernels.chunked_linear_triton import chunked_linear_triton
+
+    inputs = draw(decay, rule, length, dim, dtype)
+    forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
+    assert_as_good(*forms, inputs, LEAST[dtype])
+
+
+@pytest.mark.parametrize("preset", ["gdn", "kda", "mamba2", "rglru", "attn(window=16)"])
+def test_steps_equal_the_forward_pass(preset: str) -> None:
+    model = parse(f"lm(2 * ({preset} + swiglu), width=128)").build("triton", device="cuda")
+    tokens = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        expected = model(tokens)
+        logits, state = model.prefill(tokens[:, :4], capacity=16)
+        for position in range(4, 12):
+            logits, state = model.step(tokens[:, position], state)
+            torch.testing.assert_close(logits, expected[:, position], rtol=1e-3, atol=1e-3)
