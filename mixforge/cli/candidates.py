@@ -126,7 +126,9 @@ def profile(
     from mixforge.cli.naming import architecture_of
     from mixforge.evaluator.evaluation import Workload
     from mixforge.evaluator.profiling import profile as measure
+    from mixforge.kernels.backend import check_backend
 
+    check_backend(backend, device)
     architecture = architecture_of(which, db)
     torch.set_num_threads(threads)
     measured = measure(

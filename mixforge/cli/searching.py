@@ -59,6 +59,7 @@ def search(
     from mixforge.db.results import open
     from mixforge.db.store import Store
     from mixforge.evaluator.environment import environment
+    from mixforge.kernels.backend import check_backend
     from mixforge.orchestrator.campaign import Campaign
     from mixforge.orchestrator.run import run
 
@@ -66,6 +67,8 @@ def search(
         raise ValueError(f"there is no {EXAMPLE} here; name a campaign file: mixforge search FILE")
     campaign = Campaign.read(file)
     environment(device)
+    # Before a file is made for what cannot run.
+    check_backend(campaign.budget.backend, device)
     weights = folder_of(db) / "weights"
     weights.parent.mkdir(parents=True, exist_ok=True)
     with Store.open(db, "create") as store, _picture(campaign, plain=as_json) as watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 
@@ -17,3 +18,13 @@ def triton_form(module: str, name: str) -> Any:
             "backend='triton' needs the package triton, which is not installed here; it exists for Linux: "
             "`pip install triton`, or build with backend='torch'"
         ) from error
+
+
+def check_backend(backend: str, device: str) -> None:
+    """Raise ValueError where a backend cannot run on a device, before anything is built for it."""
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton" and device.partition(":")[0] != "cuda" and not is_interpreted:
+        raise ValueError(
+            f"backend='triton' runs on a GPU, and the device is {device!r}: name one with --device cuda, or use "
+            "backend='torch'"
+        )

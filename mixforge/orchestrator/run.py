@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mixforge.db.store import Store
 from mixforge.evaluator.environment import environment
+from mixforge.kernels.backend import check_backend
 from mixforge.orchestrator.campaign import Campaign
 from mixforge.orchestrator.cluster import local_cluster
 from mixforge.orchestrator.interruption import listening
@@ -38,11 +39,13 @@ def run(
     each core that this process may use. weights: the folder in which trained weights are kept, None to keep
     none. watch: called with the progress, at most ten times a second. `do` takes the place of a worker's
     work, for tests. grace_s: how far past the budget's deadline a worker is taken to hang.
-    Raises ValueError where the store holds another campaign of this name or the budget's data cannot be had,
-    and RuntimeError where workers cannot be started or another run took the campaign over.
+    Raises ValueError where the store holds another campaign of this name, the budget's data cannot be had or its
+    backend cannot run on the device, and RuntimeError where workers cannot be started or another run took the
+    campaign over.
     """
     if workers is not None and not 1 <= workers <= 1024:
         raise ValueError(f"workers {workers} is not between 1 and 1024")
+    check_backend(campaign.budget.backend, device)
     size = workers or len(os.sched_getaffinity(0))
     if weights is not None:
         weights.mkdir(parents=True, exist_ok=True)

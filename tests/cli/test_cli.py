@@ -81,6 +81,17 @@ def test_kernels_are_tuned_on_a_gpu_only(tell, monkeypatch: pytest.MonkeyPatch) 
     assert not told.out
 
 
+def test_triton_without_a_gpu_is_refused_and_leaves_nothing(tell, tmp_path) -> None:
+    told = tell("profile", "gdn", "--backend", "triton")
+    assert told.status == 2
+    assert "backend='triton' runs on a GPU, and the device is 'cpu'" in told.err
+    campaign = tmp_path / "triton.toml"
+    campaign.write_text(TINY.replace("[evaluation]", '[evaluation]\nbackend = "triton"'))
+    told = tell("search", str(campaign), "--db", str(tmp_path / "new.db"))
+    assert (told.status, (tmp_path / "new.db").exists()) == (2, False)
+    assert "backend='triton' runs on a GPU" in told.err
+
+
 def test_a_profile_is_measured_and_can_be_kept(tell) -> None:
     words = ("lm(conv + mlp, width=16)", "--context", "16", "--json")
     measured = json.loads(tell("profile", *words, "--keep", "--db", "kept.db").out)

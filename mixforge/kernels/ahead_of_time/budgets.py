@@ -62,33 +62,49 @@ class StackBudget:
     """The beginning of the targets' names."""
     stack_bytes: int
     reason: str
+    is_wide: bool = False
+    """Whether it is for operands that are all float32; otherwise for those of two bytes."""
 
+
+_THREE_PRODUCTS = (
+    "a product of float32 is three of TF32, whose parts are in registers too; long runs are in bfloat16"
+)
 
 # Every other kernel may use none.
-STACK_BUDGETS: tuple[StackBudget, ...] = ()
+STACK_BUDGETS: tuple[StackBudget, ...] = (
+    StackBudget(
+        "linear_gradients",
+        "sm_80",
+        16,
+        "two registers for (channel, delta) at K=128; 16 channels would double it",
+    ),
+    StackBudget("linear_scan", "sm_", 256, _THREE_PRODUCTS, is_wide=True),
+    StackBudget("linear_scan_backward", "sm_", 256, _THREE_PRODUCTS, is_wide=True),
+    StackBudget("linear_gradients", "sm_", 256, _THREE_PRODUCTS, is_wide=True),
+)
 
 # A stub has 16; a kernel that adds one to a row has 21.
 FEWEST_INSTRUCTIONS = 20
 
 
-def stack_budget(kernel: str, target: str) -> int:
+def stack_budget(kernel: str, target: str, is_wide: bool) -> int:
     """Bytes of stack that a kernel may use on a target."""
     return max(
         (
             allowed.stack_bytes
             for allowed in STACK_BUDGETS
-            if allowed.kernel == kernel and target.startswith(allowed.target)
+            if allowed.kernel == kernel and target.startswith(allowed.target) and allowed.is_wide == is_wide
         ),
         default=0,
     )
 
 
-def over_budget(kernel: str, target: str, found: Figures) -> list[str]:
+def over_budget(kernel: str, target: str, found: Figures, is_wide: bool = False) -> list[str]:
     """One sentence for each figure outside its budget; none if the kernel may be launched."""
     limits = LIMITS[target]
     most = {
         "registers": (found.registers, limits.registers),
-        "stack bytes": (found.stack_bytes, stack_budget(kernel, target)),
+        "stack bytes": (found.stack_bytes, stack_budget(kernel, target, is_wide)),
         "bytes of shared memory": (found.shared_bytes, limits.shared_bytes),
         "columns of tensor memory": (found.tensor_columns, limits.tensor_columns),
     }

@@ -65,7 +65,8 @@ def judge(wanted: Sequence[Wanted], tell: Callable[[str], None], workers: int = 
 def _judged(one: Wanted, made: Made) -> Judged:
     kernel, target = one.unit.kernel, one.unit.target
     if isinstance(made, Figures):
-        failures = [f"{said} ({one.launched_by})" for said in over_budget(kernel, target, made)]
+        is_wide = not any(kind in ("*bf16", "*fp16") for kind in one.unit.signature.values())
+        failures = [f"{said} ({one.launched_by})" for said in over_budget(kernel, target, made, is_wide)]
     else:
         lines = [line for line in str(made).splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else "no reason given"
