@@ -36,7 +36,8 @@ oracle: $(VENV)/.ready-dev $(ORACLE)/.ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(ORACLE)/bin/python -m pytest tests/oracle
 
 bench: $(VENV)/.ready-dev
-	for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+	# Status 2: what it measures is not here, such as a GPU.
+	for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || [ $$? -eq 2 ] || exit 1; done
 
 setup: $(VENV)/.ready
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.kernels.cross_entropy import linear_cross_entropy
 from mixforge.search_space.model import LanguageModel
 
 
@@ -18,14 +18,23 @@ class Candidate(nn.Module):
 
     def answer(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [N, X] and targets [N] of the N positions whose target is not negative."""
+        x_ND, targets_N = self._asked(inputs_BT, targets_BT)
+        return self.model.head(x_ND), targets_N
+
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over the positions that are asked for."""
+        return token_loss(self.model, *self._asked(inputs_BT, targets_BT))
+
+    def _asked(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The stack's outputs [N, D] where the target is not negative, and the targets."""
         x_BTD = self.model.embed(inputs_BT)
         if self.front is not None:
             x_BTD = self.front(x_BTD)
         x_BTD = self.model.body(x_BTD)
         asked_BT = targets_BT >= 0
-        return self.model.head(x_BTD[asked_BT]), targets_BT[asked_BT]
+        return x_BTD[asked_BT], targets_BT[asked_BT]
 
-    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over the positions that are asked for."""
-        logits_NX, targets_N = self.answer(inputs_BT, targets_BT)
-        return F.cross_entropy(logits_NX.float(), targets_N)
+
+def token_loss(model: LanguageModel, x_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of what the model's head makes of the stack's outputs."""
+    return linear_cross_entropy(model.norm(x_ND), model.read_weight(), targets_N)

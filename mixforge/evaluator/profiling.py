@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mixforge.evaluator.candidate import token_loss
 from mixforge.evaluator.deadline import Deadline
 from mixforge.evaluator.environment import environment
 from mixforge.evaluator.evaluation import PHASES, Outcome, Phase, Profile, Timing, Workload
@@ -234,7 +234,8 @@ class _TrainStep:
 
     def _step(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self._model(self._tokens_BT).float().flatten(0, 1), self._targets_N)
+        x_BTD = self._model.body(self._model.embed(self._tokens_BT))
+        loss = token_loss(self._model, x_BTD.flatten(0, 1), self._targets_N)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
