@@ -106,6 +106,13 @@ def window_mask(window: int, device: torch.device) -> Mask:
 @lru_cache(maxsize=64)
 def block_mask(length: int, window: int, device: torch.device) -> BlockMask:
     """The mask of a window, with the blocks of pairs that are seen wholly or in part."""
+    # Kept beyond the call, so not as tensors of inference mode, which training may not save.
+    with torch.inference_mode(False):
+        return made_mask(length, window, device)
+
+
+def made_mask(length: int, window: int, device: torch.device) -> BlockMask:
+    """The mask anew."""
     first = torch.arange(0, length, BLOCK, device=device)
     last = first + BLOCK - 1
     begin, end = first[:, None], last[:, None]

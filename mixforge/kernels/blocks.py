@@ -69,6 +69,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_scan", Config({"BV": 64}), itemsize=2, key=128),
     Row("linear_scan", Config({"BV": 16}, stages=1), generation="gfx", itemsize=2),
     Row("linear_scan", Config({"BV": 16}, warps=8), itemsize=2),
+    Row("linear_scan", Config({"BV": 16}, stages=1), generation="gfx"),
     Row("linear_scan", Config({"BV": 16}, warps=8)),
     Row("linear_output", Config({"BK": 64, "BV": 64}), itemsize=2),
     Row("linear_output", Config({"BK": 32, "BV": 32}, warps=8)),
@@ -88,6 +89,9 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gradients", Config({"BK": 16, "BV": 32}, warps=8)),
     Row("linear_step", Config({"BV": 32}), key=128),
     Row("linear_step", Config({"BV": 16})),
+    # A state that is smaller than the threads would be held by several of them.
+    Row("linear_decode", Config(warps=1), key=32, value=32),
+    Row("linear_decode", Config(warps=4), key=64, value=64),
     Row("linear_decode", Config(warps=8)),
     # gated_scan
     Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu"),

@@ -44,13 +44,14 @@ from torch import Tensor
 
 from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.blocks import Config, choose
-from mixforge.kernels.launch import check_device, dot_precision, generation, launch, recording
+from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device, recording
 
 CHUNK = 64
 BLOCK = 16
 GATES = {"none": 0, "head": 1, "scalar": 2, "channel": 3}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-MOST_KEYS = 256
+# A state of float32 keys wider than 128 is beyond the shared memory of every device.
+MOST_KEYS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
 @triton.jit
@@ -67,10 +68,16 @@ def _place(chunk, b, cu, table, T, NC, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def _cut(decay):
+    """Log decays of at least -30; a NaN stays."""
+    return tl.maximum(decay, -30.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _sums(log, sums, g, row, valid, within, G: tl.constexpr, GATE: tl.constexpr):
     """Running sums [C] of scalar log decays in a chunk, 0 beyond the sequence."""
     if GATE == 1:
-        total = (within + 1) * tl.maximum(tl.load(log + g).to(tl.float32), -30.0)
+        total = (within + 1) * _cut(tl.load(log + g).to(tl.float32))
         return tl.where(valid, total, 0.0)
     else:
         return tl.load(sums + row * G + g, mask=valid, other=0.0)
@@ -84,7 +91,7 @@ def linear_gram(
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and A of one chunk and head, the running sums of its log decays, and what decays per channel scale."""
-    chunk, bg = tl.program_id(0), tl.program_id(1)
+    bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
     first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, C)
@@ -129,7 +136,7 @@ def linear_gram(
     causal = within[:, None] >= within[None, :]
     if GATE == 2:
         decay = tl.load(log + row * G + g, mask=valid, other=0.0).to(tl.float32)
-        total = tl.cumsum(tl.maximum(decay, -30.0), 0)
+        total = tl.cumsum(_cut(decay), 0)
         tl.store(sums + row * G + g, total, mask=valid)
     if GATE == 1:
         total = _sums(log, sums, g, row, valid, within, G, GATE)
@@ -183,7 +190,7 @@ def linear_solve(
     G: tl.constexpr, VARLEN: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """M = (I + A)^-1 of one chunk and head: substitution in the diagonal blocks, then products of blocks."""
-    chunk, bg = tl.program_id(0), tl.program_id(1)
+    bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
     first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, SUB)
@@ -264,7 +271,7 @@ def _row_scalings(log, sums, g, row, valid, within, last_row, count, G: tl.const
     """Of scalar decays: factors of reading and writing, [C], and of keep."""
     total = _sums(log, sums, g, row, valid, within, G, GATE)
     if GATE == 1:
-        last = count * tl.maximum(tl.load(log + g).to(tl.float32), -30.0)
+        last = count * _cut(tl.load(log + g).to(tl.float32))
     else:
         last = tl.load(sums + last_row * G + g)
     return tl.exp(total), tl.exp(tl.minimum(last - total, 0.0)), tl.exp(last)
@@ -277,7 +284,7 @@ def linear_scan(
     VARLEN: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U and the state before each chunk, and the last state: one head of a sequence and a block of value channels."""
-    block, ng = tl.program_id(0), tl.program_id(1)
+    ng, block = tl.program_id(0), tl.program_id(1)
     g = ng % G
     first, length, chunk = _sequence(ng // G, cu, offsets, T, NC, VARLEN)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -334,7 +341,7 @@ def linear_output(
     VARLEN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O of one chunk and head, a block of value channels."""
-    block, chunk, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
     first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within, value = tl.arange(0, C), block * BV + tl.arange(0, BV)
@@ -366,7 +373,7 @@ def linear_scan_backward(
     VARLEN: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dX and the gradient of the state after each chunk, from the last chunk to the first."""
-    block, ng = tl.program_id(0), tl.program_id(1)
+    ng, block = tl.program_id(0), tl.program_id(1)
     g = ng % G
     first, length, chunk = _sequence(ng // G, cu, offsets, T, NC, VARLEN)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -433,7 +440,7 @@ def linear_pairs_backward(
 ):  # fmt: skip
     """dP and dA of one chunk and head, those of scalar decays times e^(G_i - G_j); under rule delta dV and its part of
     dbeta."""
-    chunk, bg = tl.program_id(0), tl.program_id(1)
+    bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
     first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, C)
@@ -484,7 +491,7 @@ def linear_gradients(
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and dK of one chunk and head, a block of key channels, with its part of dG and dbeta."""
-    block, chunk, bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
     first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within, channel = tl.arange(0, C), block * BK + tl.arange(0, BK)
@@ -531,6 +538,8 @@ def linear_gradients(
     if GATE == 3:
         total = tl.load(sums + spot, mask=in_keys, other=0.0)
         last = tl.load(sums + (last_row * G + g) * K + channel, mask=channel < K, other=0.0)
+        # Rows beyond the sequence go on from its last, so that no power of theirs is large.
+        total = tl.where(valid[:, None], total, last[None, :])
         read_CK = tl.exp(total)
         dq_CK *= read_CK
         z_CK *= read_CK
@@ -553,10 +562,13 @@ def linear_gradients(
         for start in range(0, C, SUB):
             left, right = _anchored(total, within, start, SUB)
             key_CK = (k_CK.to(tl.float32) * right).to(WIDE)
-            dq_CK += left * tl.dot(dp_CC, key_CK, input_precision=PRECISION)
+            # Rows of other blocks may overflow, and are 0 times that.
+            row_CK = tl.dot(dp_CC, key_CK, input_precision=PRECISION)
+            dq_CK += tl.where(left > 0, left * row_CK, 0.0)
             column = tl.dot(tl.trans(dp_CC), (q_CK.to(tl.float32) * left).to(WIDE), input_precision=PRECISION)
             if DELTA:
-                z_CK += left * tl.dot(da_CC, key_CK, input_precision=PRECISION)
+                row_CK = tl.dot(da_CC, key_CK, input_precision=PRECISION)
+                z_CK += tl.where(left > 0, left * row_CK, 0.0)
                 left = (steps_CK.to(tl.float32) * left).to(WIDE)
                 column = tl.dot(tl.trans(da_CC), left, column, input_precision=PRECISION)
             dwrite_CK += right * column
@@ -618,8 +630,10 @@ def check_limits(q: Tensor) -> None:
     if q.dtype not in TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
         raise ValueError(f"q is {q.dtype}; backend='triton' takes {known}")
-    if q.shape[3] > MOST_KEYS:
-        raise ValueError(f"q has {q.shape[3]} key channels; backend='triton' takes at most {MOST_KEYS}")
+    most = MOST_KEYS[q.dtype]
+    if q.shape[3] > most:
+        name = str(q.dtype).removeprefix("torch.")
+        raise ValueError(f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name}")
 
 
 def gate_of(decay: Tensor | None) -> str:
@@ -722,7 +736,7 @@ def forward_kernels(
     states = q.new_empty(shape.chunks * shape.batch, shape.heads, shape.keys, shape.values)
     final = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     o = torch.empty_like(v)
-    each_chunk = (shape.chunks, shape.batch * shape.heads)
+    each_chunk = (shape.batch * shape.heads, shape.chunks)
     shape.run(
         linear_gram, each_chunk, q, k, decay, beta, sums, *(scaled or (None, None, None)), pairs, system, blocks=("BK",),
         **common, H=shape.key_heads, DELTA=shape.delta, SUB=BLOCK, WIDE=TYPES[shape.wide], PRECISION=shape.wide_precision,
@@ -733,13 +747,13 @@ def forward_kernels(
     q_read, k_read, k_write = scaled or (q, k, k)
     scan = shape.config(linear_scan, ("BV",)).blocks["BV"]
     shape.run(
-        linear_scan, (-(-shape.values // scan), shape.sequences * shape.heads),
+        linear_scan, (shape.sequences * shape.heads, -(-shape.values // scan)),
         k_read, k_write, v, decay, beta, sums, inverse, u, states, state, final, blocks=("BV",),
         **common, **value, H=shape.read_heads, DELTA=shape.delta, KP=padded(shape.keys), PRECISION=precision,
     )  # fmt: skip
     wide = shape.config(linear_output, ("BK", "BV")).blocks["BV"]
     shape.run(
-        linear_output, (-(-shape.values // wide), *each_chunk),
+        linear_output, (*each_chunk, -(-shape.values // wide)),
         q_read, decay, sums, pairs, v if u is None else u, states, o, blocks=("BK", "BV"),
         **common, **value, H=shape.read_heads, PRECISION=precision,
     )  # fmt: skip
@@ -783,13 +797,13 @@ def backward_kernels(
     dfirst = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     scan = shape.config(linear_scan_backward, ("BV",)).blocks["BV"]
     shape.run(
-        linear_scan_backward, (-(-shape.values // scan), shape.sequences * shape.heads),
+        linear_scan_backward, (shape.sequences * shape.heads, -(-shape.values // scan)),
         *scaled, decay, beta, kept_sums, pairs, inverse if shape.delta else None, do, dx, dstates, dfinal, dfirst,
         blocks=("BV",), **common, **value, H=shape.read_heads, KP=padded(shape.keys), PRECISION=precision,
     )  # fmt: skip
     dpairs = q.new_empty(*cells, CHUNK, dtype=shape.wide)
     dsystem = torch.empty_like(dpairs) if shape.delta else None
-    each_chunk = (shape.chunks, shape.batch * shape.heads)
+    each_chunk = (shape.batch * shape.heads, shape.chunks)
     wide = shape.config(linear_gradients, ("BK", "BV")).blocks["BK"]
     parts = -(-shape.keys // wide)
     dbeta = q.new_empty(1 + parts, *cells, dtype=torch.float32) if shape.delta else None
@@ -809,7 +823,7 @@ def backward_kernels(
         of_log = (*cells, shape.keys) if shape.gate == "channel" else (parts, *cells)
         dlog = q.new_empty(of_log, dtype=torch.float32)
     shape.run(
-        linear_gradients, (parts, *each_chunk),
+        linear_gradients, (*each_chunk, parts),
         q, k, decay, beta, kept_sums, kept_u, states, do, dx if shape.delta else None, dstates, dpairs, dsystem,
         dq, dk, dlog, dbeta,
         blocks=("BK", "BV"), **common, **value, H=shape.key_heads,
@@ -828,8 +842,12 @@ def _or_empty(like: Tensor, x: Tensor | None) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-forward = torch.library.custom_op("mixforge::chunked_linear_forward", forward_kernels, mutates_args=())
-backward = torch.library.custom_op("mixforge::chunked_linear_backward", backward_kernels, mutates_args=())
+forward = torch.library.custom_op(
+    "mixforge::chunked_linear_forward", on_device(forward_kernels), mutates_args=()
+)
+backward = torch.library.custom_op(
+    "mixforge::chunked_linear_backward", on_device(backward_kernels), mutates_args=()
+)
 
 
 @forward.register_fake
@@ -871,7 +889,7 @@ def linear_step(
     KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One token of one head, a block of value channels; the state in place."""
-    block, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    bg, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g = bg % G
     channel, value = tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_keys, in_values = channel < K, value < V
@@ -910,13 +928,13 @@ def step_kernels(
     config = Config({"BV": min(found.blocks["BV"], padded(values))}, found.warps, found.stages)
     o = torch.empty_like(v)
     launch(
-        linear_step, (-(-values // config.blocks["BV"]), batch * heads), q, k, v, decay_now, beta, state, o,
+        linear_step, (batch * heads, -(-values // config.blocks["BV"])), q, k, v, decay_now, beta, state, o,
         config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], DELTA=beta is not None, KP=padded(keys),
     )  # fmt: skip
     return o
 
 
-one_step = torch.library.custom_op("mixforge::linear_step", step_kernels, mutates_args=("state",))
+one_step = torch.library.custom_op("mixforge::linear_step", on_device(step_kernels), mutates_args=("state",))
 
 
 @one_step.register_fake

@@ -24,7 +24,7 @@ from torch import Tensor
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan import check_scan
 from mixforge.kernels.gated_scan_complex import check_complex
-from mixforge.kernels.launch import check_device, generation, launch
+from mixforge.kernels.launch import check_device, generation, launch, on_device
 from mixforge.kernels.packed import sequence_edges
 
 # Programs that keep a large device busy; fewer are made more by cutting the time, which reads the inputs twice.
@@ -452,8 +452,8 @@ def empty_backward(
     return torch.empty_like(log_a), dphase, torch.empty_like(h), torch.empty_like(dfinal)
 
 
-_forward = torch.library.custom_op("mixforge::gated_scan_forward", run_forward, mutates_args=())
-_backward = torch.library.custom_op("mixforge::gated_scan_backward", run_backward, mutates_args=())
+_forward = torch.library.custom_op("mixforge::gated_scan_forward", on_device(run_forward), mutates_args=())
+_backward = torch.library.custom_op("mixforge::gated_scan_backward", on_device(run_backward), mutates_args=())
 
 
 @_forward.register_fake
@@ -552,7 +552,7 @@ def run_step(log_a: Tensor, phase: Tensor | None, b: Tensor, state: Tensor) -> T
     return h
 
 
-_step_op = torch.library.custom_op("mixforge::gated_scan_step", run_step, mutates_args=("state",))
+_step_op = torch.library.custom_op("mixforge::gated_scan_step", on_device(run_step), mutates_args=("state",))
 
 
 @_step_op.register_fake

@@ -7,11 +7,11 @@ checked on a machine without a GPU is what a machine with one would launch.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import functools
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def generation() -> str:
     )
 
 
-@cache
+@functools.cache
 def _generation(device: int) -> str:
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
@@ -102,6 +102,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
         recorded.launches.append(Launch(kernel, grid, args, constants, config))
     elif all(grid):
         kernel[grid](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+
+
+def on_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with the device of its first tensor as the current one: Triton launches on that."""
+
+    @functools.wraps(run)
+    def guarded(*args: Any, **others: Any) -> Any:
+        first = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        if first is None or not first.is_cuda or _recording.get() is not None:
+            return run(*args, **others)
+        with torch.cuda.device(first.device):
+            return run(*args, **others)
+
+    return guarded
 
 
 def check_device(**tensors: Tensor | None) -> None:

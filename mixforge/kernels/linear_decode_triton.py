@@ -26,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.launch import check_device, generation, launch, recording
+from mixforge.kernels.launch import check_device, generation, launch, on_device, recording
 
-MOST_KEYS, MOST_VALUES = 128, 256
 DECAYS = ("none", "head", "scalar", "channel")
 FEATURES = ("none", "elu1", "relu")
 ACTIVATIONS = ("none", "silu", "sigmoid")
@@ -44,7 +43,7 @@ def _feature(x, inside, FEATURE: tl.constexpr, UNIT: tl.constexpr):
     if FEATURE == 1:
         x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
     if FEATURE == 2:
-        x = tl.maximum(x, 0.0)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.where(inside, x, 0.0)
     if UNIT:
         x = x / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-6)
@@ -92,7 +91,7 @@ def linear_decode(
         else:
             logit += tl.load(bias + g * K + channel, mask=in_keys, other=0.0).to(tl.float32)
             log_K = -tl.exp(tl.load(rate + g).to(tl.float32)) * _softplus(logit)
-        s_KV *= tl.exp(tl.maximum(log_K, -5.0))[:, None]
+        s_KV *= tl.exp(tl.maximum(log_K, -5.0, propagate_nan=tl.PropagateNan.ALL))[:, None]
     if DELTA:
         step = MOST / (1.0 + tl.exp(-tl.load(beta + bg).to(tl.float32)))
         u_V = step * (u_V - tl.sum(k_K[:, None] * s_KV, 0))
@@ -110,6 +109,15 @@ def linear_decode(
         if ACTIVATION == 1:
             o_V *= gate_V
     tl.store(o + bg * V + value, o_V.to(o.dtype.element_ty), mask=in_values)
+
+
+def check_state(state: Tensor) -> None:
+    """Raise ValueError where a state cannot be brought up to date in place."""
+    if state.dim() != 4 or state.dtype != torch.float32 or not state.is_contiguous():
+        raise ValueError(
+            f"state is {state.dtype} of shape {list(state.shape)} with strides {list(state.stride())}; it must be "
+            "float32, contiguous and [batch, heads, key dim, value dim]"
+        )
 
 
 def decode_kernels(
@@ -133,7 +141,18 @@ def decode_kernels(
     eps: float,
 ) -> Tensor:
     """y [B, G * V] of one token; the state [B, G, K, V], float32 and contiguous, is brought up to date in place."""
-    check_device(mixed=mixed, decay=decay, beta=beta, gate=gate, state=state)
+    check_device(
+        mixed=mixed,
+        decay=decay,
+        bias=bias,
+        rate=rate,
+        beta=beta,
+        gate=gate,
+        skip=skip,
+        weight=weight,
+        state=state,
+    )
+    check_state(state)
     batch, heads, keys, values = state.shape
     inputs = (mixed, decay, bias, rate, beta, gate, skip, weight)
     o = mixed.new_empty(batch, heads * values)
@@ -152,7 +171,7 @@ def decode_kernels(
 
 
 linear_decode_triton = torch.library.custom_op(
-    "mixforge::linear_decode", decode_kernels, mutates_args=("state",)
+    "mixforge::linear_decode", on_device(decode_kernels), mutates_args=("state",)
 )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes
-from mixforge.kernels.launch import check_device, generation, launch
+from mixforge.kernels.launch import check_device, generation, launch, on_device
 from mixforge.kernels.norm import check_gated, check_norm
 
 # Programs of the backward pass, each of which writes one partial gradient of the weight.
@@ -91,7 +91,9 @@ def norm_backward(
                 along = dy * factor
             else:
                 into = x * factor
-        inverse = tl.rsqrt(tl.sum(into * into, 1) / dim + eps)[:, None]
+        # Rows beyond the last are 0, and 0 / 0 where eps is.
+        square = tl.where(row_R < rows, tl.sum(into * into, 1), 1.0)
+        inverse = tl.rsqrt(square / dim + eps)[:, None]
         normal = into * inverse
         dweight += tl.sum(along * normal, 0)
         along = along * weight[None, :]
@@ -148,8 +150,8 @@ def empty_backward(x: Tensor, gate: Tensor | None, weight: Tensor) -> tuple[Tens
     return torch.empty_like(x), dgate, torch.empty_like(weight)
 
 
-_forward = torch.library.custom_op("mixforge::rms_norm_forward", run_forward, mutates_args=())
-_backward = torch.library.custom_op("mixforge::rms_norm_backward", run_backward, mutates_args=())
+_forward = torch.library.custom_op("mixforge::rms_norm_forward", on_device(run_forward), mutates_args=())
+_backward = torch.library.custom_op("mixforge::rms_norm_backward", on_device(run_backward), mutates_args=())
 
 
 @_forward.register_fake

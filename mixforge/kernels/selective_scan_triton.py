@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, compose, cut_time
-from mixforge.kernels.launch import check_device, generation, launch
+from mixforge.kernels.launch import check_device, generation, launch, on_device
 from mixforge.kernels.selective_scan import check_selective
 
 # States of one channel: a tile holds all of them.
@@ -426,8 +426,12 @@ def empty_backward(
     return dx, ddt, drate, db, dc, dskip, dstate
 
 
-_forward = torch.library.custom_op("mixforge::selective_scan_forward", run_forward, mutates_args=())
-_backward = torch.library.custom_op("mixforge::selective_scan_backward", run_backward, mutates_args=())
+_forward = torch.library.custom_op(
+    "mixforge::selective_scan_forward", on_device(run_forward), mutates_args=()
+)
+_backward = torch.library.custom_op(
+    "mixforge::selective_scan_backward", on_device(run_backward), mutates_args=()
+)
 
 
 @_forward.register_fake
@@ -547,7 +551,7 @@ def run_step(
     return y
 
 
-_step = torch.library.custom_op("mixforge::selective_scan_step", run_step, mutates_args=("state",))
+_step = torch.library.custom_op("mixforge::selective_scan_step", on_device(run_step), mutates_args=("state",))
 
 
 @_step.register_fake

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes
-from mixforge.kernels.launch import check_device, generation, launch
+from mixforge.kernels.launch import check_device, generation, launch, on_device
 from mixforge.kernels.short_conv import check_conv
 
 # Tokens whose weight gradients one program sums up.
@@ -70,8 +70,8 @@ def conv_forward(
     dim: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y of a tile, and the states behind the sequences that end in it."""
-    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    time_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    time_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     batch = tl.program_id(2).to(tl.int64)
     inside_T = time_T < length
     mask_D = column_D < dim
@@ -151,8 +151,8 @@ def conv_input_gradient(
     TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d x of a tile, from the tokens that read it and the state that it became part of."""
-    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    time_T = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    time_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     batch = tl.program_id(2).to(tl.int64)
     inside_T = time_T < length
     mask_D = column_D < dim
@@ -251,7 +251,7 @@ def run_forward(
     y, after = empty_forward(x, weight, cu_seqlens)
     batch, length, dim = x.shape
     config = choose("conv_forward", generation(), x.dtype, key=dim)
-    grid = (-(-dim // config.blocks["BLOCK_D"]), -(-length // config.blocks["BLOCK_T"]), batch)
+    grid = (-(-length // config.blocks["BLOCK_T"]), -(-dim // config.blocks["BLOCK_D"]), batch)
     owner = owners(cu_seqlens, length)
     shape: dict[str, Any] = {"dim": dim, "TAPS": weight.shape[1], "SILU": silu}
     args = (x, weight, bias, state, cu_seqlens, owner, y, after, length)
@@ -293,7 +293,7 @@ def run_backward(
     dweight = total[:taps].t().to(weight.dtype).contiguous()
     dbias = dbias if bias is None else total[taps].to(bias.dtype)
     config = choose("conv_input_gradient", generation(), x.dtype, key=dim)
-    grid = (-(-dim // config.blocks["BLOCK_D"]), -(-length // config.blocks["BLOCK_T"]), batch)
+    grid = (-(-length // config.blocks["BLOCK_T"]), -(-dim // config.blocks["BLOCK_D"]), batch)
     args = (dpre, weight, dafter, cu_seqlens, owner, dx, length)
     launch(conv_input_gradient, grid, *args, dim=dim, TAPS=taps, config=config)
     if state is not None and taps > 1:
@@ -313,8 +313,8 @@ def empty_backward(
     return torch.empty_like(x), torch.empty_like(weight), dbias, dstate
 
 
-_forward = torch.library.custom_op("mixforge::short_conv_forward", run_forward, mutates_args=())
-_backward = torch.library.custom_op("mixforge::short_conv_backward", run_backward, mutates_args=())
+_forward = torch.library.custom_op("mixforge::short_conv_forward", on_device(run_forward), mutates_args=())
+_backward = torch.library.custom_op("mixforge::short_conv_backward", on_device(run_backward), mutates_args=())
 
 
 @_forward.register_fake
@@ -414,7 +414,7 @@ def run_step(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: 
     return y
 
 
-_step = torch.library.custom_op("mixforge::short_conv_step", run_step, mutates_args=("state",))
+_step = torch.library.custom_op("mixforge::short_conv_step", on_device(run_step), mutates_args=("state",))
 
 
 @_step.register_fake

@@ -66,21 +66,22 @@ class StackBudget:
     """Whether it is for operands that are all float32; otherwise for those of two bytes."""
 
 
-_THREE_PRODUCTS = (
-    "a product of float32 is three of TF32, whose parts are in registers too; long runs are in bfloat16"
+_FEW = (
+    "a handful of registers in one of its variants; smaller blocks would read more from memory than they save"
 )
+_TF32 = "float16 with channel decays multiplies in TF32, of twice the size"
+_THREE = "a product of float32 is three of TF32, whose parts are in registers too; long runs are in bfloat16"
 
 # Every other kernel may use none.
 STACK_BUDGETS: tuple[StackBudget, ...] = (
-    StackBudget(
-        "linear_gradients",
-        "sm_80",
-        16,
-        "two registers for (channel, delta) at K=128; 16 channels would double it",
-    ),
-    StackBudget("linear_scan", "sm_", 256, _THREE_PRODUCTS, is_wide=True),
-    StackBudget("linear_scan_backward", "sm_", 256, _THREE_PRODUCTS, is_wide=True),
-    StackBudget("linear_gradients", "sm_", 256, _THREE_PRODUCTS, is_wide=True),
+    StackBudget("linear_gram", "sm_80", 32, _FEW),
+    StackBudget("linear_scan", "sm_80", 32, _FEW),
+    StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
+    StackBudget("linear_gradients", "sm_80", 256, _TF32),
+    StackBudget("linear_gradients", "sm_90", 16, _FEW),
+    StackBudget("linear_scan", "sm_", 1536, _THREE, is_wide=True),
+    StackBudget("linear_scan_backward", "sm_", 1536, _THREE, is_wide=True),
+    StackBudget("linear_gradients", "sm_", 256, _THREE, is_wide=True),
 )
 
 # A stub has 16; a kernel that adds one to a row has 21.

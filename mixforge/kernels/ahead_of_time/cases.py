@@ -7,6 +7,8 @@ that bytes can be read beside times.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from mixforge.kernels.gated_scan_triton import (
     gated_scan_step_triton,
     gated_scan_triton,
 )
+from mixforge.kernels.linear_decode_triton import linear_decode_triton
 from mixforge.kernels.norm import rms_norm_gated_reference, rms_norm_reference
 from mixforge.kernels.norm_triton import rms_norm_gated_triton, rms_norm_triton
 from mixforge.kernels.selective_scan import selective_scan_reference
@@ -49,6 +52,48 @@ def _chunked_linear(case: Case) -> Call:
         case.tensor("B", "T", "G", "V"),
         None if log is None else case.tensor(*log, dtype=torch.float32, low=-1.0, high=0.0),
         case.tensor("B", "T", "G", dtype=torch.float32, low=0.0, high=1.0) if rule == "delta" else None,
+    )
+
+
+def _packed_linear(case: Case) -> Call:
+    """Sequences one after the other, with states before them; fewer heads of keys than of values."""
+    function, given = _chunked_linear(case)
+    bounds = _still(case, "N+1", dtype=torch.int64)
+    return partial(function, cu_seqlens=bounds), (
+        *given,
+        case.tensor("N", "G", "K", "V", dtype=torch.float32),
+    )
+
+
+def _linear_decode(case: Case) -> Call:
+    """A step of kda between its projections, or of mamba2."""
+    sizes, is_delta = case.sizes, case.variant == "channel, delta"
+    heads, key_heads = sizes["G"], sizes["H"]
+    inner = heads * sizes["V"]
+    inputs = {**sizes, "F": 2 * key_heads * sizes["K"] + inner, "I": inner, "GK": heads * sizes["K"]}
+    wide = replace(case, sizes=inputs)
+    logits, bias = (("B", "GK"), ("GK",)) if is_delta else (("B", "G"), ("G",))
+    return linear_decode_triton, (
+        _still(wide, "B", "F"),
+        _still(wide, *logits),
+        _still(wide, *bias, dtype=torch.float32),
+        _still(wide, "G", dtype=torch.float32),
+        _still(wide, "B", "G") if is_delta else None,
+        _still(wide, "B", "I"),
+        None if is_delta else _still(wide, "G", dtype=torch.float32),
+        _still(wide, "V", dtype=torch.float32) if is_delta else None,
+        _still(wide, "B", "G", "K", "V", dtype=torch.float32),
+        *(
+            key_heads,
+            "channel" if is_delta else "scalar",
+            1.0,
+            "none",
+            is_delta,
+            1.0,
+            not is_delta,
+            "silu",
+            1e-6,
+        ),
     )
 
 
@@ -142,6 +187,7 @@ def _linear(variant: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case
 
 _WIDE = {"B": 8, "T": 4096, "D": 2048}
 _ROWS = {"B": 64, "D": 2048}
+_PACKED = {"B": 1, "T": 32768, "H": 4, "G": 16, "K": 128, "V": 128, "N": 8, "N+1": 9}
 _STATES = {"B": 64, "H": 16, "G": 16, "K": 128, "V": 128}
 
 CASES: tuple[Case, ...] = (
@@ -149,7 +195,15 @@ CASES: tuple[Case, ...] = (
     # The widest keys there are, and a narrow head: the heaviest combinations stand for all.
     *(_linear(variant, 256) for variant in ("scalar, delta", "channel, delta")),
     _linear("channel, delta", 64),
-    _linear("channel, delta", 64, torch.float32),
+    *(_linear("channel, delta", dim, torch.float32) for dim in (64, 128)),
+    _linear("channel, delta", 128, torch.float16),
+    _case("packed linear", "scalar, delta", _packed_linear, _PACKED),
+    _case("packed linear", "channel, add", _packed_linear, _PACKED),
+    *(
+        _case("linear decode", variant, _linear_decode, {"B": 64, "H": 16, "G": 16, "K": keys, "V": values})
+        for variant in ("channel, delta", "scalar, add")
+        for keys, values in ((64, 64), (128, 128), (128, 256))
+    ),
     *(_case("linear step", f"{decay}, {rule}", _linear_step, _STATES) for decay in DECAYS for rule in RULES),
     _case("gated_scan", "real", _gated_scan, _WIDE, gated_scan_reference),
     _case("gated_scan", "real", _gated_scan, _WIDE, gated_scan_reference, torch.float32),

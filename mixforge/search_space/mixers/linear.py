@@ -249,6 +249,11 @@ class Linear(Mixer):
 
     def build(self, width: int, backend: Backend) -> Part:
         size = self.sizes(width)
+        if backend == "triton" and size.features > 256:
+            raise ValueError(
+                f"backend='triton' takes at most 256 key channels, and this mixer has {size.features} (mixer linear): "
+                "give a smaller key_dim, or build with backend='torch'"
+            )
         inner = size.heads * size.value_dim
         mixed = 2 * size.key_heads * size.key_dim + inner
         norm = {

@@ -68,6 +68,22 @@ def test_a_step_holds_few_launches() -> None:
     assert names == ["norm_forward", "conv_step", "linear_decode", "norm_forward", "norm_forward"]
 
 
+def test_what_cannot_run_is_refused_when_it_is_built() -> None:
+    with pytest.raises(ValueError, match="at most 256 key channels, and this mixer has 561"):
+        parse("lm(linear(phi=taylor(2), key_dim=32) + swiglu, width=32)").build("triton")
+
+
+def test_a_state_that_cannot_be_written_is_refused() -> None:
+    model = parse("lm(gdn + swiglu, width=32)").build("triton")
+    with torch.no_grad():
+        _, state = model.prefill(torch.zeros(2, 4, dtype=torch.long), capacity=8)
+        for layer in state.layers:
+            if "matrix" in layer:
+                layer["matrix"] = layer["matrix"][:1].expand(2, -1, -1, -1)
+        with pytest.raises(ValueError, match="it must be float32, contiguous"):
+            model.step(torch.zeros(2, dtype=torch.long), state)
+
+
 def test_attention_needs_a_gpu() -> None:
     model = parse("lm(attn + swiglu, width=32)").build("triton")
     with pytest.raises(ValueError, match="backend='triton'"):
