@@ -27,7 +27,7 @@ test: $(VENV)/.ready-dev
 
 kernels: $(VENV)/.ready-dev $(OLDER)/.ready
 	$(BIN)/python -m mixforge.kernels.ahead_of_time
-	$(OLDER)/bin/python -m mixforge.kernels.ahead_of_time --targets sm_90
+	$(OLDER)/bin/python -m mixforge.kernels.ahead_of_time --targets sm_90 --only delta
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDER)/bin/python -m pytest tests/kernels/interpreted -k 13 \
 	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
