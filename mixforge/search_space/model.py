@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mixforge.search_space.architecture import Architecture, Layer, Reuse, Unit
 from mixforge.search_space.architecture import Beside as BesideUnit
-from mixforge.search_space.beside import Beside, ConcatFuse, GateFuse, MeanFuse, SumFuse
-from mixforge.search_space.layer import Pass, Pointwise
+from mixforge.search_space.parts.beside import Beside, ConcatFuse, GateFuse, MeanFuse, SumFuse
+from mixforge.search_space.parts.layer import Pass, Pointwise
 from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
-from mixforge.search_space.norm import norm_part
+from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.part import Part
-from mixforge.search_space.residual import Residual, Stack
+from mixforge.search_space.parts.residual import Residual, Stack
 
 
 @dataclass

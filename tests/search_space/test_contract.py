@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mixforge.search_space.genes import Call, Choice, Domain, Form, GeneValue, Real, Whole
-from mixforge.search_space.layer import Pass, Pointwise, TokenMixer
+from mixforge.search_space.parts.layer import Pass, Pointwise, TokenMixer
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.mixers import CATALOGUE
 

@@ -51,8 +51,8 @@ from torch import Tensor, nn
 
 from mixforge.kernels import chunked_linear, short_conv
 from mixforge.kernels.backend import triton_form
-from mixforge.search_space.activation import relu, sigmoid, silu
-from mixforge.search_space.decay import (
+from mixforge.search_space.parts.activation import relu, sigmoid, silu
+from mixforge.search_space.parts.decay import (
     HeadDecay,
     SigmoidChannelDecay,
     SigmoidDecay,
@@ -62,12 +62,12 @@ from mixforge.search_space.decay import (
 )
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
-from mixforge.search_space.layer import Pass, TokenMixer, split_heads
+from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.mixer import Backend, Cost, Mixer
-from mixforge.search_space.norm import norm_part
+from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.part import Part
-from mixforge.search_space.rotary import rotate
-from mixforge.search_space.short_convolution import ShortConvolution
+from mixforge.search_space.parts.rotary import rotate
+from mixforge.search_space.parts.short_convolution import ShortConvolution
 
 # Rank of W in forget=sigmoid with decay=channel, as in the paper. With forget=softplus it is the value dim.
 SIGMOID_RANK = 16
@@ -307,7 +307,7 @@ class Linear(Mixer):
     def _decoder(self, size: Sizes) -> tuple[type[TokenMixer], dict[str, Any]]:
         """The module whose step is one kernel between its projections, where that kernel takes these genes."""
         # Imported here, for it has this module's classes as its base.
-        from mixforge.search_space.linear_decode import FusedLinearAttention
+        from mixforge.search_space.parts.linear_decode import FusedLinearAttention
 
         is_small = size.key_dim <= 128 and size.value_dim <= 256
         is_plain = self.phi in ("none", "elu1", "relu") and self.norm == "none" and self.pos == "none"

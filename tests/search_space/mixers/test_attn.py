@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixforge.search_space.genes import Form
-from mixforge.search_space.layer import Pass
+from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.attn import Attn
 
 WIDTH, LENGTH = 24, 41

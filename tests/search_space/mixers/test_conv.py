@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixforge.search_space.layer import Pass
+from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.conv import Conv
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixforge.search_space.genes import Form
-from mixforge.search_space.layer import Pass
+from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.linear import Linear
 
 WIDTH, HEADS, LENGTH = 24, 3, 37

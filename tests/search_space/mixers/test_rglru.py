@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mixforge.search_space.layer import Pass
+from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.rglru import Rglru
 
 

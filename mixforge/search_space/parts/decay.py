@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.search_space.layer import split_heads
+from mixforge.search_space.parts.layer import split_heads
 
 
 def exact(x: Tensor) -> Tensor:

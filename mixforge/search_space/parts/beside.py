@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mixforge.search_space.layer import Pass, TokenMixer
+from mixforge.search_space.parts.layer import Pass, TokenMixer
 
 
 class Beside(TokenMixer):
