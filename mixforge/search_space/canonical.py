@@ -1,20 +1,20 @@
 """The canonical form of a stack: all stacks that are the same model at one width have one.
 
 Genes that say what follows from the width are left off (`Mixer.canonical`); shares of the heads are applied
-to the branches; branches beside one another are sorted; reuse of reuse is one reuse; a cache that no layer
-reads is not lent.
+to the branches; branches beside one another are sorted; reuse of reuse is one reuse; what no layer reads is
+not lent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd
 
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.settled import narrow, settle
-from mixforge.search_space.shared_cache import Place, owners, trades
+from mixforge.search_space.loans import Place, trades, unread
 from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixer_json
 
 
@@ -23,27 +23,29 @@ def canonical(units: tuple[Unit, ...], width: int) -> tuple[Unit, ...]:
     settled = tuple([each for unit in units for each in canonical_unit(unit, width)])
     if not any(trades(unit, width) for unit in settled):
         return settled
-    unread = [place for place, read in owners(settled, width).items() if not read]
-    return tuple(_without_owners(settled, (), unread, width)) if unread else settled
+    idle = unread(settled, width)
+    return tuple(_without_owners(settled, (), idle, width)) if idle else settled
 
 
-def _without_owners(units: tuple[Unit, ...], place: Place, unread: list[Place], width: int) -> Iterator[Unit]:
+def _without_owners(
+    units: tuple[Unit, ...], place: Place, idle: Mapping[Place, frozenset[str]], width: int
+) -> Iterator[Unit]:
     for index, unit in enumerate(units):
         here = (*place, index)
-        if not any(owner[: len(here)] == here for owner in unread):
+        if not any(owner[: len(here)] == here for owner in idle):
             yield unit
             continue
         match unit:
             case Layer():
-                changed: Unit = Layer(unit.mixer.unread())
+                changed: Unit = Layer(unit.mixer.unread(idle[(*here, 0)]))
             case Beside():
                 branches = (
-                    mixer.unread() if (*here, branch) in unread else mixer
+                    mixer.unread(idle[(*here, branch)]) if (*here, branch) in idle else mixer
                     for branch, mixer in enumerate(unit.branches)
                 )
                 changed = Beside(tuple(branches), unit.fuse, unit.shares)
             case Reuse():
-                changed = Reuse(unit.times, tuple(_without_owners(unit.body, here, unread, width)))
+                changed = Reuse(unit.times, tuple(_without_owners(unit.body, here, idle, width)))
         yield from canonical_unit(changed, width)
 
 

@@ -1,4 +1,4 @@
-"""When a stack is no model: genes that do not divide, no token mixer, a shared cache without an owner."""
+"""When a stack is no model: genes that do not divide, no token mixer, a reader of what no layer owns."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import lru_cache
 from typing import Literal
 
 from mixforge.search_space.settled import narrow, why_illegal
-from mixforge.search_space.shared_cache import trades, why_cacheless
+from mixforge.search_space.loans import trades, why_unowned
 from mixforge.search_space.spelling import spell_mixer
 from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixers
 
-Fault = Literal["genes", "shares", "no token mixer", "no cache owner"]
+Fault = Literal["genes", "shares", "no token mixer", "no owner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
             "no token mixer", "no layer mixes tokens, so no token sees another; add one such as attn"
         )
     if any(trades(unit, width) for unit in distinct):
-        sentence = why_cacheless(units, width)
-        return None if sentence is None else Illegality("no cache owner", sentence)
+        sentence = why_unowned(units, width)
+        return None if sentence is None else Illegality("no owner", sentence)
     return None
 
 

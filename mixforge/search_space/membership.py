@@ -264,7 +264,7 @@ class _Search:
         reads."""
         if not self.unread or len(units) != 1:
             return units if len(units) == 1 else ()
-        return (*units, *canonical_unit(_unread(units[0]), self.width))
+        return (*units, *canonical_unit(_unread(units[0], self.width), self.width))
 
 
 def _can_be(production: Production, unit: Unit) -> bool:
@@ -274,9 +274,9 @@ def _can_be(production: Production, unit: Unit) -> bool:
     return isinstance(unit, Layer) and isinstance(unit.mixer, vocabulary()[production.function][0])
 
 
-def _unread(unit: Unit) -> Unit:
+def _unread(unit: Unit, width: int) -> Unit:
     def plain(mixer: Mixer) -> Mixer:
-        return mixer.unread()
+        return mixer.unread(frozenset(mixer.lends(width)))
 
     match unit:
         case Layer():
@@ -284,7 +284,7 @@ def _unread(unit: Unit) -> Unit:
         case Beside():
             return replace(unit, branches=tuple(map(plain, unit.branches)))
         case Reuse():
-            return Reuse(unit.times, tuple(map(_unread, unit.body)))
+            return Reuse(unit.times, tuple(_unread(each, width) for each in unit.body))
 
 
 def _answers(sentence: Sentence) -> Answers:

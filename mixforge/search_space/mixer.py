@@ -44,6 +44,21 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Loan:
+    """Tensors that one mixer lends to those after it, by their sizes.
+
+    extent: `cache` is one entry for each token so far: [batch, shape[0], tokens, *shape[1:]]; `pass` one for each
+    token of the present pass: [batch, tokens, *shape]; `weights` are parameters of exactly that shape.
+    """
+
+    extent: Literal["cache", "pass", "weights"]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        return " and ".join(dict.fromkeys(" x ".join(map(str, shape)) for shape in self.shapes))
+
+
+@dataclass(frozen=True, slots=True)
 class Mixer(ABC):
     """A residual unit's function: `token` mixers mix along time, `channel` mixers along width."""
 
@@ -56,16 +71,21 @@ class Mixer(ABC):
         """The mixer's name in an expression: the name of its file."""
         return cls.__module__.rpartition(".")[2]
 
-    def lends(self, width: int) -> tuple[int, ...] | None:
-        """The shape, per token, of a cache that layers after this one may read; None where it lends none."""
-        return None
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether its module sees one token at a time and keeps no state, as a channel mixer does."""
+        return self.kind == "channel"
 
-    def borrows(self, width: int) -> tuple[int, ...] | None:
-        """The shape, per token, of the cache that it reads from a layer before it; None where it reads none."""
-        return None
+    def lends(self, width: int) -> Mapping[str, Loan]:
+        """What layers after this one may read, by name (see `loans`)."""
+        return {}
 
-    def unread(self) -> Self:
-        """The same mixer where no layer reads the cache that it lends."""
+    def borrows(self, width: int) -> Mapping[str, Loan]:
+        """What it reads from a layer before it, by name."""
+        return {}
+
+    def unread(self, names: frozenset[str]) -> Self:
+        """The same mixer where no layer reads these things that it lends."""
         return self
 
     @abstractmethod

@@ -181,7 +181,7 @@ def _mixer_part(unit: Layer | BesideUnit, width: int, backend: Backend) -> Part:
 
 def _placed(mixer: Mixer, width: int, backend: Backend) -> Part:
     part = mixer.build(width, backend)
-    return Part(Pointwise, inner=part) if mixer.kind == "channel" else part
+    return Part(Pointwise, inner=part) if mixer.is_pointwise else part
 
 
 def _norm_part(architecture: Architecture, backend: Backend) -> Part:

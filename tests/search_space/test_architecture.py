@@ -67,9 +67,9 @@ def test_costs_add_up_by_hand() -> None:
         ("lm(attn + 2 @ (swiglu + attn(heads=5)), width=64)", "genes", "layer 2: attn(heads=5)"),
         ("lm((attn(heads=5) | swiglu), width=64)", "genes", "layer 1: attn(heads=5)"),
         ("lm(2*attn | gdn, width=64)", "shares", "layer 1"),
-        ("lm(attn + attn(kv=shared), width=64)", "no cache owner", "layer 2: attn(kv=shared) reads"),
-        ("lm(attn(kv=own) | attn(kv=shared), width=64)", "no cache owner", "beside it"),
-        ("lm(attn(kv=own) + attn(kv=shared, heads=4), width=64)", "no cache owner", "4 x 16"),
+        ("lm(attn + attn(kv=shared), width=64)", "no owner", "layer 2: attn(kv=shared) reads"),
+        ("lm(attn(kv=own) | attn(kv=shared), width=64)", "no owner", "beside it"),
+        ("lm(attn(kv=own) + attn(kv=shared, heads=4), width=64)", "no owner", "4 x 16"),
     ],
 )
 def test_illegal_architectures_say_why(text: str, fault: str, saying: str) -> None:

@@ -1,72 +1,42 @@
-"""What every mixer of the catalogue keeps to, over its aliases and a spread of its genes.
+"""What every mixer of the catalogue keeps to, over a spread of its genes.
 
-No mixer is named here: genes and their legal values are read from the catalogue.
+No mixer is named here: genes and their legal values are read from the catalogue. Every alias and every value of a gene
+passes each test by itself; the covering array of pairs (see `covering`) passes the short form of all of them at the end.
 """
 
 from __future__ import annotations
 
-import random
-from dataclasses import fields, replace
+from dataclasses import replace
 from fractions import Fraction
-from functools import cache
-from typing import get_type_hints
 
 import pytest
 import torch
+from covering import WIDTH, genes, pairs, singles
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mixforge.search_space.genes import Call, Choice, Domain, Form, GeneValue, Real, Whole
-from mixforge.search_space.parts.layer import Pass, Pointwise, TokenMixer
-from mixforge.search_space.mixer import Mixer
+from mixforge.search_space.mixer import Loan, Mixer
 from mixforge.search_space.mixers import CATALOGUE
+from mixforge.search_space.parts.layer import Pass, Pointwise, TokenMixer
+from mixforge.search_space.settled import why_illegal
 
-WIDTH = 24
 LENGTHS = (1, 13, 63)
 
 
-def values(domain: Domain) -> list[GeneValue]:
-    """A few legal values, small enough to test."""
-    match domain:
-        case Choice():
-            return list(domain.names)
-        case Whole():
-            return [value for value in (2, 3) if domain.has(value)]
-        case Real():
-            return [value for value in (0.5, 1.25, 2) if domain.has(value)]
-        case Call():
-            return [Form(domain.name, (int(value),)) for value in values(domain.arguments[0])]  # type: ignore[arg-type]
+def cases(rows: str) -> pytest.MarkDecorator:
+    """One test for each point, those of a mixer in one group of tests."""
+    chosen = {"singles": singles, "pairs": pairs}[rows]
+    return pytest.mark.parametrize(
+        "mixer",
+        [
+            pytest.param(mixer, id=f"{word}{number}", marks=pytest.mark.xdist_group(f"contract-{word}"))
+            for word in CATALOGUE
+            for number, mixer in enumerate(chosen(word))
+        ],
+    )
 
 
-def genes(mixer: type[Mixer]) -> dict[str, list[GeneValue]]:
-    hints = get_type_hints(mixer, include_extras=True)
-    return {
-        name: [value for domain in hints[name].__metadata__ for value in values(domain)]
-        for name in (field.name for field in fields(mixer))
-    }
-
-
-@cache
-def spread(word: str) -> list[Mixer]:
-    """The default, every alias, each gene in turn, and a dozen seeded combinations: those that are legal."""
-    mixer, choices = CATALOGUE[word], genes(CATALOGUE[word])
-    found = [mixer(), *(mixer(**given) for given in mixer.aliases.values())]
-    found += [replace(mixer(), **{name: value}) for name, options in choices.items() for value in options]
-    rng = random.Random(word)
-    while len(found) < 4000:
-        drawn = {name: rng.choice(options) for name, options in choices.items() if rng.random() < 0.4}
-        found.append(replace(mixer(), **drawn))
-    legal = dict.fromkeys(each.canonical(WIDTH) for each in found if each.why_illegal(WIDTH) is None)
-    single = sum(map(len, choices.values())) + len(mixer.aliases) + 1
-    return list(legal)[: single + 12]
-
-
-CASES = [
-    pytest.param(mixer, id=f"{word}{number}")
-    for word in CATALOGUE
-    for number, mixer in enumerate(spread(word))
-]
-every_mixer = pytest.mark.parametrize("mixer", CASES)
+every_mixer = cases("singles")
 
 
 def built(
@@ -74,19 +44,45 @@ def built(
 ) -> TokenMixer:
     torch.manual_seed(0)
     module = mixer.build(width, backend).build().to(dtype)  # type: ignore[arg-type]
-    return Pointwise(module) if mixer.kind == "channel" else module
+    return Pointwise(module) if mixer.is_pointwise else module
 
 
-def at(mixer: Mixer, start: int, end: int, dtype: torch.dtype = torch.float64, capacity: int = 0) -> Pass:
-    """A pass over tokens start to end, with the cache that the mixer borrows, if any."""
-    shape = mixer.borrows(WIDTH)
-    shared = None
-    if shape is not None:
-        generator = torch.Generator().manual_seed(7)
-        whole = torch.randn(2, 2, 100, *shape, generator=generator, dtype=torch.float64).to(dtype)
-        keys, values_ = whole[:, :, : max(end, capacity)].transpose(2, 3)
-        shared = (keys, values_)
+def at(
+    mixer: Mixer, start: int, end: int, dtype: torch.dtype = torch.float64, capacity: int = 0, batch: int = 2
+) -> Pass:
+    """A pass over tokens start to end, with what the mixer borrows, if anything."""
+    shared = {
+        name: lent(loan, start, end, max(end, capacity), batch, dtype)
+        for name, loan in mixer.borrows(WIDTH).items()
+    }
     return Pass(torch.arange(start, end), start, shared)
+
+
+def lent(
+    loan: Loan, start: int, end: int, capacity: int, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The same loan in every pass, as far as the pass can see it."""
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for shape in loan.shapes:
+        if loan.extent == "weights":
+            whole = torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
+            found.append(whole.to(dtype))
+            continue
+        whole = torch.randn(2, 100, *shape, generator=generator, dtype=torch.float64)[:batch].to(dtype)
+        cache = whole[:, :capacity].transpose(1, 2)
+        found.append(cache if loan.extent == "cache" else whole[:, start:end])
+    return tuple(found)
+
+
+def borrowed_bytes(mixer: Mixer, length: int, itemsize: int) -> int:
+    """Bytes of what it borrows that one more token reads: a whole cache, all weights; values are at hand."""
+    entries = {"cache": length, "weights": 1, "pass": 0}
+    return sum(
+        entries[loan.extent] * torch.Size(shape).numel() * itemsize
+        for loan in mixer.borrows(WIDTH).values()
+        for shape in loan.shapes
+    )
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
@@ -158,15 +154,8 @@ def sdpa_cpu(
 def counted_flops(module: TokenMixer, mixer: Mixer, length: int) -> int:
     operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={operation: sdpa_cpu}) as counter:
-        module(inputs(length, torch.float32)[:1], None, at_one(mixer, length))
+        module(inputs(length, torch.float32)[:1], None, at(mixer, 0, length, torch.float32, batch=1))
     return counter.get_total_flops()
-
-
-def at_one(mixer: Mixer, length: int) -> Pass:
-    passed = at(mixer, 0, length, torch.float32)
-    if passed.shared is not None:
-        passed.shared = (passed.shared[0][:1], passed.shared[1][:1])
-    return passed
 
 
 @every_mixer
@@ -188,10 +177,7 @@ def written_bytes(module: TokenMixer, mixer: Mixer, length: int, dtype: torch.dt
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
         before = {name: tensor.clone() for name, tensor in state.items()}
         x_BD = 3 * inputs(1, dtype, seed)[:1, 0]
-        passed = at(mixer, length, length + 1, dtype)
-        if passed.shared is not None:
-            passed.shared = (passed.shared[0][:1], passed.shared[1][:1])
-        _, state = module.step(x_BD, state, passed)
+        _, state = module.step(x_BD, state, at(mixer, length, length + 1, dtype, batch=1))
         for name, tensor in state.items():
             changed[name] = changed.get(name, torch.zeros(())).bool() | (tensor != before[name])
     return sum(int(changed[name].sum()) * state[name].itemsize for name in changed)
@@ -208,10 +194,7 @@ def test_state_and_decode_bytes_are_exact(mixer: Mixer, dtype: torch.dtype) -> N
         assert cost.state_bytes == sum(tensor.nbytes for tensor in kept.values())
         # One more token: every entry that changes is written, and all that was kept is read.
         written = written_bytes(module, mixer, length, dtype)
-        borrowed = mixer.borrows(WIDTH)
-        read = cost.state_bytes
-        if borrowed is not None:
-            read += 2 * length * borrowed[0] * borrowed[1] * dtype.itemsize
+        read = cost.state_bytes + borrowed_bytes(mixer, length, dtype.itemsize)
         assert cost.decode_bytes == cost.params * dtype.itemsize + read + written, f"at length {length}"
 
 
@@ -292,7 +275,7 @@ def narrowed(mixer: Mixer, share: Fraction) -> Mixer | None:
 def test_a_branch_with_a_share_of_the_heads_is_canonical_and_smaller() -> None:
     seen = 0
     for word in CATALOGUE:
-        for mixer in spread(word):
+        for mixer in singles(word) + pairs(word):
             for parts in (2, 3):
                 branch = narrowed(mixer, Fraction(1, parts))
                 if branch is None:
@@ -311,10 +294,42 @@ def test_canonical_is_idempotent_and_the_same_model(mixer: Mixer) -> None:
 
 def test_a_gene_put_back_to_its_default_changes_no_module() -> None:
     for word in CATALOGUE:
-        mixer, choices = CATALOGUE[word], genes(CATALOGUE[word])
-        for name, options in choices.items():
+        for name, options in genes(CATALOGUE[word]).items():
             for value in options:
-                given = replace(mixer(), **{name: value})
-                if given.why_illegal(WIDTH) is not None:
+                given = replace(CATALOGUE[word](), **{name: value})
+                if why_illegal(given, WIDTH) is not None:
                     continue
                 assert given.cost(WIDTH, 13) == given.canonical(WIDTH).cost(WIDTH, 13)
+
+
+@cases("pairs")
+def test_every_pair_of_genes_keeps_to_it(mixer: Mixer) -> None:
+    test_canonical_is_idempotent_and_the_same_model(mixer)
+    module = built(mixer, torch.float32)
+    cost = mixer.cost(WIDTH, 29)
+    assert cost.params == sum(weight.numel() for weight in module.parameters())
+    assert cost.flops == counted_flops(module, mixer, 29)
+    kept = module.initial_state(1, 29, torch.device("cpu"), torch.float32)
+    assert cost.state_bytes == sum(tensor.nbytes for tensor in kept.values())
+    test_bfloat16_stays_bfloat16(mixer)
+    _check_sequence_forms(mixer)
+
+
+def _check_sequence_forms(mixer: Mixer) -> None:
+    """In pieces and by steps as at once, causally, with finite gradients for every weight."""
+    module = built(mixer)
+    x_BTD = inputs(29)
+    whole, _ = module(x_BTD, None, at(mixer, 0, 29))
+    (whole * inputs(29, seed=3)).sum().backward()
+    for name, weight in module.named_parameters():
+        assert weight.grad is not None, name
+        assert torch.isfinite(weight.grad).all(), name
+    with torch.no_grad():
+        state = module.initial_state(2, 29, x_BTD.device, x_BTD.dtype)
+        first, state = module(x_BTD[:, :6], state, at(mixer, 0, 6))
+        second, state = module(x_BTD[:, 6:19], state, at(mixer, 6, 19))
+        pieces = torch.cat([first, second, by_steps(module, mixer, x_BTD, state, 19)], 1)
+        torch.testing.assert_close(pieces, whole.detach(), rtol=1e-9, atol=1e-9)
+        changed = torch.cat([x_BTD[:, :17], inputs(29, seed=2)[:, 17:]], 1)
+        after, _ = module(changed, None, at(mixer, 0, 29))
+        torch.testing.assert_close(after[:, :17], whole[:, :17].detach(), rtol=1e-12, atol=1e-12)

@@ -15,7 +15,7 @@ above read; in the paper the shared keys and values belong to no layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
@@ -28,7 +28,7 @@ from mixforge.kernels.attention import attended_pairs, step_attention
 from mixforge.search_space.genes import Call, Choice, Form, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
-from mixforge.search_space.mixer import Backend, Cost, Mixer
+from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.rotary import rotate
@@ -59,14 +59,18 @@ class Attn(Mixer):
             return heads, int(self.kv.arguments[0]), head_dim
         return heads, 1 if self.kv == "mqa" else heads, head_dim
 
-    def lends(self, width: int) -> tuple[int, ...] | None:
-        return self.sizes(width)[1:] if self.kv == "own" else None
+    def lends(self, width: int) -> Mapping[str, Loan]:
+        return {"cache": self._loan(width)} if self.kv == "own" else {}
 
-    def borrows(self, width: int) -> tuple[int, ...] | None:
-        return self.sizes(width)[1:] if self.kv == "shared" else None
+    def borrows(self, width: int) -> Mapping[str, Loan]:
+        return {"cache": self._loan(width)} if self.kv == "shared" else {}
 
-    def unread(self) -> Self:
-        return replace(self, kv="mha") if self.kv == "own" else self
+    def _loan(self, width: int) -> Loan:
+        """Keys and values."""
+        return Loan("cache", (self.sizes(width)[1:], self.sizes(width)[1:]))
+
+    def unread(self, names: frozenset[str]) -> Self:
+        return replace(self, kv="mha") if "cache" in names else self
 
     def why_illegal(self, width: int) -> str | None:
         heads, kv_heads, head_dim = self.sizes(width)
@@ -267,7 +271,7 @@ class Attention(TokenMixer):
             if at.start > 0:
                 k_BHTK, v_BHTK = state["key"][:, :, :end], state["value"][:, :, :end]
         if self.publishes:
-            at.shared = (k_BHTK, v_BHTK)
+            at.shared["cache"] = (k_BHTK, v_BHTK)
         o_BHTK = self.operation(self.queries.ask(x_BTD, at.positions_T), k_BHTK, v_BHTK, at.start)
         return self.queries.answer(o_BHTK, x_BTD), state
 
@@ -277,7 +281,7 @@ class Attention(TokenMixer):
         state["key"].index_copy_(2, at.positions_T, k_BHTK)
         state["value"].index_copy_(2, at.positions_T, v_BHTK)
         if self.publishes:
-            at.shared = (state["key"], state["value"])
+            at.shared["cache"] = (state["key"], state["value"])
         o_BHTK = step_attention(
             self.queries.ask(x_BTD, at.positions_T), state["key"], state["value"], at.positions_T
         )
@@ -309,14 +313,14 @@ class SharedAttention(TokenMixer):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        assert at.shared is not None, "an architecture with kv=shared and no owner below it is illegal"
-        o_BHTK = self.operation(self.queries.ask(x_BTD, at.positions_T), *at.shared, at.start)
+        k_BHTK, v_BHTK = at.shared["cache"]
+        o_BHTK = self.operation(self.queries.ask(x_BTD, at.positions_T), k_BHTK, v_BHTK, at.start)
         return self.queries.answer(o_BHTK, x_BTD), state
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        assert at.shared is not None, "an architecture with kv=shared and no owner below it is illegal"
         x_BTD = x_BD[:, None]
-        o_BHTK = step_attention(self.queries.ask(x_BTD, at.positions_T), *at.shared, at.positions_T)
+        k_BHTK, v_BHTK = at.shared["cache"]
+        o_BHTK = step_attention(self.queries.ask(x_BTD, at.positions_T), k_BHTK, v_BHTK, at.positions_T)
         return self.queries.answer(o_BHTK, x_BTD)[:, 0], state
 
 

@@ -6,7 +6,7 @@ that a captured CUDA graph of it can be replayed. Every weight that ends a mixer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ class Pass:
 
     positions_T: int64, the absolute positions of the tokens in this pass (one token in a step).
     start: tokens that came before; for `forward` only, as a step knows its place from `positions_T` alone.
-    shared: the keys and values [B, heads, time, dim] that the last attn(kv=own) below has published.
+    shared: what layers below have lent, by name: `cache` has the keys and values [B, heads, time, dim] of the last
+        attn(kv=own). See `loans` for the other names and the shapes.
     """
 
     positions_T: Tensor
     start: int
-    shared: tuple[Tensor, Tensor] | None = None
+    shared: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 class TokenMixer(nn.Module):

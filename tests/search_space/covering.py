@@ -1,0 +1,127 @@
+"""Which points of a mixer's gene space the contract tests look at.
+
+`singles`: the default, every alias, and each legal value of each gene with all others at their default.
+`pairs`: a covering array of strength two. Rows are taken greedily (as in Cohen et al. 1997, the AETG system): each
+row starts from the uncovered pair of (gene, value) that comes first, is filled up at random around it, and of twenty
+such rows the one that covers most new pairs is kept. A pair counts as covered where both values are still there in
+the row's canonical form, so that a gene without effect covers nothing; a pair that no row in forty tries makes legal
+is given up. Everything follows from the mixer's name, so the array is the same in every process.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import cache
+from itertools import combinations
+from typing import get_type_hints
+
+from mixforge.search_space.genes import Call, Choice, Domain, Form, GeneValue, Real, Whole
+from mixforge.search_space.mixer import Mixer
+from mixforge.search_space.mixers import CATALOGUE
+from mixforge.search_space.settled import why_illegal
+
+WIDTH = 24
+CANDIDATES = 20
+TRIES = 40
+
+Setting = tuple[str, GeneValue]
+Pair = tuple[Setting, Setting]
+
+
+def values(domain: Domain) -> list[GeneValue]:
+    """A few legal values, small enough to test."""
+    match domain:
+        case Choice():
+            return list(domain.names)
+        case Whole():
+            return [value for value in (2, 3) if domain.has(value)] or [domain.low]
+        case Real():
+            return [value for value in (0.5, 1.25, 2) if domain.has(value)] or [domain.low]
+        case Call():
+            each = [values(argument) for argument in domain.arguments]
+            count = min(2, max(map(len, each)))
+            return [Form(domain.name, tuple(some[n % len(some)] for some in each)) for n in range(count)]  # type: ignore[misc]
+
+
+@cache
+def genes(mixer: type[Mixer]) -> dict[str, tuple[GeneValue, ...]]:
+    """The values of each gene that are tested, its default among them."""
+    hints = get_type_hints(mixer, include_extras=True)
+    return {
+        field.name: tuple(
+            dict.fromkeys(
+                [field.default, *(v for domain in hints[field.name].__metadata__ for v in values(domain))]
+            )
+        )
+        for field in fields(mixer)
+    }
+
+
+@cache
+def singles(word: str) -> tuple[Mixer, ...]:
+    """The legal ones among the default, the aliases and each gene's values in turn, in canonical form."""
+    mixer = CATALOGUE[word]
+    found = [mixer(), *(mixer(**given) for given in mixer.aliases.values())]
+    found += [
+        replace(mixer(), **{name: value}) for name, some in genes(mixer).items() for value in some
+    ]
+    return tuple(dict.fromkeys(each.canonical(WIDTH) for each in found if why_illegal(each, WIDTH) is None))
+
+
+@cache
+def pairs(word: str) -> tuple[Mixer, ...]:
+    """The rows of the covering array, in canonical form, without those that `singles` has."""
+    mixer = CATALOGUE[word]
+    rng = random.Random(word)
+    bases = [mixer(), *(mixer(**given) for given in mixer.aliases.values())]
+    left = dict.fromkeys(_all_pairs(mixer))
+    rows: dict[Mixer, None] = {}
+    for row in singles(word):
+        _cover(row, left)
+    while left:
+        target = next(iter(left))
+        found = [row for _ in range(TRIES) if (row := _row(rng.choice(bases), target, rng)) is not None]
+        found = [row for row in found if set(target) <= _settings(row)][:CANDIDATES]
+        if not found:
+            del left[target]
+            continue
+        best = max(found, key=lambda row: sum(pair in left for pair in _pairs(row)))
+        rows[best] = None
+        _cover(best, left)
+    return tuple(row for row in rows if row not in singles(word))
+
+
+def _all_pairs(mixer: type[Mixer]) -> Iterator[Pair]:
+    for (a, some), (b, others) in combinations(genes(mixer).items(), 2):
+        yield from (((a, x), (b, y)) for x in some for y in others)
+
+
+def _settings(row: Mixer) -> set[Setting]:
+    return {(field.name, getattr(row, field.name)) for field in fields(row)}
+
+
+def _pairs(row: Mixer) -> Iterator[Pair]:
+    return combinations([(field.name, getattr(row, field.name)) for field in fields(row)], 2)
+
+
+def _cover(row: Mixer, left: dict[Pair, None]) -> None:
+    for pair in _pairs(row):
+        left.pop(pair, None)
+
+
+def _row(base: Mixer, target: Pair, rng: random.Random) -> Mixer | None:
+    """A legal row with the target's values, other genes changed one by one where that stays legal."""
+    row = replace(base, **dict(target))
+    names = [name for name in genes(type(base)) if name not in dict(target)]
+    rng.shuffle(names)
+    legal = row if why_illegal(row, WIDTH) is None else None
+    for name in names:
+        if rng.random() < 0.5:
+            changed = replace(row, **{name: rng.choice(genes(type(base))[name])})
+            if why_illegal(changed, WIDTH) is None:
+                row = legal = changed
+            elif legal is None:
+                row = changed
+    return None if legal is None else legal.canonical(WIDTH)
