@@ -12,9 +12,9 @@ from fractions import Fraction
 from functools import lru_cache
 from math import gcd
 
+from mixforge.search_space.loans import Place, trades, unread
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.settled import narrow, settle
-from mixforge.search_space.loans import Place, trades, unread
 from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixer_json
 
 

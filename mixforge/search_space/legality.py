@@ -7,8 +7,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
-from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.loans import trades, why_unowned
+from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.spelling import spell_mixer
 from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixers
 

@@ -61,7 +61,7 @@ def why_unowned(units: tuple[Unit, ...], width: int) -> str | None:
             reason = _why_unfit(name, loan, owners.get(name), place, width)
             if reason is not None:
                 return f"layer {place[0] + 1}: {spell_mixer(mixer, width)} {reason}"
-        owners |= {name: (place, mixer) for name in mixer.lends(width)}
+        owners |= dict.fromkeys(mixer.lends(width), (place, mixer))
     return None
 
 

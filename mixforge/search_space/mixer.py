@@ -76,6 +76,13 @@ class Mixer(ABC):
         """Whether its module sees one token at a time and keeps no state, as a channel mixer does."""
         return self.kind == "channel"
 
+    def placed(self, index: int, count: int) -> Self:
+        """This mixer as the `index`-th, from 0, of `count` layers of its kind, where its equations ask for that.
+
+        The model builder calls it before `build`; what it sets changes no cost and is no part of the text.
+        """
+        return self
+
     def lends(self, width: int) -> Mapping[str, Loan]:
         """What layers after this one may read, by name (see `loans`)."""
         return {}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from mixforge.search_space.architecture import Architecture, Layer, Reuse, Unit
 from mixforge.search_space.architecture import Beside as BesideUnit
+from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
+from mixforge.search_space.part import Part
 from mixforge.search_space.parts.beside import Beside, ConcatFuse, GateFuse, MeanFuse, SumFuse
 from mixforge.search_space.parts.layer import Pass, Pointwise
-from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
 from mixforge.search_space.parts.norm import norm_part
-from mixforge.search_space.part import Part
 from mixforge.search_space.parts.residual import Residual, Stack
+from mixforge.search_space.stack import mixers
 
 
 @dataclass
@@ -147,41 +149,55 @@ def language_model(architecture: Architecture, backend: Backend) -> Part:
         vocab=architecture.vocab,
         width=architecture.width,
         tied=architecture.embed == "tied",
-        stack=Part(Stack, units=[_unit_part(unit, architecture, backend) for unit in architecture.stack]),
+        stack=_Assembly(architecture, backend).stack(),
         norm=_norm_part(architecture, backend),
     )
 
 
-def _unit_part(unit: Unit, architecture: Architecture, backend: Backend) -> Part:
-    if isinstance(unit, Reuse):
-        return Part(
-            Stack, units=[_unit_part(each, architecture, backend) for each in unit.body], times=unit.times
-        )
-    places = {"pre": ("before",), "post": ("after",), "sandwich": ("before", "inside")}[architecture.place]
-    norms = {
-        place: _norm_part(architecture, backend) if place in places else Part(nn.Identity)
-        for place in ("before", "inside", "after")
-    }
-    return Part(Residual, mixer=_mixer_part(unit, architecture.width, backend), **norms)
+class _Assembly:
+    """The parts of one architecture's stack; it tells each mixer which of the layers of its kind it is."""
 
+    def __init__(self, architecture: Architecture, backend: Backend) -> None:
+        self.architecture = architecture
+        self.backend = backend
+        self.counts = Counter(type(mixer) for mixer in mixers(architecture.stack))
+        self.seen = Counter[type[Mixer]]()
 
-def _mixer_part(unit: Layer | BesideUnit, width: int, backend: Backend) -> Part:
-    if isinstance(unit, Layer):
-        return _placed(unit.mixer, width, backend)
-    branches = [_placed(mixer, width, backend) for mixer in unit.branches]
-    fuses = {"gate": GateFuse, "concat": ConcatFuse}
-    if unit.fuse == "mean":
-        fuse = Part(MeanFuse, norms=[norm_part(width, backend) for _ in branches])
-    elif unit.fuse == "sum":
-        fuse = Part(SumFuse)
-    else:
-        fuse = Part(fuses[unit.fuse], width=width, branches=len(branches))
-    return Part(Beside, branches=branches, fuse=fuse)
+    def stack(self) -> Part:
+        return Part(Stack, units=[self.unit(unit) for unit in self.architecture.stack])
 
+    def unit(self, unit: Unit) -> Part:
+        if isinstance(unit, Reuse):
+            return Part(Stack, units=[self.unit(each) for each in unit.body], times=unit.times)
+        places = {"pre": ("before",), "post": ("after",), "sandwich": ("before", "inside")}[
+            self.architecture.place
+        ]
+        norms = {
+            place: _norm_part(self.architecture, self.backend) if place in places else Part(nn.Identity)
+            for place in ("before", "inside", "after")
+        }
+        return Part(Residual, mixer=self.branches(unit), **norms)
 
-def _placed(mixer: Mixer, width: int, backend: Backend) -> Part:
-    part = mixer.build(width, backend)
-    return Part(Pointwise, inner=part) if mixer.is_pointwise else part
+    def branches(self, unit: Layer | BesideUnit) -> Part:
+        """The function of a residual unit: one mixer, or several beside one another."""
+        if isinstance(unit, Layer):
+            return self.mixer(unit.mixer)
+        width = self.architecture.width
+        branches = [self.mixer(mixer) for mixer in unit.branches]
+        fuses = {"gate": GateFuse, "concat": ConcatFuse}
+        if unit.fuse == "mean":
+            fuse = Part(MeanFuse, norms=[norm_part(width, self.backend) for _ in branches])
+        elif unit.fuse == "sum":
+            fuse = Part(SumFuse)
+        else:
+            fuse = Part(fuses[unit.fuse], width=width, branches=len(branches))
+        return Part(Beside, branches=branches, fuse=fuse)
+
+    def mixer(self, mixer: Mixer) -> Part:
+        placed = mixer.placed(self.seen[type(mixer)], self.counts[type(mixer)])
+        self.seen[type(mixer)] += 1
+        part = placed.build(self.architecture.width, self.backend)
+        return Part(Pointwise, inner=part) if mixer.is_pointwise else part
 
 
 def _norm_part(architecture: Architecture, backend: Backend) -> Part:
@@ -202,7 +218,8 @@ def build(
 
     The weights that end a residual branch are divided by the square root of the number of branches, so that
     the residual stream of a deep stack starts as small as that of a shallow one (Radford et al. 2019, GPT-2,
-    section 2.3). Raises ValueError where the architecture is illegal or the backend cannot run it.
+    section 2.3). The model is in evaluation mode; call `train()` before training
+    it. Raises ValueError where the architecture is illegal or the backend cannot run it.
     """
     part = language_model(architecture, backend)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -213,4 +230,4 @@ def build(
             # A norm at the end of a branch would undo what is done to the weights before it.
             if name.endswith((".out.weight", ".inside.weight")) or ".fuse.norms." in name:
                 weight.mul_(shrink)
-    return model.to(device=torch.device(device), dtype=dtype)
+    return model.to(device=torch.device(device), dtype=dtype).eval()

@@ -64,9 +64,7 @@ def singles(word: str) -> tuple[Mixer, ...]:
     """The legal ones among the default, the aliases and each gene's values in turn, in canonical form."""
     mixer = CATALOGUE[word]
     found = [mixer(), *(mixer(**given) for given in mixer.aliases.values())]
-    found += [
-        replace(mixer(), **{name: value}) for name, some in genes(mixer).items() for value in some
-    ]
+    found += [replace(mixer(), **{name: value}) for name, some in genes(mixer).items() for value in some]
     return tuple(dict.fromkeys(each.canonical(WIDTH) for each in found if why_illegal(each, WIDTH) is None))
 
 

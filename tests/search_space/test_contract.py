@@ -43,7 +43,7 @@ def built(
     mixer: Mixer, dtype: torch.dtype = torch.float64, backend: str = "torch", width: int = WIDTH
 ) -> TokenMixer:
     torch.manual_seed(0)
-    module = mixer.build(width, backend).build().to(dtype)  # type: ignore[arg-type]
+    module = mixer.build(width, backend).build().to(dtype).eval()  # type: ignore[arg-type]
     return Pointwise(module) if mixer.is_pointwise else module
 
 

@@ -27,10 +27,10 @@ from mixforge.kernels import attention
 from mixforge.kernels.attention import attended_pairs, step_attention
 from mixforge.search_space.genes import Call, Choice, Form, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
-from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
-from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
+from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.rotary import rotate
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mixforge.kernels import short_conv
 from mixforge.search_space.genes import Whole
-from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 
 

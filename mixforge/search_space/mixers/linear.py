@@ -51,6 +51,10 @@ from torch import Tensor, nn
 
 from mixforge.kernels import chunked_linear, short_conv
 from mixforge.kernels.backend import triton_form
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Whole
+from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.mixer import Backend, Cost, Mixer
+from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import relu, sigmoid, silu
 from mixforge.search_space.parts.decay import (
     HeadDecay,
@@ -60,12 +64,8 @@ from mixforge.search_space.parts.decay import (
     SoftplusDecay,
     exact,
 )
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Whole
-from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
-from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.parts.norm import norm_part
-from mixforge.search_space.part import Part
 from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 

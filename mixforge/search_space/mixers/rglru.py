@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from mixforge.kernels import gated_scan, short_conv
 from mixforge.search_space.genes import Choice, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
-from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 
 

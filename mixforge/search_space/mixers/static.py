@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from mixforge.search_space.genes import Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
-from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 
 
 @dataclass(frozen=True, slots=True)

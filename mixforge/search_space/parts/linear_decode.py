@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixforge.search_space.parts.decay import SigmoidChannelDecay, SigmoidDecay, SoftplusChannelDecay, SoftplusDecay
-from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.linear import LinearAttention
+from mixforge.search_space.parts.decay import (
+    SigmoidChannelDecay,
+    SigmoidDecay,
+    SoftplusChannelDecay,
+    SoftplusDecay,
+)
+from mixforge.search_space.parts.layer import Pass
 
 
 class FusedLinearAttention(LinearAttention):

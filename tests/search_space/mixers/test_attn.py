@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mixforge.search_space.genes import Form
-from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.attn import Attn
+from mixforge.search_space.parts.layer import Pass
 
 WIDTH, LENGTH = 24, 41
 

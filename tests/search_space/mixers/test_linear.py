@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mixforge.search_space.genes import Form
-from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.linear import Linear
+from mixforge.search_space.parts.layer import Pass
 
 WIDTH, HEADS, LENGTH = 24, 3, 37
 Weights = dict[str, Tensor]

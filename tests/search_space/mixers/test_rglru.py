@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.rglru import Rglru
+from mixforge.search_space.parts.layer import Pass
 
 
 @torch.no_grad()

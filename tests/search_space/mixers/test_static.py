@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.mixers.static import Static
+from mixforge.search_space.parts.layer import Pass
 
 
 @torch.no_grad()
