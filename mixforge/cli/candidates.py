@@ -189,9 +189,8 @@ def mixers(
     name: Annotated[str | None, typer.Argument(help="A mixer or an alias; all if left out.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The catalogue: every mixer with its genes and their legal values, its famous points, and the presets."""
+    """The catalogue: every mixer with its genes and their legal values, and its famous points."""
     from mixforge.search_space.mixers import CATALOGUE
-    from mixforge.search_space.presets import PRESETS
     from mixforge.search_space.vocabulary import mixer_named
 
     chosen = {name: CATALOGUE[name] for name in CATALOGUE}
@@ -209,8 +208,7 @@ def mixers(
                         "aliases": {alias: _texts(genes) for alias, genes in kind.aliases.items()},
                     }
                     for each, kind in chosen.items()
-                },
-                "presets": {each: str(preset.architecture()) for each, preset in PRESETS.items()} if name is None else {},
+                }
             }
         )  # fmt: skip
         return
@@ -225,11 +223,6 @@ def mixers(
                 f"  {alias} = {each}({', '.join(f'{key}={value}' for key, value in _texts(values).items())})"
             )
         print()
-    if name is None:
-        presets = table("preset", "what", "source", title="Presets: mixforge show NAME")
-        for each, made in PRESETS.items():
-            presets.add_row(each, made.summary, made.paper)
-        show_table(presets)
 
 
 def _genes(kind: type[Mixer]) -> list[tuple[str, str, str]]:

@@ -21,6 +21,7 @@ def architecture_of(text: str, db: str) -> Architecture:
     """The architecture that a text means. Raises ValueError where it means none, or more than one digest fits."""
     from mixforge.search_space.notation import parse
     from mixforge.search_space.presets import PRESETS, preset
+    from mixforge.search_space.syntax import nearest
 
     if is_digest(text):
         from mixforge.db.results import open
@@ -32,8 +33,8 @@ def architecture_of(text: str, db: str) -> Architecture:
         return preset(name, size or "tiny")
     if text.replace("_", "a").isalnum():
         raise ValueError(
-            f"{text!r} is no preset, no digest and no expression; presets are {', '.join(PRESETS)}, a digest is four "
-            'or more hexadecimal digits, an expression reads like "lm(4 * (attn + swiglu), width=128)"'
+            f"{text!r} is no preset (`mixforge presets` lists them), no digest (four or more hexadecimal digits) and no "
+            f'expression (such as "lm(4 * (attn + swiglu), width=128)"){nearest(name, PRESETS)}'
         )
     return parse(text)
 
