@@ -1,13 +1,14 @@
 # make search   set up everything, run the laptop campaign, export the winner (15 minutes on two cores)
 # make test     set up everything, then lint, types, imports, tests and the documentation's examples
 # make kernels  compile every kernel for every target, without a GPU, under both Triton versions (Linux)
-# make oracle   compare the kernels with fla-core's recurrences, in an environment of its own (Linux)
+# make oracle   compare with fla-core's recurrences and transformers' models, each in an environment of its own (Linux)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/laptop
 OLDER  := .venv-triton36
 ORACLE := .venv-oracle
+HF     := .venv-transformers
 
 .PHONY: search test kernels oracle setup bench clean
 
@@ -31,9 +32,10 @@ kernels: $(VENV)/.ready-dev $(OLDER)/.ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDER)/bin/python -m pytest tests/kernels/interpreted -k 13 \
 	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
-oracle: $(VENV)/.ready-dev $(ORACLE)/.ready
+oracle: $(VENV)/.ready-dev $(ORACLE)/.ready $(HF)/.ready
 	$(ORACLE)/bin/python -m pytest tests/oracle
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(ORACLE)/bin/python -m pytest tests/oracle
+	$(HF)/bin/python -m pytest -n 2 tests/transformers
 
 bench: $(VENV)/.ready-dev
 	# Status 2: what it measures is not here, such as a GPU.
@@ -69,5 +71,8 @@ $(OLDER)/.ready: tests/kernels/triton36.txt | $(VENV)/.ready-dev
 $(ORACLE)/.ready: tests/oracle/requirements.txt | $(VENV)/.ready-dev
 	$(call layer,$(ORACLE),--requirement tests/oracle/requirements.txt)
 
+$(HF)/.ready: tests/transformers/requirements.txt | $(VENV)/.ready-dev
+	$(call layer,$(HF),--requirement tests/transformers/requirements.txt)
+
 clean:
-	rm -rf $(VENV) $(OLDER) $(ORACLE) runs build *.egg-info
+	rm -rf $(VENV) $(OLDER) $(ORACLE) $(HF) runs build *.egg-info
