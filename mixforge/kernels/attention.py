@@ -1,7 +1,9 @@
 """Softmax attention o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s over s <= t, and over s > t - W with a window W.
 
-Queries are [B, H, T, K], keys and values [B, H', P + T, K] with H' dividing H: the P keys at the left are of tokens that
-came before the first query's. Outputs are [B, H, T, K].
+Queries are [B, H, T, K], keys [B, H', P + T, K] and values [B, H', P + T, V] with H' dividing H: the P keys at the left
+are of tokens that came before the first query's. Outputs are [B, H, T, V].
+
+`masked_attention` takes which pairs are seen, or what is added to their scores, as a tensor.
 
 Three forms: `reference` computes the weights of all pairs; `torch` is torch's own fused operation, over masked pairs or
 in blocks for a window; `triton` (`attention_triton`) is the fused operation for every earlier token, and
@@ -72,14 +74,45 @@ def window_attention_torch(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, windo
     return torch.cat([first_BHTK, attend_in_blocks(q_BHTK, k_BHTK, v_BHTK, window)], 2)
 
 
-def attend(
-    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None, causal: bool = False
+def masked_attention_reference(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
-    """The fused operation over as many or fewer key heads; `mask` is True where a query sees a key."""
+    """Over pairs of any kind. `mask` [..., T, S] is True where a query sees a key, or is added to its score.
+
+    Scores are q . k times `scale`. Values may be wider or narrower than keys. Float32 or better inside.
+    """
+    dtype = torch.float64 if v_BHTK.dtype == torch.float64 else torch.float32
+    group = q_BHTK.shape[1] // k_BHTK.shape[1]
+    k, v = (x.to(dtype).repeat_interleave(group, 1) for x in (k_BHTK, v_BHTK))
+    scores = q_BHTK.to(dtype) @ k.transpose(2, 3) * scale
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    else:
+        scores = scores + mask.to(dtype)
+    o_BHTV: Tensor = scores.softmax(3) @ v
+    return o_BHTV.to(v_BHTK.dtype)
+
+
+def masked_attention_torch(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """As `masked_attention_reference`, by the fused operation."""
+    return attend(q_BHTK, k_BHTK, v_BHTK, mask, scale=scale)
+
+
+def attend(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    mask: Tensor | None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The fused operation over as many or fewer key heads; `mask` is True where a query sees a key, or is added."""
     # A tracer hands out sizes as tensors, and the flag must be a plain one.
     grouped = bool(q_BHTK.shape[1] != k_BHTK.shape[1])
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 
 
@@ -115,11 +148,11 @@ def check_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, window: int 
     if q_BHTK.dim() != 4 or q_BHTK.shape[2] == 0:
         raise ValueError(f"q must be of shape [B, H, T, K] with at least one token, got {list(q_BHTK.shape)}")
     batch, heads, length, dim = q_BHTK.shape
-    for name, x_BHTK in (("k", k_BHTK), ("v", v_BHTK)):
-        expected = (batch, k_BHTK.shape[1], past + length, dim)
+    for name, x_BHTK, last in (("k", k_BHTK, dim), ("v", v_BHTK, v_BHTK.shape[-1])):
+        expected = (batch, k_BHTK.shape[1], past + length, last)
         if x_BHTK.dim() != 4 or x_BHTK.shape != expected:
             raise ValueError(
-                f"{name} must be of shape {[batch, 'heads of k', past + length, dim]} behind {past} earlier tokens and "
+                f"{name} must be of shape {[batch, 'heads of k', past + length, last]} behind {past} earlier tokens and "
                 f"beside q {list(q_BHTK.shape)}, got {list(x_BHTK.shape)}"
             )
     if heads % k_BHTK.shape[1] != 0:
@@ -145,6 +178,11 @@ WINDOW_FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, int, int], Tensor]] = 
     "torch": window_attention_torch,
 }
 
+MASKED_FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+    "reference": masked_attention_reference,
+    "torch": masked_attention_torch,
+}
+
 
 def form(backend: str) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     """Attention over all earlier tokens, of one backend; that of Triton is imported when it is asked for."""
@@ -164,3 +202,13 @@ def window_form(backend: str) -> Callable[[Tensor, Tensor, Tensor, int, int], Te
         ).window_attention_triton
         return found
     return WINDOW_FORMS[backend]
+
+
+def masked_form(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+    """Attention over given pairs, of one backend; that of Triton is imported when it is asked for."""
+    if backend == "triton":
+        found: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = importlib.import_module(
+            "mixforge.kernels.attention_triton"
+        ).masked_attention_triton
+        return found
+    return MASKED_FORMS[backend]

@@ -18,7 +18,12 @@ from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mixforge.kernels.attention import attend, causal_attention_torch, check_attention
+from mixforge.kernels.attention import (
+    attend,
+    causal_attention_torch,
+    check_attention,
+    masked_attention_torch,
+)
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +53,14 @@ def window_attention_triton(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, wind
     if past == 0 and q_BHTK.shape[2] <= window:
         return attend(q_BHTK, k_BHTK, v_BHTK, None, causal=True)
     return flexible_attention(q_BHTK, k_BHTK, v_BHTK, window, past)
+
+
+def masked_attention_triton(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """As `masked_attention_reference`, on a GPU, by torch's fused operation. Raises ValueError elsewhere."""
+    check_gpu(q_BHTK, k_BHTK, v_BHTK)
+    return masked_attention_torch(q_BHTK, k_BHTK, v_BHTK, mask, scale)
 
 
 def flexible_attention(

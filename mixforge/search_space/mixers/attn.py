@@ -15,23 +15,26 @@ above read; in the paper the shared keys and values belong to no layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixforge.kernels import attention
-from mixforge.kernels.attention import attended_pairs, step_attention
+from mixforge.kernels.attention import attended_pairs
 from mixforge.search_space.genes import Call, Choice, Form, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
+from mixforge.search_space.parts.attention import Attention
+from mixforge.search_space.parts.attention_heads import Output, Queries
+from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues
+from mixforge.search_space.parts.attention_pattern import EveryToken, Window
+from mixforge.search_space.parts.attention_position import Position, Rotary
+from mixforge.search_space.parts.attention_scores import Fused
 from mixforge.search_space.parts.norm import norm_part
-from mixforge.search_space.parts.rotary import rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,260 +131,46 @@ class Attn(Mixer):
         )
 
     def build(self, width: int, backend: Backend) -> Part:
-        heads, kv_heads, head_dim = self.sizes(width)
-        common = {
-            "width": width,
-            "heads": heads,
-            "head_dim": head_dim,
-            "theta": 10000.0 if self.pos == "rope" else None,
-            "query_norm": norm_part(head_dim, backend) if self.qk_norm == "rms" else None,
-            "gated": self.out_gate == "sigmoid",
-        }
-        if self.kv == "shared":
-            return Part(SharedAttention, **common, operation=attention.form(backend))
-        key_norm = norm_part(head_dim, backend) if self.qk_norm == "rms" else None
-        if isinstance(self.window, int):
-            return Part(
-                WindowAttention,
-                **common,
-                kv_heads=kv_heads,
-                key_norm=key_norm,
-                window=self.window,
-                operation=attention.window_form(backend),
-            )
+        heads, _, head_dim = self.sizes(width)
+        normed = self.qk_norm == "rms"
         return Part(
             Attention,
-            **common,
-            kv_heads=kv_heads,
-            key_norm=key_norm,
+            queries=Part(
+                Queries,
+                heads=heads,
+                query=Part(nn.Linear, in_features=width, out_features=heads * head_dim, bias=False),
+                norm=norm_part(head_dim, backend) if normed else None,
+            ),
+            memory=self._memory(width, backend),
+            position=Part(Rotary, channels=head_dim, theta=10000.0) if self.pos == "rope" else Part(Position),
+            pattern=self._pattern(backend),
+            scores=Part(Fused, scale=head_dim**-0.5),
+            output=Part(Output, width=width, channels=heads * head_dim, gated=self.out_gate == "sigmoid"),
+        )
+
+    def _memory(self, width: int, backend: Backend) -> Part:
+        _, kv_heads, head_dim = self.sizes(width)
+        if self.kv == "shared":
+            return Part(Borrowed)
+        norm = norm_part(head_dim, backend) if self.qk_norm == "rms" else None
+        return Part(
+            KeysValues,
+            width=width,
+            heads=kv_heads,
+            head_dim=head_dim,
+            norm=norm,
             publishes=self.kv == "own",
-            operation=attention.form(backend),
         )
 
-
-class Queries(nn.Module):
-    """What every kind of attention does around its keys and values: queries in, gate and output projection
-    out."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        head_dim: int,
-        theta: float | None,
-        query_norm: nn.Module | None,
-        gated: bool,
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.head_dim = head_dim
-        self.theta = theta
-        self.query = nn.Linear(width, heads * head_dim, bias=False)
-        self.query_norm = query_norm
-        self.gate = nn.Linear(width, heads * head_dim, bias=False) if gated else None
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
-
-    def ask(self, x_BTD: Tensor, positions_T: Tensor) -> Tensor:
-        """Queries [B, H, T, K]."""
-        q_BTHK = split_heads(self.query(x_BTD), self.heads)
-        if self.query_norm is not None:
-            q_BTHK = self.query_norm(q_BTHK)
-        if self.theta is not None:
-            q_BTHK = rotate(q_BTHK, positions_T, self.theta)
-        return q_BTHK.transpose(1, 2)
-
-    def answer(self, o_BHTK: Tensor, x_BTD: Tensor) -> Tensor:
-        """Gate the heads' outputs [B, H, T, K] and project them to [B, T, D]."""
-        o_BTF = o_BHTK.transpose(1, 2).flatten(2)
-        if self.gate is not None:
-            o_BTF = o_BTF * torch.sigmoid(self.gate(x_BTD))
-        y: Tensor = self.out(o_BTF)
-        return y
-
-
-class KeysValues(nn.Module):
-    """Keys and values [B, H, T, K] of a sequence, before any cache."""
-
-    def __init__(
-        self, width: int, heads: int, head_dim: int, theta: float | None, key_norm: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.head_dim = head_dim
-        self.theta = theta
-        self.key = nn.Linear(width, heads * head_dim, bias=False)
-        self.value = nn.Linear(width, heads * head_dim, bias=False)
-        self.key_norm = key_norm
-
-    def forward(self, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        k_BTHK = split_heads(self.key(x_BTD), self.heads)
-        v_BTHK = split_heads(self.value(x_BTD), self.heads)
-        if self.key_norm is not None:
-            k_BTHK = self.key_norm(k_BTHK)
-        if self.theta is not None:
-            k_BTHK = rotate(k_BTHK, positions_T, self.theta)
-        return k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
-
-    def initial_state(
-        self, batch: int, slots: int, device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Room for `slots` tokens."""
-        shape = (batch, self.heads, slots, self.head_dim)
-        return {
-            "key": torch.zeros(shape, device=device, dtype=dtype),
-            "value": torch.zeros(shape, device=device, dtype=dtype),
-        }
-
-
-class Attention(TokenMixer):
-    """Attention over every earlier token, with a cache of `capacity` slots."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        theta: float | None,
-        query_norm: nn.Module | None,
-        key_norm: nn.Module | None,
-        gated: bool,
-        publishes: bool,
-        operation: Callable[[Tensor, Tensor, Tensor, int], Tensor],
-    ) -> None:
-        super().__init__()
-        self.publishes = publishes
-        self.operation = operation
-        self.queries = Queries(width, heads, head_dim, theta, query_norm, gated)
-        self.memory = KeysValues(width, kv_heads, head_dim, theta, key_norm)
-
-    def initial_state(
-        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        return self.memory.initial_state(batch, capacity, device, dtype)
-
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        k_BHTK, v_BHTK = self.memory(x_BTD, at.positions_T)
-        if state is not None:
-            end = at.start + x_BTD.shape[1]
-            state["key"][:, :, at.start : end] = k_BHTK
-            state["value"][:, :, at.start : end] = v_BHTK
-            if at.start > 0:
-                k_BHTK, v_BHTK = state["key"][:, :, :end], state["value"][:, :, :end]
-        if self.publishes:
-            at.shared["cache"] = (k_BHTK, v_BHTK)
-        o_BHTK = self.operation(self.queries.ask(x_BTD, at.positions_T), k_BHTK, v_BHTK, at.start)
-        return self.queries.answer(o_BHTK, x_BTD), state
-
-    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        x_BTD = x_BD[:, None]
-        k_BHTK, v_BHTK = self.memory(x_BTD, at.positions_T)
-        state["key"].index_copy_(2, at.positions_T, k_BHTK)
-        state["value"].index_copy_(2, at.positions_T, v_BHTK)
-        if self.publishes:
-            at.shared["cache"] = (state["key"], state["value"])
-        o_BHTK = step_attention(
-            self.queries.ask(x_BTD, at.positions_T), state["key"], state["value"], at.positions_T
+    def _pattern(self, backend: Backend) -> Part:
+        if isinstance(self.window, str):
+            return Part(EveryToken, operation=attention.form(backend))
+        return Part(
+            Window,
+            window=self.window,
+            dilation=1,
+            first=0,
+            shorter=None,
+            operation=attention.window_form(backend),
+            masked=attention.masked_form(backend),
         )
-        return self.queries.answer(o_BHTK, x_BTD)[:, 0], state
-
-
-class SharedAttention(TokenMixer):
-    """Attention that reads the keys and values that a layer below has published, and keeps none."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        head_dim: int,
-        theta: float | None,
-        query_norm: nn.Module | None,
-        gated: bool,
-        operation: Callable[[Tensor, Tensor, Tensor, int], Tensor],
-    ) -> None:
-        super().__init__()
-        self.operation = operation
-        self.queries = Queries(width, heads, head_dim, theta, query_norm, gated)
-
-    def initial_state(
-        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        k_BHTK, v_BHTK = at.shared["cache"]
-        o_BHTK = self.operation(self.queries.ask(x_BTD, at.positions_T), k_BHTK, v_BHTK, at.start)
-        return self.queries.answer(o_BHTK, x_BTD), state
-
-    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        x_BTD = x_BD[:, None]
-        k_BHTK, v_BHTK = at.shared["cache"]
-        o_BHTK = step_attention(self.queries.ask(x_BTD, at.positions_T), k_BHTK, v_BHTK, at.positions_T)
-        return self.queries.answer(o_BHTK, x_BTD)[:, 0], state
-
-
-class WindowAttention(TokenMixer):
-    """Attention over the last `window` tokens, its own included; the cache is a ring: token t is in slot t
-    mod W."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        theta: float | None,
-        query_norm: nn.Module | None,
-        key_norm: nn.Module | None,
-        gated: bool,
-        window: int,
-        operation: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
-    ) -> None:
-        super().__init__()
-        self.window = window
-        self.operation = operation
-        self.queries = Queries(width, heads, head_dim, theta, query_norm, gated)
-        self.memory = KeysValues(width, kv_heads, head_dim, theta, key_norm)
-
-    def initial_state(
-        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        return self.memory.initial_state(batch, min(self.window, capacity), device, dtype)
-
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        q_BHTK = self.queries.ask(x_BTD, at.positions_T)
-        k_BHTK, v_BHTK = self.memory(x_BTD, at.positions_T)
-        if at.start == 0 or state is None:
-            o_BHTK = self.operation(q_BHTK, k_BHTK, v_BHTK, self.window, 0)
-        else:
-            # Tokens start - past to start - 1, in order, from their slots in the ring.
-            past = min(at.start, self.window - 1)
-            ring = torch.arange(at.start - past, at.start, device=x_BTD.device) % state["key"].shape[2]
-            wide_k_BHTK = torch.cat([state["key"][:, :, ring], k_BHTK], 2)
-            wide_v_BHTK = torch.cat([state["value"][:, :, ring], v_BHTK], 2)
-            o_BHTK = self.operation(q_BHTK, wide_k_BHTK, wide_v_BHTK, self.window, past)
-        if state is not None:
-            slots = state["key"].shape[2]
-            kept = min(slots, x_BTD.shape[1])
-            ring = at.positions_T[-kept:] % slots
-            state["key"].index_copy_(2, ring, k_BHTK[:, :, -kept:])
-            state["value"].index_copy_(2, ring, v_BHTK[:, :, -kept:])
-        return self.queries.answer(o_BHTK, x_BTD), state
-
-    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        x_BTD = x_BD[:, None]
-        k_BHTK, v_BHTK = self.memory(x_BTD, at.positions_T)
-        ring = at.positions_T % state["key"].shape[2]
-        state["key"].index_copy_(2, ring, k_BHTK)
-        state["value"].index_copy_(2, ring, v_BHTK)
-        # A full ring has every slot filled, so the mask of a growing cache is right for it too.
-        o_BHTK = step_attention(
-            self.queries.ask(x_BTD, at.positions_T), state["key"], state["value"], at.positions_T
-        )
-        return self.queries.answer(o_BHTK, x_BTD)[:, 0], state

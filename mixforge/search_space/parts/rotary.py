@@ -17,11 +17,24 @@ from torch import Tensor
 
 def rotate(x_BTHK: Tensor, positions_T: Tensor, theta: float) -> Tensor:
     """Rotate [B, T, H, K], K even, by the int64 positions [T]. Angles are taken in float32 or better."""
-    half = x_BTHK.shape[-1] // 2
-    exact = torch.float64 if x_BTHK.dtype == torch.float64 else torch.float32
-    pair = torch.arange(half, device=x_BTHK.device, dtype=exact)
-    angle_TK = positions_T.to(exact)[:, None] * torch.exp(pair * (-math.log(theta) / half))
-    cos_THK = angle_TK.cos().to(x_BTHK.dtype)[:, None]
-    sin_THK = angle_TK.sin().to(x_BTHK.dtype)[:, None]
-    left, right = x_BTHK.chunk(2, -1)
-    return torch.cat([left * cos_THK - right * sin_THK, right * cos_THK + left * sin_THK], -1)
+    return turn(x_BTHK, angles(positions_T, frequencies(x_BTHK.shape[-1], theta, x_BTHK)))
+
+
+def frequencies(channels: int, theta: float, like: Tensor) -> Tensor:
+    """f_i [channels / 2] on the device of `like`, in float64 where that is float64, else in float32."""
+    exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+    pair = torch.arange(channels // 2, device=like.device, dtype=exact)
+    return torch.exp(pair * (-2 * math.log(theta) / channels))
+
+
+def angles(positions_T: Tensor, frequencies: Tensor) -> Tensor:
+    """Angles [T, 1, K / 2] from frequencies [K / 2], or [T, H, K / 2] from [H, K / 2]."""
+    return positions_T.to(frequencies.dtype)[:, None, None] * frequencies
+
+
+def turn(x_BTHK: Tensor, angle: Tensor) -> Tensor:
+    """Turn the first channels of [B, T, H, K], twice as many as there are angles [..., T, H or 1, pairs]."""
+    turned = 2 * angle.shape[-1]
+    cos, sin = angle.cos().to(x_BTHK.dtype), angle.sin().to(x_BTHK.dtype)
+    left, right = x_BTHK[..., :turned].chunk(2, -1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin, x_BTHK[..., turned:]], -1)

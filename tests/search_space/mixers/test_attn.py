@@ -42,15 +42,15 @@ def oracle(mixer: Attn, w: dict[str, Tensor], x: Tensor) -> Tensor:
         outputs = []
         for h in range(heads):
             group = h // (heads // kv_heads)
-            query = placed(q[t, h], t, "queries.query_norm.weight")
-            scores = [query @ placed(k[s, group], s, "memory.key_norm.weight") for s in range(first, t + 1)]
+            query = placed(q[t, h], t, "queries.norm.weight")
+            scores = [query @ placed(k[s, group], s, "memory.norm.weight") for s in range(first, t + 1)]
             weight = torch.exp(torch.stack(scores) / math.sqrt(dim))
             outputs.append((weight / weight.sum()) @ v[first : t + 1, group])
         row = torch.cat(outputs)
         if mixer.out_gate == "sigmoid":
-            row = row / (1 + torch.exp(-w["queries.gate.weight"] @ x[t]))
+            row = row / (1 + torch.exp(-w["output.gate.weight"] @ x[t]))
         rows.append(row)
-    return torch.stack(rows) @ w["queries.out.weight"].T
+    return torch.stack(rows) @ w["output.out.weight"].T
 
 
 @torch.no_grad()
@@ -87,6 +87,7 @@ def test_shared_attention_reads_what_the_owner_published() -> None:
     owner = Attn(heads=3, kv="own").build(WIDTH, "torch").build().double()
     reader = Attn(heads=3, kv="shared").build(WIDTH, "torch").build().double()
     reader.queries.load_state_dict(owner.queries.state_dict())
+    reader.output.load_state_dict(owner.output.state_dict())
     x_BTD = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
     at = Pass(torch.arange(LENGTH), 0)
     expected, _ = owner(x_BTD, None, at)
