@@ -49,4 +49,5 @@ def sum_costs(costs: list[Cost], times: int = 1) -> Cost:
         flops=times * sum(cost.flops for cost in costs),
         state_bytes=times * sum(cost.state_bytes for cost in costs),
         decode_bytes=times * sum(cost.decode_bytes for cost in costs),
+        idle_params=sum(cost.idle_params for cost in costs),
     )

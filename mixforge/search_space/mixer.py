@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Literal, Self
 
@@ -27,12 +27,19 @@ class Cost:
     flops: matmul FLOPs of one forward pass over the sequence in the `torch` form, two for each multiply-add.
     state_bytes: bytes that decoding keeps after `length` tokens (caches and recurrent states).
     decode_bytes: bytes moved to decode one more token: weights read, state read, state written.
+    idle_params: of `params`, those that one token does not pass, as the experts that it is not sent to.
     """
 
     params: int
     flops: int
     state_bytes: int
     decode_bytes: int
+    idle_params: int = 0
+
+    @property
+    def active_params(self) -> int:
+        """The weights that one token passes. Experts that several layers share count as those of one layer."""
+        return self.params - self.idle_params
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -40,6 +47,7 @@ class Cost:
             flops=self.flops + other.flops,
             state_bytes=self.state_bytes + other.state_bytes,
             decode_bytes=self.decode_bytes + other.decode_bytes,
+            idle_params=self.idle_params + other.idle_params,
         )
 
 
@@ -49,10 +57,13 @@ class Loan:
 
     extent: `cache` is one entry for each token so far: [batch, shape[0], tokens, *shape[1:]]; `pass` one for each
     token of the present pass: [batch, tokens, *shape]; `weights` are parameters of exactly that shape.
+    read: of `weights` whose first axis is experts, how many of them the borrower reads for one token; None is all.
+        It is the borrower's own and no part of whether a loan fits.
     """
 
     extent: Literal["cache", "pass", "weights"]
     shapes: tuple[tuple[int, ...], ...]
+    read: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return " and ".join(dict.fromkeys(" x ".join(map(str, shape)) for shape in self.shapes))

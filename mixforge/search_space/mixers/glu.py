@@ -1,8 +1,9 @@
 """Gated linear unit, a channel mixer: y = W_out (act(W_gate x) * W_in x).
 
 Source: Shazeer 2020 (arXiv 2002.05202), equation 6 (SwiGLU, GEGLU) and equation 5 (`act=sigmoid` is GLU,
-`act=none` is Bilinear). There are no biases, as there; the hidden width is 8/3 of the model's unless `expand`
-says otherwise, rounded up to a multiple of 8.
+`act=none` is Bilinear). There are no biases, as there, unless bias=all; act=clamped(limit) is GPT-OSS's SwiGLU (see
+`parts.activation`). The hidden width is 8/3 of the model's unless `expand` says otherwise, rounded up to a multiple
+of 8.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from typing import Annotated, ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
-from mixforge.search_space.genes import Choice, GeneValue, Real
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.activation import gelu, identity, sigmoid, silu
+from mixforge.search_space.parts.activation import ClampedSwiglu, bilinear, geglu, sigmoid_glu, swiglu
 
 
 @dataclass(frozen=True, slots=True)
 class Glu(Mixer):
-    """Gated feed-forward layer. Genes: the gate's activation and the hidden width over the model's width."""
+    """Gated feed-forward layer. Genes: the gate's activation, the hidden width over the model's, and biases."""
 
     kind: ClassVar[Literal["token", "channel"]] = "channel"
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {
@@ -32,8 +33,11 @@ class Glu(Mixer):
         "swiglu": {"act": "silu"},
     }
 
-    act: Annotated[str, Choice("silu", "gelu", "sigmoid", "none")] = "silu"
+    act: Annotated[
+        str | Form, Choice("silu", "gelu", "sigmoid", "none"), Call("clamped", Real(0.125, 1024))
+    ] = "silu"
     expand: Annotated[int | float | None, Real(NARROWEST, WIDEST)] = None
+    bias: Annotated[str, Choice("none", "all")] = "none"
 
     def hidden(self, width: int) -> int:
         """Hidden width."""
@@ -56,31 +60,38 @@ class Glu(Mixer):
         return replace(self, expand=int(hidden) / width).canonical(width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
-        params = 3 * width * self.hidden(width)
-        return Cost(params=params, flops=2 * length * params, state_bytes=0, decode_bytes=params * itemsize)
+        matrices = 3 * width * self.hidden(width)
+        params = matrices + (2 * self.hidden(width) + width if self.bias == "all" else 0)
+        return Cost(params=params, flops=2 * length * matrices, state_bytes=0, decode_bytes=params * itemsize)
 
     def build(self, width: int, backend: Backend) -> Part:
-        return Part(GatedUnit, width=width, hidden=self.hidden(width), activation=_ACTIVATIONS[self.act])
+        act = self.act
+        product = _PRODUCTS[act] if isinstance(act, str) else Part(ClampedSwiglu, limit=act.arguments[0])
+        return Part(
+            GatedUnit, width=width, hidden=self.hidden(width), product=product, bias=self.bias == "all"
+        )
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "sigmoid": sigmoid,
-    "none": identity,
+_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": swiglu,
+    "gelu": geglu,
+    "sigmoid": sigmoid_glu,
+    "none": bilinear,
 }
 
 
 class GatedUnit(nn.Module):
     """[..., D] -> [..., D]."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, width: int, hidden: int, product: Callable[[Tensor, Tensor], Tensor], bias: bool
+    ) -> None:
         super().__init__()
-        self.activation = activation
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.product = product
+        self.gate = nn.Linear(width, hidden, bias=bias)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.out = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.out(self.activation(self.gate(x)) * self.up(x))
+        y: Tensor = self.out(self.product(self.gate(x), self.up(x)))
         return y

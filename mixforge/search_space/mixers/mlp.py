@@ -1,6 +1,6 @@
 """Feed-forward layer, a channel mixer: y = W_out act(W_in x).
 
-Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 2, without biases; `act=gelu` as in GPT-2,
+Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 2, without its biases unless bias=all; `act=gelu` as in GPT-2,
 `act=relu2` as in So et al. 2021 (arXiv 2109.08668). The hidden width is 4 times the model's unless `expand`
 says otherwise.
 """
@@ -23,12 +23,13 @@ from mixforge.search_space.parts.activation import gelu, relu, relu2, silu
 
 @dataclass(frozen=True, slots=True)
 class Mlp(Mixer):
-    """Plain feed-forward layer. Genes: the activation and the hidden width over the model's width."""
+    """Plain feed-forward layer. Genes: the activation, the hidden width over the model's width, and biases."""
 
     kind: ClassVar[Literal["token", "channel"]] = "channel"
 
     act: Annotated[str, Choice("gelu", "relu", "relu2", "silu")] = "gelu"
     expand: Annotated[int | float, Real(NARROWEST, WIDEST)] = 4
+    bias: Annotated[str, Choice("none", "all")] = "none"
 
     def hidden(self, width: int) -> int:
         """Hidden width."""
@@ -48,11 +49,18 @@ class Mlp(Mixer):
         return replace(self, expand=int(hidden) / width).canonical(width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
-        params = 2 * width * self.hidden(width)
-        return Cost(params=params, flops=2 * length * params, state_bytes=0, decode_bytes=params * itemsize)
+        matrices = 2 * width * self.hidden(width)
+        params = matrices + (self.hidden(width) + width if self.bias == "all" else 0)
+        return Cost(params=params, flops=2 * length * matrices, state_bytes=0, decode_bytes=params * itemsize)
 
     def build(self, width: int, backend: Backend) -> Part:
-        return Part(FeedForward, width=width, hidden=self.hidden(width), activation=_ACTIVATIONS[self.act])
+        return Part(
+            FeedForward,
+            width=width,
+            hidden=self.hidden(width),
+            activation=_ACTIVATIONS[self.act],
+            bias=self.bias == "all",
+        )
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,11 +74,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """[..., D] -> [..., D]."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor], bias: bool) -> None:
         super().__init__()
         self.activation = activation
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.out = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.out(self.activation(self.up(x)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def silu(x: Tensor) -> Tensor:
@@ -32,6 +32,36 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def identity(x: Tensor) -> Tensor:
-    """x."""
-    return x
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up. Source: Shazeer 2020 (arXiv 2002.05202), equation 6."""
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) up. Source: Shazeer 2020 (arXiv 2002.05202), equation 6."""
+    return F.gelu(gate) * up
+
+
+def sigmoid_glu(gate: Tensor, up: Tensor) -> Tensor:
+    """sigmoid(gate) up. Source: Dauphin et al. 2016 (arXiv 1612.08083), equation 1."""
+    return torch.sigmoid(gate) * up
+
+
+def bilinear(gate: Tensor, up: Tensor) -> Tensor:
+    """gate up. Source: Shazeer 2020 (arXiv 2002.05202), equation 5."""
+    return gate * up
+
+
+class ClampedSwiglu(nn.Module):
+    """g sigmoid(1.702 g) (u + 1), g the gate cut off above `limit` and u the other half cut off beyond +-`limit`.
+
+    Source: OpenAI 2025 (arXiv 2508.10925), section 2.3, with the numbers of its public code (limit 7).
+    """
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate = gate.clamp(max=self.limit)
+        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-self.limit, self.limit) + 1)

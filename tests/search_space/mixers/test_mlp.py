@@ -19,12 +19,15 @@ EQUATIONS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("act", EQUATIONS)
-def test_feed_forward_is_its_equation(act: str) -> None:
-    module = Mlp(act=act).build(10, "torch").build().double()
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_feed_forward_is_its_equation(act: str, bias: str) -> None:
+    module = Mlp(act=act, bias=bias).build(10, "torch").build().double()
     w = dict(module.named_parameters())
+    assert ("up.bias" in w) == (bias == "all")
     x = torch.randn(7, 10, dtype=torch.float64)
     for row, y in zip(x, module(x), strict=True):
-        torch.testing.assert_close(y, w["out.weight"] @ EQUATIONS[act](w["up.weight"] @ row))
+        h = EQUATIONS[act](w["up.weight"] @ row + w.get("up.bias", 0))
+        torch.testing.assert_close(y, w["out.weight"] @ h + w.get("out.bias", 0))
 
 
 def test_hidden_width_is_four_times_the_width() -> None:

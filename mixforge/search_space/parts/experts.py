@@ -1,0 +1,100 @@
+"""Experts: the same feed-forward layer many times over, their weights stacked, each token through a few of them.
+
+    E_i(x) = W_out,i act(W_up,i x)                        plain
+    E_i(x) = W_out,i (act(W_gate,i x) * W_up,i x)         gated; the stacked W_up has the gate's rows first
+
+A sequence is sorted by expert and goes through one matrix product for each expert that it visits, so that nothing
+is dropped, padded or computed twice. One token a sequence gathers the weights of its experts: the shapes of that form
+depend on no value, so that a graph can capture it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class StackedLinear(nn.Module):
+    """A matrix [out, in] for each expert, and a bias if it is asked for."""
+
+    def __init__(self, experts: int, into: int, out_of: int, bias: bool) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(into)
+        self.weight = nn.Parameter(torch.empty(experts, out_of, into).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(experts, out_of)) if bias else None
+
+
+class Experts(nn.Module):
+    """The weights of all experts; what a layer lends to others as `experts`."""
+
+    def __init__(self, experts: int, width: int, hidden: int, gated: bool, bias: bool) -> None:
+        super().__init__()
+        self.up = StackedLinear(experts, width, 2 * hidden if gated else hidden, bias)
+        self.out = StackedLinear(experts, hidden, width, bias)
+
+    def lent(self) -> tuple[Tensor, ...]:
+        """up [E, F or 2F, D] and out [E, D, F]; with biases, those of both after them."""
+        weights = (self.up.weight, self.out.weight)
+        if self.up.bias is None or self.out.bias is None:
+            return weights
+        return (*weights, self.up.bias, self.out.bias)
+
+
+@dataclass
+class ExpertWeights:
+    """The weights of experts as functions take them, own or borrowed (`Experts.lent`)."""
+
+    up_EGD: Tensor
+    out_EDF: Tensor
+    up_bias_EG: Tensor | None = None
+    out_bias_ED: Tensor | None = None
+
+
+Activation = Callable[..., Tensor]
+
+
+def visit_sorted(
+    x_MD: Tensor, index_MA: Tensor, weights: ExpertWeights, act: Activation, gated: bool
+) -> Tensor:
+    """What the experts `index` of each token say of it: [M, D], [M, A] -> [M, A, D].
+
+    The counts of tokens are read on the host, as the shapes of the products follow from them.
+    """
+    chosen = index_MA.shape[1]
+    order_N = index_MA.flatten().argsort(stable=True)
+    counts = torch.bincount(index_MA.flatten(), minlength=weights.up_EGD.shape[0]).tolist()
+    pieces = torch.split(x_MD[order_N // chosen], counts)
+    visited = [
+        _visit(x_ND, weights, expert, act, gated) for expert, x_ND in enumerate(pieces) if x_ND.shape[0] > 0
+    ]
+    y_ND = torch.cat(visited)
+    # Put back, and not added up: a scattered sum has no fixed order on a GPU.
+    return torch.empty_like(y_ND).index_copy(0, order_N, y_ND).view(*index_MA.shape, -1)
+
+
+def _visit(x_ND: Tensor, weights: ExpertWeights, expert: int, act: Activation, gated: bool) -> Tensor:
+    up_bias = None if weights.up_bias_EG is None else weights.up_bias_EG[expert]
+    out_bias = None if weights.out_bias_ED is None else weights.out_bias_ED[expert]
+    h_NG = F.linear(x_ND, weights.up_EGD[expert], up_bias)
+    return F.linear(_activated(h_NG, act, gated), weights.out_EDF[expert], out_bias)
+
+
+def visit_gathered(
+    x_BD: Tensor, index_BA: Tensor, weights: ExpertWeights, act: Activation, gated: bool
+) -> Tensor:
+    """The same for a few tokens, with the weights of their experts gathered: [B, D], [B, A] -> [B, A, D]."""
+    h_BAG = torch.einsum("bagd,bd->bag", weights.up_EGD[index_BA], x_BD)
+    if weights.up_bias_EG is not None:
+        h_BAG = h_BAG + weights.up_bias_EG[index_BA]
+    h_BAF = _activated(h_BAG, act, gated)
+    y_BAD = torch.einsum("badf,baf->bad", weights.out_EDF[index_BA], h_BAF)
+    return y_BAD if weights.out_bias_ED is None else y_BAD + weights.out_bias_ED[index_BA]
+
+
+def _activated(h: Tensor, act: Activation, gated: bool) -> Tensor:
+    return act(*h.chunk(2, -1)) if gated else act(h)
