@@ -14,11 +14,12 @@ import builtins
 import keyword
 
 from mixforge.search_space.architecture import CHOICES, Architecture
-from mixforge.search_space.genes import Call, Choice, genes_of
+from mixforge.search_space.genes import genes_of
 from mixforge.search_space.notation import interpret
-from mixforge.search_space.stack import FUSES
+from mixforge.search_space.stack import FORMS
 from mixforge.search_space.syntax import Expression, Name, Operand, nearest
 from mixforge.search_space.vocabulary import vocabulary
+from mixforge.search_space.words import names_of
 
 
 def lm(stack: Operand, **words: Operand) -> Architecture:
@@ -27,12 +28,10 @@ def lm(stack: Operand, **words: Operand) -> Architecture:
 
 
 def _words() -> set[str]:
-    found = {"beside", "auto", *vocabulary(), *FUSES, *(name for names in CHOICES.values() for name in names)}
-    for mixer, _ in vocabulary().values():
-        for gene in genes_of(mixer).values():
-            for domain in gene.domains:
-                found |= set(domain.names) if isinstance(domain, Choice) else set()
-                found |= {domain.name} if isinstance(domain, Call) else set()
+    found = {"auto", *FORMS, *vocabulary(), *(name for names in CHOICES.values() for name in names)}
+    for genes in (*FORMS.values(), *(genes_of(mixer) for mixer, _ in vocabulary().values())):
+        for gene in genes.values():
+            found |= set(names_of(gene))
     return {word for word in found if not keyword.iskeyword(word) and word not in dir(builtins)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.cross_entropy import linear_cross_entropy
@@ -37,4 +38,7 @@ class Candidate(nn.Module):
 
 def token_loss(model: LanguageModel, x_ND: Tensor, targets_N: Tensor) -> Tensor:
     """Mean cross-entropy in nats of what the model's head makes of the stack's outputs."""
-    return linear_cross_entropy(model.norm(x_ND), model.read_weight(), targets_N)
+    if model.softcap is None:
+        return linear_cross_entropy(model.final(x_ND), model.read_weight(), targets_N)
+    logits_NX = model.head(x_ND)
+    return F.cross_entropy(logits_NX if logits_NX.dtype.itemsize >= 4 else logits_NX.float(), targets_N)

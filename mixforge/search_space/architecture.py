@@ -7,46 +7,51 @@ expression. This module loads no torch.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from mixforge.search_space.canonical import canonical
-from mixforge.search_space.costs import mixer_cost, sum_costs, unit_cost
+from mixforge.search_space.costs import (
+    mixer_cost,
+    norm_params,
+    residual_cost,
+    sum_costs,
+    unit_cost,
+)
+from mixforge.search_space.genes import GeneValue
 from mixforge.search_space.legality import Illegality as Illegality
 from mixforge.search_space.legality import illegality
 from mixforge.search_space.mixer import Backend, Cost, Mixer
-from mixforge.search_space.spelling import spell_architecture, spell_mixer
-from mixforge.search_space.stack import MOST_UNITS, depth, mixers, unit_json
+from mixforge.search_space.spelling import spell_architecture, spell_gene, spell_mixer
+from mixforge.search_space.stack import MOST_UNITS, depth, gene_json, mixers, unit_json
 from mixforge.search_space.stack import Beside as Beside
 from mixforge.search_space.stack import Fuse as Fuse
 from mixforge.search_space.stack import Layer as Layer
 from mixforge.search_space.stack import Reuse as Reuse
 from mixforge.search_space.stack import Unit as Unit
 from mixforge.search_space.syntax import nearest
+from mixforge.search_space.words import WIDTH, WORDS, names_of
 
 if TYPE_CHECKING:
     import torch
 
     from mixforge.search_space.model import LanguageModel
 
-WIDEST = 65_536
-LARGEST_VOCAB = 16_777_216
-# The words of `lm(...)` that are choices; the first of each is the default.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "embed": ("tied", "untied"),
-    "norm": ("rms", "layer"),
-    "place": ("pre", "post", "sandwich"),
-}
+# The names that may stand as the values of the words of `lm(...)`.
+CHOICES: dict[str, tuple[str, ...]] = {word: names_of(gene) for word, gene in WORDS.items()}
+
+
+RMS_EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
     """`lm(stack, width=...)`. The stack is put into canonical form on construction.
 
-    stack: the residual units in order, repeats written out. width: of the residual stream. vocab: token ids.
-    embed: whether the head shares the embedding's weights. norm: which norm every unit has. place: where it
-    stands.
+    stack: the residual units in order, repeats written out. width: of the residual stream. See `words` for the
+    others.
     """
 
     stack: tuple[Unit, ...]
@@ -55,21 +60,22 @@ class Architecture:
     embed: str = "tied"
     norm: str = "rms"
     place: str = "pre"
+    eps: float | None = None
+    scale: str = "standard"
+    weights: str = "plain"
+    shortcut: str = "none"
+    softcap: float | str = "none"
+    embed_scale: float | str = 1.0
     _json: str = field(init=False, repr=False)
     _digest: str | None = field(init=False, repr=False, default=None)
     _text: str | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.width <= WIDEST:
-            raise ValueError(f"width {self.width} is not a whole number from 1 to {WIDEST}")
-        if not 2 <= self.vocab <= LARGEST_VOCAB:
-            raise ValueError(f"vocab {self.vocab} is not a whole number from 2 to {LARGEST_VOCAB}")
-        for word, given in (("embed", self.embed), ("norm", self.norm), ("place", self.place)):
-            if given not in CHOICES[word]:
-                known = ", ".join(CHOICES[word])
-                raise ValueError(
-                    f"{word} {given!r} is not one of {known}{nearest(str(given), CHOICES[word])}"
-                )
+        for word, gene in {"width": WIDTH, **WORDS}.items():
+            given = getattr(self, word)
+            if not gene.has(given):
+                hint = nearest(given, names_of(gene)) if isinstance(given, str) else ""
+                raise ValueError(f"{word} {given!r} is not legal; expected {gene}{hint}")
         if not self.stack:
             raise ValueError("the stack is empty; it needs at least one layer")
         if len(self.stack) > MOST_UNITS or depth(self.stack) > MOST_UNITS:
@@ -77,15 +83,27 @@ class Architecture:
                 f"the stack is {depth(self.stack)} layers deep; at most {MOST_UNITS} are allowed"
             )
         object.__setattr__(self, "stack", canonical(self.stack, self.width))
+        for word, value in self._settled_words():
+            object.__setattr__(self, word, value)
         object.__setattr__(self, "_json", self._write_json())
+
+    def _settled_words(self) -> Iterator[tuple[str, GeneValue]]:
+        """Words that say what holds without them."""
+        # A layer norm's own epsilon is another than that of the norms inside the mixers, which it is not then.
+        if self.norm != "layer" and self.eps == RMS_EPS:
+            yield "eps", None
+        root = math.sqrt(self.width)
+        if self.embed_scale in ("sqrt", root):
+            yield "embed_scale", "sqrt" if root != 1 else 1.0
+
+    def _said(self) -> list[tuple[str, GeneValue]]:
+        """The words that are not at their default, in their order."""
+        words = ((word, getattr(self, word)) for word in WORDS)
+        return [(word, value) for word, value in words if value != WORDS[word].default]
 
     def _write_json(self) -> str:
         parts = [f'"units":[{",".join(map(unit_json, self.stack))}]', f'"width":{self.width}']
-        if self.vocab != 256:
-            parts.append(f'"vocab":{self.vocab}')
-        for word, given in (("embed", self.embed), ("norm", self.norm), ("place", self.place)):
-            if given != CHOICES[word][0]:
-                parts.append(f'"{word}":"{given}"')
+        parts += [f'"{word}":{gene_json(value)}' for word, value in self._said()]
         return "{" + ",".join(sorted(parts)) + "}"
 
     @property
@@ -110,11 +128,8 @@ class Architecture:
     def __str__(self) -> str:
         """The canonical expression: repeats factored, shortest names, defaults dropped."""
         if self._text is None:
-            words = [(word, str(getattr(self, word))) for word in ("embed", "norm", "place")]
-            given = [("width", str(self.width))]
-            given += [("vocab", str(self.vocab))] if self.vocab != 256 else []
-            given += [(word, value) for word, value in words if value != CHOICES[word][0]]
-            object.__setattr__(self, "_text", spell_architecture(self.stack, self.width, tuple(given)))
+            said = [("width", str(self.width)), *((word, spell_gene(value)) for word, value in self._said())]
+            object.__setattr__(self, "_text", spell_architecture(self.stack, self.width, tuple(said)))
         assert self._text is not None
         return self._text
 
@@ -126,9 +141,27 @@ class Architecture:
         embed: str | None = None,
         norm: str | None = None,
         place: str | None = None,
+        eps: float | None = None,
+        scale: str | None = None,
+        weights: str | None = None,
+        shortcut: str | None = None,
+        softcap: float | str | None = None,
+        embed_scale: float | str | None = None,
     ) -> Architecture:
         """The same stack in another model."""
-        given = {"width": width, "vocab": vocab, "embed": embed, "norm": norm, "place": place}
+        given: dict[str, GeneValue] = {
+            "width": width,
+            "vocab": vocab,
+            "embed": embed,
+            "norm": norm,
+            "place": place,
+            "eps": eps,
+            "scale": scale,
+            "weights": weights,
+            "shortcut": shortcut,
+            "softcap": softcap,
+            "embed_scale": embed_scale,
+        }
         changed = {word: value for word, value in given.items() if value is not None}
         return replace(self, **changed)  # type: ignore[arg-type]
 
@@ -156,14 +189,14 @@ class Architecture:
         """Exact costs of the built model for one sequence of `length` tokens; see `Cost`."""
         if length < 1:
             raise ValueError(f"length {length} is not a number of tokens from 1 up")
-        norms = self._norm_params() * (2 if self.place == "sandwich" else 1)
-        units = [unit_cost(unit, self.width, length, itemsize, norms) for unit in self.stack]
+        around = residual_cost(self.norm, self.place, self.width, length, itemsize)
+        units = [unit_cost(unit, self.width, length, itemsize, around) for unit in self.stack]
         return sum_costs([self._frame_cost(length, itemsize), *units])
 
     def _frame_cost(self, length: int, itemsize: int) -> Cost:
         """Embedding, last norm and head."""
         table = self.vocab * self.width
-        norm = self._norm_params()
+        norm = norm_params(self.norm, self.width)
         return Cost(
             params=table * (1 if self.embed == "tied" else 2) + norm,
             flops=2 * length * table,
@@ -171,9 +204,6 @@ class Architecture:
             # One row of the embedding, and the whole of the head.
             decode_bytes=itemsize * (self.width + table + norm),
         )
-
-    def _norm_params(self) -> int:
-        return self.width * (1 if self.norm == "rms" else 2)
 
     @property
     def layers(self) -> tuple[LayerEntry, ...]:

@@ -43,7 +43,7 @@ def _without_owners(
                     mixer.unread(idle[(*here, branch)]) if (*here, branch) in idle else mixer
                     for branch, mixer in enumerate(unit.branches)
                 )
-                changed = Beside(tuple(branches), unit.fuse, unit.shares)
+                changed = Beside(tuple(branches), unit.fuse, unit.shares, unit.norm)
             case Reuse():
                 changed = Reuse(unit.times, tuple(_without_owners(unit.body, here, idle, width)))
         yield from canonical_unit(changed, width)
@@ -65,6 +65,7 @@ def canonical_unit(unit: Unit, width: int) -> tuple[Unit, ...]:
 def _canonical_beside(unit: Beside, width: int) -> Beside:
     branches = tuple([settle(mixer, width) for mixer in unit.branches])
     shares = unit.shares
+    norm = None if unit.norm == unit.own_norm else unit.norm
     if shares is not None:
         total = sum(shares)
         try:
@@ -75,8 +76,9 @@ def _canonical_beside(unit: Beside, width: int) -> Beside:
         except ValueError:
             common = gcd(*shares)
             pairs = sorted(zip(branches, (share // common for share in shares), strict=True), key=_by_json)
-            return Beside(tuple(mixer for mixer, _ in pairs), unit.fuse, tuple(share for _, share in pairs))
-    return Beside(tuple(sorted(branches, key=mixer_json)), unit.fuse)
+            mixers, shares = tuple(mixer for mixer, _ in pairs), tuple(share for _, share in pairs)
+            return Beside(mixers, unit.fuse, shares, norm)
+    return Beside(tuple(sorted(branches, key=mixer_json)), unit.fuse, norm=norm)
 
 
 def _by_json(pair: tuple[Mixer, int]) -> tuple[str, int]:

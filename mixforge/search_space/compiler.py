@@ -9,14 +9,13 @@ the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from mixforge.search_space.architecture import CHOICES
-from mixforge.search_space.genes import Call, Choice
 from mixforge.search_space.mixers import CATALOGUE
-from mixforge.search_space.notation import Gene, genes_of, vocabulary
+from mixforge.search_space.notation import genes_of, vocabulary
 from mixforge.search_space.production import Production
 from mixforge.search_space.productions import (
     Applied,
@@ -28,7 +27,7 @@ from mixforge.search_space.productions import (
     Pick,
     Rule,
 )
-from mixforge.search_space.stack import FUSES
+from mixforge.search_space.stack import FORMS
 from mixforge.search_space.syntax import (
     Apply,
     Expression,
@@ -40,6 +39,7 @@ from mixforge.search_space.syntax import (
     nearest,
     operands,
 )
+from mixforge.search_space.words import names_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +185,18 @@ class Compiler:
         return Pick(label, f"{self.scope}:{label}", Offer(tuple(compiled), texts, weights))
 
 
-RESERVED = frozenset({"lm", "beside"})
+RESERVED = frozenset({"lm", *FORMS})
 
 
 @lru_cache(maxsize=1)
 def known_words() -> frozenset[str]:
-    """Every name that may stand in a rule without being one: mixers, aliases, `lm`, `beside` and genes'
+    """Every name that may stand in a rule without being one: mixers, aliases, `lm`, long forms and genes'
     values."""
     genes = (gene for mixer in CATALOGUE.values() for gene in genes_of(mixer).values())
-    values = (name for gene in genes for name in _names(gene))
+    values = (name for gene in genes for name in names_of(gene))
     choices = (name for names in CHOICES.values() for name in names)
-    return frozenset({*RESERVED, *FUSES, *vocabulary(), *values, *choices})
+    words = (name for form in FORMS.values() for gene in form.values() for name in names_of(gene))
+    return frozenset({*RESERVED, *words, *vocabulary(), *values, *choices})
 
 
 @lru_cache(maxsize=4_096)
@@ -203,22 +204,12 @@ def legal_names(function: str, word: str) -> frozenset[str] | None:
     """The names that `word=` of this function takes; None where that cannot be told."""
     if function == "lm":
         return frozenset(CHOICES.get(word, ()))
-    if function == "beside":
-        return frozenset(FUSES)
+    if function in FORMS:
+        return frozenset(names_of(FORMS[function][word])) if word in FORMS[function] else frozenset()
     if function not in vocabulary():
         return None
     gene = genes_of(vocabulary()[function][0]).get(word)
-    return None if gene is None else frozenset(_names(gene))
-
-
-def _names(gene: Gene) -> Iterator[str]:
-    if gene.default is None:
-        yield "auto"
-    for domain in gene.domains:
-        if isinstance(domain, Choice):
-            yield from domain.names
-        if isinstance(domain, Call):
-            yield domain.name
+    return None if gene is None else frozenset(names_of(gene))
 
 
 def _options(node: Apply) -> tuple[tuple[Expression, ...], tuple[float, ...]]:

@@ -1,11 +1,11 @@
-"""What a stack costs: the sum of what its mixers say, their norms and what fuses them."""
+"""What a stack costs: the sum of what its mixers say, what is around them in a residual unit, and what fuses them."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 from mixforge.search_space.mixer import Cost, Mixer
-from mixforge.search_space.stack import Beside, Fuse, Layer, Reuse, Unit
+from mixforge.search_space.stack import Beside, Layer, Reuse, Unit
 
 
 @lru_cache(maxsize=65_536)
@@ -15,31 +15,51 @@ def mixer_cost(mixer: Mixer, width: int, length: int, itemsize: int) -> Cost:
 
 
 @lru_cache(maxsize=65_536)
-def unit_cost(unit: Unit, width: int, length: int, itemsize: int, norms: int) -> Cost:
-    """Costs of a unit whose every residual unit has `norms` weights in its norms."""
+def unit_cost(unit: Unit, width: int, length: int, itemsize: int, around: Cost) -> Cost:
+    """Costs of a unit whose every residual unit has norms and gates that cost `around`."""
     match unit:
         case Layer():
             parts = [mixer_cost(unit.mixer, width, length, itemsize)]
         case Beside():
             parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
-            parts.append(fuse_cost(unit.fuse, len(unit.branches), width, length, itemsize))
+            parts.append(fuse_cost(unit, width, length, itemsize))
         case Reuse():
             return sum_costs(
-                [unit_cost(each, width, length, itemsize, norms) for each in unit.body], unit.times
+                [unit_cost(each, width, length, itemsize, around) for each in unit.body], unit.times
             )
-    return sum_costs([*parts, Cost(params=norms, flops=0, state_bytes=0, decode_bytes=norms * itemsize)])
+    return sum_costs([*parts, around])
 
 
-def fuse_cost(fuse: Fuse, branches: int, width: int, length: int, itemsize: int) -> Cost:
-    """A mean has a norm for each branch, a gate a score for each branch, a concatenation one matrix."""
-    params = {
-        "sum": 0,
-        "mean": branches * width,
-        "gate": branches * width,
-        "concat": branches * width * width,
-    }[fuse]
-    flops = 2 * length * params if fuse in ("gate", "concat") else 0
-    return Cost(params=params, flops=flops, state_bytes=0, decode_bytes=params * itemsize)
+def fuse_cost(unit: Beside, width: int, length: int, itemsize: int) -> Cost:
+    """A gate has a score for each branch, a concatenation one matrix, scalars one number for each branch."""
+    branches = len(unit.branches)
+    matrix = {"gate": branches * width, "concat": branches * width * width}.get(unit.fuse, 0)
+    norms = branches * width if unit.is_normed else 0
+    scalars = branches if unit.fuse == "scalar" else 0
+    return weights_cost(matrix, norms + scalars, length, itemsize)
+
+
+@lru_cache(maxsize=1_024)
+def residual_cost(norm: str, place: str, width: int, length: int, itemsize: int) -> Cost:
+    """Of what stands around a residual unit's function: its norms and, where it is gated, six matrices."""
+    norms = {"sandwich": 2, "none": 0}.get(place, 1) * norm_params(norm, width)
+    gates = 6 * width * width if place == "gated" else 0
+    return weights_cost(gates, norms + (width if gates else 0), length, itemsize)
+
+
+def norm_params(norm: str, width: int) -> int:
+    """Weights of one norm."""
+    return {"rms": width, "layer": 2 * width, "simple": 0}[norm]
+
+
+def weights_cost(matrices: int, vectors: int, length: int, itemsize: int) -> Cost:
+    """Of weights alone: those of matrices are multiplied once for each token, those of vectors are no products."""
+    return Cost(
+        params=matrices + vectors,
+        flops=2 * length * matrices,
+        state_bytes=0,
+        decode_bytes=(matrices + vectors) * itemsize,
+    )
 
 
 def sum_costs(costs: list[Cost], times: int = 1) -> Cost:

@@ -13,14 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.search_space.architecture import Architecture, Layer, Reuse, Unit
+from mixforge.search_space.architecture import Architecture, Layer, Reuse
 from mixforge.search_space.architecture import Beside as BesideUnit
+from mixforge.search_space.architecture import Unit as StackUnit
 from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.beside import Beside, ConcatFuse, GateFuse, MeanFuse, SumFuse
+from mixforge.search_space.parts.beside import (
+    Beside,
+    ConcatFuse,
+    GateFuse,
+    MeanFuse,
+    NormedFuse,
+    ScalarFuse,
+    SumFuse,
+)
 from mixforge.search_space.parts.layer import Pass, Pointwise
-from mixforge.search_space.parts.norm import norm_part
-from mixforge.search_space.parts.residual import Residual, Stack
+from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
+from mixforge.search_space.parts.residual import Residual, Stack, StreamGate, Unit
 from mixforge.search_space.stack import mixers
 
 
@@ -46,10 +55,14 @@ class LanguageModel(nn.Module):
         vocab: int,
         width: int,
         tied: bool,
-        stack: Stack,
+        stack: Unit,
         norm: nn.Module,
+        embed_scale: float = 1.0,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
+        self.embed_scale = embed_scale
+        self.softcap = softcap
         self.vocab = vocab
         self.width = width
         self.embedding = nn.Embedding(vocab, width)
@@ -63,7 +76,8 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 tokens of any shape [...] -> [..., D]."""
-        return F.embedding(tokens, self.embedding.weight)
+        x = F.embedding(tokens, self.embedding.weight)
+        return x if self.embed_scale == 1.0 else x * self.embed_scale
 
     def body(self, x_BTD: Tensor) -> Tensor:
         """The stack over whole sequences, for training: [B, T, D] -> [B, T, D]."""
@@ -73,10 +87,16 @@ class LanguageModel(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[..., D] -> logits [..., X]."""
-        return F.linear(self.norm(x), self.read_weight())
+        logits = F.linear(self.final(x), self.read_weight())
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def final(self, x: Tensor) -> Tensor:
+        """[..., D] of the stack to [..., D], of which logits are products with `read_weight`."""
+        y: Tensor = self.norm(x)
+        return y
 
     def read_weight(self) -> Tensor:
-        """[X, D], of which logits are products with what the last norm gives."""
+        """[X, D], of which logits are products with what `final` gives."""
         return (self.embedding if self.readout is None else self.readout).weight
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -144,14 +164,47 @@ def language_model(architecture: Architecture, backend: Backend) -> Part:
         raise ValueError(reason)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    return Part(
+    assembly = _Assembly(architecture, backend)
+    more: dict[str, float] = {}
+    if architecture.embed_scale != 1.0:
+        given = architecture.embed_scale
+        more["embed_scale"] = math.sqrt(architecture.width) if isinstance(given, str) else given
+    if not isinstance(architecture.softcap, str):
+        more["softcap"] = architecture.softcap
+    part = Part(
         LanguageModel,
         vocab=architecture.vocab,
         width=architecture.width,
         tied=architecture.embed == "tied",
-        stack=_Assembly(architecture, backend).stack(),
-        norm=_norm_part(architecture, backend),
+        stack=assembly.stack(),
+        norm=assembly.norm(),
+        **more,
     )
+    return part if architecture.eps is None else _with_eps(part, architecture.eps)
+
+
+def _with_eps(part: Part, eps: float) -> Part:
+    """The same part with this number under the root of every norm."""
+    given = {"eps": eps} if part.make in (RMSNorm, SimpleRMSNorm, nn.LayerNorm) else {}
+    return Part(part.make, **{name: _within(value, eps) for name, value in part.arguments.items()}, **given)
+
+
+def _within(value: object, eps: float) -> object:
+    if isinstance(value, Part):
+        return _with_eps(value, eps)
+    return [_within(each, eps) for each in value] if isinstance(value, list) else value
+
+
+# Where a residual unit's norms stand.
+_PLACES = {
+    "pre": ("before",),
+    "post": ("after",),
+    "sandwich": ("before", "inside"),
+    "inside": ("inside",),
+    "deep": ("after",),
+    "gated": ("before",),
+    "none": (),
+}
 
 
 class _Assembly:
@@ -166,17 +219,32 @@ class _Assembly:
     def stack(self) -> Part:
         return Part(Stack, units=[self.unit(unit) for unit in self.architecture.stack])
 
-    def unit(self, unit: Unit) -> Part:
+    def unit(self, unit: StackUnit) -> Part:
         if isinstance(unit, Reuse):
             return Part(Stack, units=[self.unit(each) for each in unit.body], times=unit.times)
-        places = {"pre": ("before",), "post": ("after",), "sandwich": ("before", "inside")}[
-            self.architecture.place
-        ]
+        return self.residual(self.branches(unit))
+
+    def residual(self, mixer: Part) -> Part:
+        """A residual unit around its function."""
+        places = _PLACES[self.architecture.place]
         norms = {
-            place: _norm_part(self.architecture, self.backend) if place in places else Part(nn.Identity)
+            place: self.norm() if place in places else Part(nn.Identity)
             for place in ("before", "inside", "after")
         }
-        return Part(Residual, mixer=self.branches(unit), **norms)
+        more: dict[str, Part | float] = {}
+        if self.architecture.place == "deep":
+            more["stream"] = self.architecture.depth**0.25
+        if self.architecture.place == "gated":
+            more["gate"] = Part(StreamGate, width=self.architecture.width)
+        return Part(Residual, mixer=mixer, **norms, **more)
+
+    def norm(self) -> Part:
+        """The norm of the residual stream."""
+        if self.architecture.norm == "layer":
+            return Part(nn.LayerNorm, normalized_shape=self.architecture.width)
+        if self.architecture.norm == "simple":
+            return Part(SimpleRMSNorm)
+        return norm_part(self.architecture.width, self.backend)
 
     def branches(self, unit: Layer | BesideUnit) -> Part:
         """The function of a residual unit: one mixer, or several beside one another."""
@@ -184,13 +252,20 @@ class _Assembly:
             return self.mixer(unit.mixer)
         width = self.architecture.width
         branches = [self.mixer(mixer) for mixer in unit.branches]
-        fuses = {"gate": GateFuse, "concat": ConcatFuse}
-        if unit.fuse == "mean":
-            fuse = Part(MeanFuse, norms=[norm_part(width, self.backend) for _ in branches])
-        elif unit.fuse == "sum":
-            fuse = Part(SumFuse)
-        else:
-            fuse = Part(fuses[unit.fuse], width=width, branches=len(branches))
+        norms = [norm_part(width, self.backend) if unit.is_normed else Part(nn.Identity) for _ in branches]
+        match unit.fuse:
+            case "mean":
+                return Part(Beside, branches=branches, fuse=Part(MeanFuse, norms=norms))
+            case "sum":
+                fuse = Part(SumFuse)
+            case "scalar":
+                fuse = Part(ScalarFuse, branches=len(branches))
+            case "gate":
+                fuse = Part(GateFuse, width=width, branches=len(branches))
+            case "concat":
+                fuse = Part(ConcatFuse, width=width, branches=len(branches))
+        if unit.is_normed:
+            fuse = Part(NormedFuse, norms=norms, fuse=fuse)
         return Part(Beside, branches=branches, fuse=fuse)
 
     def mixer(self, mixer: Mixer) -> Part:
@@ -198,12 +273,6 @@ class _Assembly:
         self.seen[type(mixer)] += 1
         part = placed.build(self.architecture.width, self.backend)
         return Part(Pointwise, inner=part) if mixer.is_pointwise else part
-
-
-def _norm_part(architecture: Architecture, backend: Backend) -> Part:
-    if architecture.norm == "layer":
-        return Part(nn.LayerNorm, normalized_shape=architecture.width)
-    return norm_part(architecture.width, backend)
 
 
 def build(
@@ -226,6 +295,9 @@ def build(
         torch.manual_seed(seed)
         model: LanguageModel = part.build()
         shrink = 1 / math.sqrt(architecture.depth)
+        if architecture.place == "deep":
+            # The square of the gain (8 N)^(-1/4), where the units are two for each of N layers.
+            shrink /= 2
         for name, weight in model.stack.named_parameters():
             # A norm at the end of a branch would undo what is done to the weights before it.
             if name.endswith((".out.weight", ".inside.weight")) or ".fuse.norms." in name:

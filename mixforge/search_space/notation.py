@@ -16,19 +16,21 @@ the width.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import cast
 
-from mixforge.search_space.architecture import CHOICES, LARGEST_VOCAB, WIDEST, Architecture
+from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.genes import Gene as Gene
-from mixforge.search_space.genes import Whole
+from mixforge.search_space.genes import GeneValue
 from mixforge.search_space.genes import genes_of as genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.stack import (
-    FUSES,
+    FORMS,
     MOST_BRANCHES,
     MOST_UNITS,
     Beside,
+    BranchNorm,
     Fuse,
     Layer,
     Reuse,
@@ -46,12 +48,11 @@ from mixforge.search_space.syntax import (
     operands,
     read,
 )
-from mixforge.search_space.vocabulary import interpret_mixer
+from mixforge.search_space.vocabulary import gene_value, interpret_mixer
 from mixforge.search_space.vocabulary import mixer_named as mixer_named
 from mixforge.search_space.vocabulary import parse_mixer as parse_mixer
 from mixforge.search_space.vocabulary import vocabulary as vocabulary
-
-_SIZES = {"width": Whole(1, WIDEST), "vocab": Whole(2, LARGEST_VOCAB)}
+from mixforge.search_space.words import WIDTH, WORDS
 
 
 class TooDeep(NotationError):
@@ -78,17 +79,7 @@ def interpret(tree: Expression) -> Architecture:
             f"lm takes one stack, then width= and others by name; {len(tree.arguments)} are given",
             tree.column,
         )
-    words: dict[str, int | str] = {}
-    for word, value in tree.keywords:
-        if word not in _SIZES and word not in CHOICES:
-            known = [*_SIZES, *CHOICES]
-            raise NotationError(
-                f"lm has no '{word}'{nearest(word, known)}; it has {', '.join(known)}",
-                tree.keyword_column(word),
-            )
-        if word in words:
-            raise NotationError(f"'{word}' is given twice", tree.keyword_column(word))
-        words[word] = _size(word, value) if word in _SIZES else _choice(word, value, CHOICES[word])
+    words = _words(tree, {"width": WIDTH, **WORDS})
     if "width" not in words:
         raise NotationError("lm needs a width, as in lm(stack, width=128)", tree.column)
     try:
@@ -99,6 +90,21 @@ def interpret(tree: Expression) -> Architecture:
         raise NotationError(str(error), tree.column) from None
     except RecursionError:
         raise NotationError("the expression is nested too deeply", tree.column) from None
+
+
+def _words(tree: Apply, known: Mapping[str, Gene]) -> dict[str, GeneValue]:
+    """What is given by name in `lm(...)` and the long forms. Raises NotationError."""
+    words: dict[str, GeneValue] = {}
+    for word, value in tree.keywords:
+        if word not in known:
+            raise NotationError(
+                f"{tree.function} has no '{word}'{nearest(word, known)}; it has {', '.join(known)}",
+                tree.keyword_column(word),
+            )
+        if word in words:
+            raise NotationError(f"'{word}' is given twice", tree.keyword_column(word))
+        words[word] = gene_value(tree.function, known[word], value)
+    return words
 
 
 def interpret_stack(tree: Expression) -> tuple[Unit, ...]:
@@ -126,13 +132,13 @@ def _units(tree: Expression) -> list[Unit]:
             _bound(times * depth(tuple(body)), tree.column)
             return [Reuse(times, tuple(body))]
         case Operation(symbol="|"):
-            return [_beside(operands(tree, "|"), "sum", tree.column)]
+            return [_beside(operands(tree, "|"), {}, tree.column)]
         case Operation():
             raise NotationError(
                 "'**' draws anew each time, in a search space; an architecture has n * a", tree.column
             )
         case Apply(function="beside"):
-            return [_long_beside(tree)]
+            return [_beside(list(tree.arguments), _words(tree, FORMS["beside"]), tree.column)]
         case _:
             return [_layer(tree)]
     _bound(len(units), tree.column)
@@ -155,18 +161,7 @@ def _times(tree: Operation) -> int:
     raise NotationError(f"the number stands first, as in 3 {tree.symbol} attn", tree.column)
 
 
-def _long_beside(tree: Apply) -> Beside:
-    fuse = "sum"
-    for word, value in tree.keywords:
-        if word != "fuse":
-            raise NotationError(
-                f"beside has no '{word}'{nearest(word, ['fuse'])}; it has fuse", tree.keyword_column(word)
-            )
-        fuse = _choice("fuse", value, FUSES)
-    return _beside(list(tree.arguments), cast(Fuse, fuse), tree.column)
-
-
-def _beside(branches: list[Expression], fuse: Fuse, column: int | None) -> Beside:
+def _beside(branches: list[Expression], words: Mapping[str, GeneValue], column: int | None) -> Beside:
     if not 2 <= len(branches) <= MOST_BRANCHES:
         raise NotationError(
             f"{len(branches)} mixers beside one another; there are 2 to {MOST_BRANCHES}", column
@@ -184,21 +179,7 @@ def _beside(branches: list[Expression], fuse: Fuse, column: int | None) -> Besid
         mixers.append(interpret_mixer(branch))
         shares.append(share)
     given = None if all(share is None for share in shares) else tuple(share or 1 for share in shares)
-    return Beside(tuple(mixers), fuse, given)
-
-
-def _size(word: str, tree: Expression) -> int:
-    domain = _SIZES[word]
-    if isinstance(tree, Number) and isinstance(tree.value, int) and domain.has(tree.value):
-        return tree.value
-    raise NotationError(f"{word}={tree} is not legal; expected {domain}", tree.column)
-
-
-def _choice(word: str, tree: Expression, known: tuple[str, ...]) -> str:
-    if isinstance(tree, Name) and tree.id in known:
-        return tree.id
-    hint = nearest(str(tree), known) if isinstance(tree, Name) else ""
-    raise NotationError(f"{word}={tree} is not legal{hint}; expected {', '.join(known)}", tree.column)
+    return Beside(tuple(mixers), shares=given, **words)  # type: ignore[arg-type]
 
 
 def from_json(text: str) -> Architecture:
@@ -218,8 +199,8 @@ def _unit_from_json(record: object) -> Unit:
         case {"beside": list(branches), **more}:
             mixers = tuple(_mixer_from_json(word, genes) for word, genes in branches)
             shares = more.get("shares")
-            fuse = cast(Fuse, more.get("fuse", "sum"))
-            return Beside(mixers, fuse, None if shares is None else tuple(cast("list[int]", shares)))
+            fuse, norm = cast(Fuse, more.get("fuse", "sum")), cast(BranchNorm | None, more.get("norm"))
+            return Beside(mixers, fuse, None if shares is None else tuple(cast("list[int]", shares)), norm)
         case {"reuse": int(times), "body": list(body)}:
             return Reuse(times, tuple(map(_unit_from_json, body)))
     raise ValueError(f"{record!r} is not a unit of an architecture")

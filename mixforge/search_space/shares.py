@@ -31,7 +31,7 @@ def shared_forms(unit: Beside, width: int) -> Iterator[Beside]:
                 for mixer, share in zip(unit.branches, shares, strict=True)
             ]
             for branches in product(*whole):
-                yield Beside(branches, unit.fuse, shares)
+                yield replace(unit, branches=branches, shares=shares)
 
 
 @lru_cache(maxsize=64)

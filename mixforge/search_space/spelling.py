@@ -89,7 +89,7 @@ def _spell_beside(unit: Beside, width: int) -> tuple[str, bool]:
     texts = [_join_branches(unit, width)]
     if unit.shares is None:
         texts += [_join_branches(form, width) for form in shared_forms(unit, width)]
-    return min(texts, key=lambda text: (len(text), text)), unit.fuse != "sum"
+    return min(texts, key=lambda text: (len(text), text)), not unit.is_plain
 
 
 def _join_branches(unit: Beside, width: int) -> str:
@@ -99,7 +99,11 @@ def _join_branches(unit: Beside, width: int) -> str:
         even = max(unit.shares) == 1
         shares = [f"{share} * " if share > 1 or even else "" for share in unit.shares]
         branches = [share + text for share, text in zip(shares, branches, strict=True)]
-    return " | ".join(branches) if unit.fuse == "sum" else f"beside({', '.join(branches)}, fuse={unit.fuse})"
+    if unit.is_plain:
+        return " | ".join(branches)
+    words = [] if unit.fuse == "sum" else [f"fuse={unit.fuse}"]
+    words += [] if unit.norm is None else [f"norm={unit.norm}"]
+    return f"beside({', '.join([*branches, *words])})"
 
 
 def spell_stack(units: tuple[Unit, ...], width: int) -> str:
@@ -118,7 +122,7 @@ class _Factoring:
         self.sequence = "".join(chr(numbers[unit]) for unit in units)
         self.texts = [spell_unit(unit, width) for unit in kinds]
         self.channel = [isinstance(unit, Layer) and unit.mixer.kind == "channel" for unit in kinds]
-        self.loose = [isinstance(unit, Beside) and unit.fuse == "sum" for unit in kinds]
+        self.loose = [isinstance(unit, Beside) and unit.is_plain for unit in kinds]
         self.known: dict[str, tuple[str, bool, int]] = {}
 
     def whole(self) -> tuple[str, bool]:

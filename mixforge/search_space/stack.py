@@ -14,14 +14,23 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from mixforge.search_space.genes import Form, GeneValue, genes_of
+from mixforge.search_space.genes import Choice, Form, Gene, GeneValue, genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.syntax import spell_number
 
-Fuse = Literal["sum", "mean", "gate", "concat"]
-FUSES: tuple[Fuse, ...] = ("sum", "mean", "gate", "concat")
+Fuse = Literal["sum", "mean", "gate", "concat", "scalar"]
+FUSES: tuple[Fuse, ...] = ("sum", "mean", "gate", "concat", "scalar")
+BranchNorm = Literal["none", "rms"]
 MOST_UNITS = 1_024
 MOST_BRANCHES = 16
+
+# The words of each long form, read as a mixer's genes are.
+FORMS: dict[str, dict[str, Gene]] = {
+    "beside": {
+        "fuse": Gene("fuse", (Choice(*FUSES),), "sum"),
+        "norm": Gene("norm", (Choice("none", "rms"),), None),
+    },
+}
 
 
 # Units are keys of every memory below, and a mixer has many genes: each unit computes its hash once. A hash
@@ -51,12 +60,14 @@ class Beside:
 
     Canonical form: the order of the branches has no meaning and is sorted; shares of the heads are applied to
     the branches (`Mixer.narrow`) and are None afterwards. Where the heads do not divide so, the shares stay
-    and `why_illegal` says it.
+    and `why_illegal` says it. norm: of each branch's output before it is fused; None is what the fuse has by
+    itself, which is a norm for a mean and none for the others.
     """
 
     branches: tuple[Mixer, ...]
     fuse: Fuse = "sum"
     shares: tuple[int, ...] | None = None
+    norm: BranchNorm | None = None
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,15 +75,32 @@ class Beside:
             raise ValueError(f"{len(self.branches)} branches side by side; there are 2 to {MOST_BRANCHES}")
         if self.fuse not in FUSES:
             raise ValueError(f"fuse {self.fuse!r} is not one of {', '.join(FUSES)}")
+        if self.norm not in (None, "none", "rms"):
+            raise ValueError(f"norm {self.norm!r} of the branches is not none or rms")
         if self.shares is not None and (len(self.shares) != len(self.branches) or min(self.shares) < 1):
             raise ValueError(f"shares {self.shares} are not one whole number from 1 up for each branch")
-        object.__setattr__(self, "_hash", hash((self.branches, self.fuse, self.shares)))
+        object.__setattr__(self, "_hash", hash((self.branches, self.fuse, self.shares, self.norm)))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[type[Beside], tuple[object, ...]]:
-        return Beside, (self.branches, self.fuse, self.shares)
+        return Beside, (self.branches, self.fuse, self.shares, self.norm)
+
+    @property
+    def own_norm(self) -> BranchNorm:
+        """The norm that its fuse has where nothing is said."""
+        return "rms" if self.fuse == "mean" else "none"
+
+    @property
+    def is_normed(self) -> bool:
+        """Whether each branch's output is normed."""
+        return (self.norm or self.own_norm) == "rms"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `a | b` says it."""
+        return self.fuse == "sum" and self.norm is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +162,12 @@ def gene_defaults(mixer: type[Mixer]) -> dict[str, GeneValue]:
 @lru_cache(maxsize=65_536)
 def mixer_json(mixer: Mixer) -> str:
     """A mixer as canonical JSON: its name and the genes that differ from their defaults."""
-    parts = [f'"{name}":{_gene_json(value)}' for name, value in genes(mixer)]
+    parts = [f'"{name}":{gene_json(value)}' for name, value in genes(mixer)]
     return f'["{mixer.word()}",{{{",".join(parts)}}}]'
 
 
-def _gene_json(value: GeneValue) -> str:
+def gene_json(value: GeneValue) -> str:
+    """A gene's value as canonical JSON."""
     match value:
         case Form():
             return json.dumps(str(value))
@@ -155,6 +184,7 @@ def unit_json(unit: Unit) -> str:
             return mixer_json(unit.mixer)
         case Beside():
             fuse = "" if unit.fuse == "sum" else f',"fuse":"{unit.fuse}"'
+            fuse += "" if unit.norm is None else f',"norm":"{unit.norm}"'
             shares = "" if unit.shares is None else f',"shares":[{",".join(map(str, unit.shares))}]'
             return f'{{"beside":[{",".join(map(mixer_json, unit.branches))}]{fuse}{shares}}}'
         case Reuse():

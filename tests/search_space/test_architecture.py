@@ -24,6 +24,8 @@ MODELS = [
     "lm(beside(attn, gdn, kda, fuse=gate) + swiglu, width=64, norm=layer, place=sandwich)",
     "lm(2 @ beside(attn, swiglu, fuse=concat), width=64)",
     "lm(attn(window=8) + attn(kv=own) + swiglu + 2 * attn(kv=shared), width=64)",
+    "lm(attn + beside(attn, swiglu, fuse=scalar, norm=rms), width=64, norm=simple)",
+    "lm(3 @ (attn + swiglu), width=64, norm=layer, place=gated)",
 ]
 
 
@@ -96,6 +98,8 @@ def test_genes_beyond_their_values_are_illegal_from_python_too() -> None:
         ({"width": 0}, "width 0"),
         ({"vocab": 1}, "vocab 1"),
         ({"norm": "rmz"}, "did you mean 'rms'"),
+        ({"eps": 1.0}, "eps 1.0 is not legal; expected a number from 1e-12 to 0.1"),
+        ({"softcap": "nun"}, "did you mean 'none'"),
         ({"stack": (Layer(Attn()),) * 1025}, "at most 1024"),
         ({"stack": (Reuse(1000, (Layer(Attn()), Layer(Attn()))),)}, "at most 1024"),
     ],

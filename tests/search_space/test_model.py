@@ -25,6 +25,12 @@ TEXTS = [
     "lm(beside(attn, rglru, mlp, fuse=concat), width=16, norm=layer)",
     "lm(attn(window=4) + swiglu + attn(kv=own) + swiglu + 3 * (attn(kv=shared) + swiglu), width=16)",
     "lm(2 @ (attn(kv=own) + attn(kv=shared)) + based + retnet, width=16)",
+    "lm(attn + swiglu, width=16, place=deep, norm=layer, eps=1e-3)",
+    "lm(attn(qk_norm=rms) + swiglu, width=16, place=gated, embed=untied, embed_scale=sqrt, eps=1e-5)",
+    "lm(2 * (gdn + swiglu), width=16, place=inside, softcap=30, embed_scale=0.5)",
+    "lm(beside(attn, rglru, fuse=scalar) + mlp, width=16, place=none, norm=simple)",
+    "lm(beside(attn, swiglu, norm=rms) + beside(attn, gdn, fuse=mean, norm=none), width=16, norm=simple)",
+    "lm(beside(1 * attn(heads=2), 1 * gla(heads=2), fuse=concat, norm=rms), width=16, place=sandwich)",
 ]
 every_text = pytest.mark.parametrize("text", TEXTS)
 

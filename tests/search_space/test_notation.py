@@ -17,10 +17,24 @@ from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.mixers.attn import Attn
 from mixforge.search_space.notation import from_json, parse, parse_mixer
 from mixforge.search_space.spelling import spell_gene, spell_mixer
+from mixforge.search_space.stack import FUSES
 from mixforge.search_space.syntax import NotationError
 from mixforge.search_space.vocabulary import vocabulary
 
 WIDTHS = (64, 96, 128, 192, 256)
+OLD_DIGESTS = {
+    "lm(6 * (3 * (gdn + swiglu) + attn(window=1024) + swiglu), width=512)": "66631a996662",
+    "lm(attn + mlp, width=64, vocab=512, embed=untied, norm=layer, place=sandwich)": "3b92b90f74a7",
+    "lm(3 @ (attn + beside(1*attn, 1*mamba2, fuse=mean)), width=128, place=post)": "1725898689c6",
+    "lm((attn(heads=5) | 2*gdn) + swiglu, width=64)": "7da9b18f5c61",
+}
+FORMS_OF_BESIDE = (
+    *(f"fuse={fuse}" for fuse in FUSES),
+    "norm=rms",
+    "norm=none",
+    "fuse=mean, norm=none",
+    "fuse=concat, norm=rms",
+)
 
 
 def gene_values(domain: Whole | Real | Choice | Call) -> st.SearchStrategy[GeneValue]:
@@ -53,8 +67,8 @@ def mixer_texts(draw: st.DrawFn) -> str:
 def stack_texts() -> st.SearchStrategy[str]:
     branch = st.tuples(st.sampled_from(["", "2*", "1*"]), mixer_texts()).map("".join)
     beside = st.lists(branch, min_size=2, max_size=3)
-    fused = st.tuples(beside, st.sampled_from(["sum", "mean", "gate", "concat"])).map(
-        lambda pair: f"beside({', '.join(pair[0])}, fuse={pair[1]})"
+    fused = st.tuples(beside, st.sampled_from(FORMS_OF_BESIDE)).map(
+        lambda pair: f"beside({', '.join(pair[0])}, {pair[1]})"
     )
     leaf = st.one_of(mixer_texts(), beside.map(" | ".join).map("({})".format), fused)
 
@@ -70,7 +84,15 @@ texts = st.builds(
     stack_texts(),
     st.sampled_from(WIDTHS),
     st.sampled_from(
-        ["", ", vocab=512", ", vocab=256, embed=untied", ", norm=layer, place=post", ", place=pre"]
+        [
+            "",
+            ", vocab=512",
+            ", vocab=256, embed=untied",
+            ", norm=layer, place=post",
+            ", place=pre",
+            ", eps=1e-5, softcap=30, embed_scale=sqrt",
+            ", eps=1e-06, embed_scale=8, place=deep, norm=simple",
+        ]
     ),
 )
 
@@ -226,6 +248,11 @@ def test_a_cache_that_no_layer_reads_is_an_ordinary_one() -> None:
         ("lm(attn | (gdn + swiglu), width=64)", 11, "one mixer"),
         ("lm(beside(attn), width=64)", 3, "there are 2 to 16"),
         ("lm(beside(attn, gdn, fuze=sum), width=64)", 21, "did you mean 'fuse'"),
+        ("lm(beside(attn, gdn, fuse=scaler), width=64)", 26, "did you mean 'scalar'"),
+        ("lm(beside(attn, gdn, norm=layer), width=64)", 26, "expected none, rms"),
+        ("lm(attn, width=64, place=gatd)", 25, "did you mean 'gated'"),
+        ("lm(attn, width=64, softcap=-1)", 27, "none or a number from 0.1"),
+        ("lm(attn, width=64, eps=big)", 23, "a number from 1e-12 to 0.1 or auto"),
         ("lm(attn + 3, width=64)", 10, "before * or @"),
         ("lm(lm(attn, width=64), width=64)", 3, "'lm' has no place"),
         ("lm(__import__(os), width=64)", 3, "unknown mixer"),
@@ -241,11 +268,39 @@ def test_errors_name_the_place_and_the_way_out(text: str, column: int, saying: s
     assert str(caught.value).split("\n")[2] == " " * (4 + column) + "^"
 
 
+@pytest.mark.parametrize(
+    ("said", "canonical"),
+    [
+        (
+            "lm(beside(attn, gdn, fuse=mean, norm=rms), width=64)",
+            "lm(beside(attn, gdn, fuse=mean), width=64)",
+        ),
+        ("lm(beside(attn, gdn, norm=none), width=64)", "lm(attn | gdn, width=64)"),
+        ("lm(attn, width=64, eps=0.000001)", "lm(attn, width=64)"),
+        ("lm(attn, width=64, eps=auto, scale=standard, weights=plain)", "lm(attn, width=64)"),
+        ("lm(attn, width=64, norm=layer, eps=1e-6)", "lm(attn, width=64, norm=layer, eps=1e-06)"),
+        ("lm(attn, width=64, embed_scale=8, softcap=none)", "lm(attn, width=64, embed_scale=sqrt)"),
+        ("lm(attn, width=64, embed_scale=1.0)", "lm(attn, width=64)"),
+    ],
+)
+def test_words_that_say_what_holds_without_them_are_dropped(said: str, canonical: str) -> None:
+    assert str(parse(said)) == canonical
+    assert parse(said).digest == parse(canonical).digest
+
+
+def test_digests_of_old_texts_stay() -> None:
+    """Of architectures in people's databases: new words and forms leave them as they are."""
+    assert {text: parse(text).digest[:12] for text in OLD_DIGESTS} == OLD_DIGESTS
+
+
 def test_python_words_are_the_text() -> None:
     attn, gdn, swiglu, gqa, lm = words.attn, words.gdn, words.swiglu, words.gqa, words.lm
     made = lm(6 * (3 * (gdn + swiglu) + attn(window=1024, kv=gqa(4)) + swiglu), width=512, embed=words.untied)
     assert made == parse(
         "lm(6 * (3 * (gdn + swiglu) + attn(window=1024, kv=gqa(4)) + swiglu), width=512, embed=untied)"
+    )
+    assert lm(words.beside(attn, gdn, fuse=words.scalar, norm=words.rms), width=64, softcap=30) == parse(
+        "lm(beside(attn, gdn, fuse=scalar, norm=rms), width=64, softcap=30)"
     )
     branches = words.beside(2 * gdn, attn, fuse=sum)
     assert lm(2 @ branches, width=192) == parse("lm(2 @ (2*gdn | attn), width=192)")

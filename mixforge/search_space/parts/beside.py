@@ -1,7 +1,8 @@
 """Mixers beside one another in one residual unit, and the ways of making one output of theirs.
 
 Sources: Dong et al. 2024 (arXiv 2411.13676), equation 3, for `mean`; Zuo et al. 2025 (arXiv 2507.22448) for
-`sum` and `concat` of attention and state-space branches.
+`sum` and `concat` of attention and state-space branches; Lan et al. 2025 (arXiv 2503.01496), equation 8, for
+`scalar`, here with learned weights that begin at one part each.
 """
 
 from __future__ import annotations
@@ -84,6 +85,30 @@ class MeanFuse(nn.Module):
 
     def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         return torch.stack([norm(y) for norm, y in zip(self.norms, outputs, strict=True)]).mean(0)
+
+
+class NormedFuse(nn.Module):
+    """y = fuse(norm_1(y_1), ..., norm_n(y_n)), each norm with its own learned scale."""
+
+    def __init__(self, norms: list[nn.Module], fuse: nn.Module) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(norms)
+        self.fuse = fuse
+
+    def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        y: Tensor = self.fuse(x, [norm(y) for norm, y in zip(self.norms, outputs, strict=True)])
+        return y
+
+
+class ScalarFuse(nn.Module):
+    """y = sum_i a_i y_i, with one learned number for each branch."""
+
+    def __init__(self, branches: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((branches,), 1 / branches))
+
+    def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        return (torch.stack(outputs, -1) * self.weights).sum(-1)
 
 
 class GateFuse(nn.Module):

@@ -1,6 +1,10 @@
-"""The module around the root-mean-square normalisation: its weight.
+"""The modules around the root-mean-square normalisation, with a weight and without.
 
-Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
+    rms       x / sqrt(mean(x^2) + eps) * w
+    simple    x / sqrt(mean(x^2) + eps)
+
+Sources: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4; Qin et al. 2023 (arXiv 2307.14995), equation 8,
+for `simple`, with eps under the root and not as a floor.
 """
 
 from __future__ import annotations
@@ -26,6 +30,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operation(x, self.weight, self.eps)
+
+
+class SimpleRMSNorm(nn.Module):
+    """Over the last axis, without a weight; computed in float32 or better."""
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype.itemsize >= 4 else x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 def norm_part(width: int, backend: Backend) -> Part:

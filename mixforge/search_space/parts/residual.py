@@ -3,10 +3,23 @@
     pre        x + f(norm(x))
     post       norm(x + f(x))
     sandwich   x + norm'(f(norm(x)))
+    inside     x + norm(f(x))
+    deep       norm(alpha x + f(x)),  alpha = M^(1/4) for M units
+    gated      gate(x, relu(f(norm(x))))
+    none       x + f(x)
+
+    gate(x, y) = (1 - z) x + z h
+    r = sigmoid(W_r y + U_r x),  z = sigmoid(W_z y + U_z x - b),  h = tanh(W_g y + U_g (r x))
 
 Sources: He et al. 2015 (arXiv 1512.03385) for the residual; Xiong et al. 2020 (arXiv 2002.04745) for `pre`
-against `post`; Ding et al. 2021 (arXiv 2105.13290), section 3.2, for `sandwich`; Dehghani et al. 2018
-(arXiv 1807.03819) for weights applied several times, here without halting and without a timing signal.
+against `post`; Ding et al. 2021 (arXiv 2105.13290), section 3.2, for `sandwich`; OLMo et al. 2024 (arXiv
+2501.00656), section 2.1, for `inside`; Wang et al. 2022 (arXiv 2203.00555), figure 2, for `deep` in a decoder, whose
+M units are 2 N of its layers; Parisotto et al. 2019 (arXiv 1910.06764), section 3.2, for `gated`, whose b begins
+at 2, so that a new unit passes on most of what it is given; Dehghani et al. 2018 (arXiv 1807.03819) for weights
+applied several times (`halting` has their halting and their timing signal).
+
+Departure: the initial gain of `deep`, which its paper gives to both matrices of a feed-forward layer and to the
+value and output matrices of attention, is squared and given to the matrix that ends a branch.
 """
 
 from __future__ import annotations
@@ -49,10 +62,23 @@ class Unit(nn.Module):
 
 
 class Residual(Unit):
-    """after(x + inside(mixer(before(x)))), where a norm that is not there is an `nn.Identity`."""
+    """after(stream x + inside(mixer(before(x)))), where a norm that is not there is an `nn.Identity`.
 
-    def __init__(self, mixer: TokenMixer, before: nn.Module, inside: nn.Module, after: nn.Module) -> None:
+    With a gate it is gate(x, relu(mixer(before(x)))).
+    """
+
+    def __init__(
+        self,
+        mixer: TokenMixer,
+        before: nn.Module,
+        inside: nn.Module,
+        after: nn.Module,
+        stream: float = 1.0,
+        gate: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        self.gate = gate
+        self.stream = stream
         self.mixer = mixer
         self.before = before
         self.inside = inside
@@ -68,13 +94,41 @@ class Residual(Unit):
         self, x_BTD: Tensor, states: list[dict[str, Tensor]] | None, at: Pass
     ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         y_BTD, state = self.mixer(self.before(x_BTD), None if states is None else states[0], at)
-        return self.after(x_BTD + self.inside(y_BTD)), None if state is None else [state]
+        return self.join(x_BTD, y_BTD), None if state is None else [state]
+
+    def join(self, x: Tensor, y: Tensor) -> Tensor:
+        """What goes on, of the residual stream and the mixer's output."""
+        if self.gate is not None:
+            gated: Tensor = self.gate(x, torch.relu(y))
+            return gated
+        joined: Tensor = self.after((x if self.stream == 1.0 else self.stream * x) + self.inside(y))
+        return joined
 
     def step(
         self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         y_BD, state = self.mixer.step(self.before(x_BD), states[0], at)
-        return self.after(x_BD + self.inside(y_BD)), [state]
+        return self.join(x_BD, y_BD), [state]
+
+
+class StreamGate(nn.Module):
+    """A gated recurrent unit along depth: how much of the stream x [..., D] gives way to y [..., D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        # W_r, W_z and W_g of y; U_r and U_z of x. U_g stands alone, as it reads r x.
+        self.output = nn.Linear(width, 3 * width, bias=False)
+        self.stream = nn.Linear(width, 2 * width, bias=False)
+        self.reset = nn.Linear(width, width, bias=False)
+        self.bias = nn.Parameter(torch.full((width,), 2.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        r_y, z_y, h_y = self.output(y).split(self.width, -1)
+        r_x, z_x = self.stream(x).split(self.width, -1)
+        z = torch.sigmoid(z_y + z_x - self.bias)
+        h = torch.tanh(h_y + self.reset(torch.sigmoid(r_y + r_x) * x))
+        return torch.lerp(x, h, z)
 
 
 class Stack(Unit):
