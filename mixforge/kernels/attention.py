@@ -85,10 +85,8 @@ def masked_attention_reference(
     group = q_BHTK.shape[1] // k_BHTK.shape[1]
     k, v = (x.to(dtype).repeat_interleave(group, 1) for x in (k_BHTK, v_BHTK))
     scores = q_BHTK.to(dtype) @ k.transpose(2, 3) * scale
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    else:
-        scores = scores + mask.to(dtype)
+    is_seen = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, -torch.inf) if is_seen else scores + mask.to(dtype)
     o_BHTV: Tensor = scores.softmax(3) @ v
     return o_BHTV.to(v_BHTK.dtype)
 

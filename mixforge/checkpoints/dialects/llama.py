@@ -23,7 +23,7 @@ def attention(tensors: Tensors, prefix: str, genes: dict[str, object]) -> tuple[
         "queries.query.weight": tensors.take(f"{prefix}.q_proj.weight"),
         "memory.key.weight": tensors.take(f"{prefix}.k_proj.weight"),
         "memory.value.weight": tensors.take(f"{prefix}.v_proj.weight"),
-        "queries.out.weight": tensors.take(f"{prefix}.o_proj.weight"),
+        "output.out.weight": tensors.take(f"{prefix}.o_proj.weight"),
     }
     if f"{prefix}.q_norm.weight" in tensors:
         weights["queries.query_norm.weight"] = tensors.norm(f"{prefix}.q_norm")

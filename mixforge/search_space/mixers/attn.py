@@ -1,57 +1,135 @@
-"""Softmax attention: o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s over s <= t, and over s > t - W with a
-window.
+"""Softmax attention: o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s over s <= t, and over s > t - W with a window; and
+what the field does to its keys and values, pattern, positions, scores and outputs.
 
-Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; multi-query: Shazeer 2019 (arXiv 1911.02150);
-grouped queries: Ainslie et al. 2023 (arXiv 2305.13245); sliding window: Beltagy et al. 2020 (arXiv
-2004.05150), causal as in Jiang et al. 2023 (arXiv 2310.06825); rotary position: Su et al. 2021 (arXiv
-2104.09864); query and key norm: Henry et al. 2020 (arXiv 2010.04245), with RMS norms and learned scales as in
-Dehghani et al. 2023 (arXiv 2302.05442); output gate o * sigmoid(W_g x): Qiu et al. 2025 (arXiv 2505.06708),
-elementwise after the attention; one cache for many layers, `kv=own` and `kv=shared`: Sun et al. 2024 (arXiv
-2405.05254), equation 3.
+The equations of the genes stand with their modules: `attention_memory` for keys and values, `attention_pattern` for
+windows and sinks, `attention_position` for positions, `attention_heads` for norms, queries of low rank and
+differential outputs, `attention_scores` for terms and weights of scores, `attention_mix` for heads that mix and
+`attention_scan` for learned queries, each with its sources.
 
-Departures: no biases. `kv=own` is an attention layer of its own whose keys and values the `kv=shared` layers
-above read; in the paper the shared keys and values belong to no layer.
+Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; multi-query: Shazeer 2019 (arXiv 1911.02150); grouped
+queries: Ainslie et al. 2023 (arXiv 2305.13245); fewer query heads: Filipek 2025 (arXiv 2510.01817), which is `heads`
+and `head_dim`; query and key norms: Dehghani et al. 2023 (arXiv 2302.05442), over all heads at once as in the
+reference code of OLMo 2; output gate o * sigmoid(W_g x): Qiu et al. 2025 (arXiv 2505.06708), elementwise after the
+attention; norm of each head's output and the other genes of a Pro block: Lin et al. 2025 (arXiv 2503.02130), section
+3.2; one cache for many layers, `kv=own` and `kv=shared`: Sun et al. 2024 (arXiv 2405.05254), equation 3.
+
+Departures: `kv=own` is an attention layer of its own whose keys and values the `kv=shared` layers above read; in the
+paper the shared keys and values belong to no layer. Norms have one set of weights for all heads, where the reference
+code of the Pro block has one for each. Cosine attention is `qk_norm=l2`, whose learned scale stands for a
+temperature.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from torch import nn
 
-from mixforge.kernels import attention
-from mixforge.kernels.attention import attended_pairs
-from mixforge.search_space.genes import Call, Choice, Form, Whole
+from mixforge.kernels import attention, softmax_scan
+from mixforge.kernels.softmax_scan import scan_flops
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
-from mixforge.search_space.parts.attention_heads import Output, Queries
-from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues
-from mixforge.search_space.parts.attention_pattern import EveryToken, Window
-from mixforge.search_space.parts.attention_position import Position, Rotary
-from mixforge.search_space.parts.attention_scores import Fused
+from mixforge.search_space.parts.attention_heads import (
+    Differential,
+    GrowingBase,
+    LowRank,
+    Output,
+    Queries,
+    ScaledUnit,
+    TwoMaps,
+    Unit,
+)
+from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues, Latents, ReusedKeys, TokenShift
+from mixforge.search_space.parts.attention_mix import DynamicMix, StaticMix
+from mixforge.search_space.parts.attention_pattern import EveryToken, Window, fused_pairs
+from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
+from mixforge.search_space.parts.attention_scan import LearnedQuery
+from mixforge.search_space.parts.attention_scores import (
+    Biased,
+    ForgetGate,
+    Fused,
+    Relative,
+    Scored,
+    Slopes,
+    Terms,
+    Weigh,
+)
 from mixforge.search_space.parts.norm import norm_part
+
+# Bytes of a number that is kept in float32 in any case.
+EXACT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Attn(Mixer):
-    """Softmax attention. `kv`: every query head has its keys and values (mha), all share one (mqa), or n do
-    (gqa(n)); `own` also publishes them to the layers above, and `shared` reads what the nearest `own` below
-    has published.
+    """Softmax attention.
+
+    `kv`: every query head has its keys and values (mha), all share one (mqa), or n do (gqa(n)); they are made of a
+    latent of the given rank, beside channels that turn (mla(rank, rope_dim)); values are made of one key head
+    (reuse); `own` also publishes them to the layers above, and `shared` reads what the nearest `own` below has published.
+    `query`: made of the token, or learned and the same for all. `query_rank`: queries through so many channels, with a
+    norm. `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of training, and b otherwise;
+    of it every `dilation`-th token. `sink`: a learned logit in the denominator, or the first n tokens beside a window.
+    `meta`: learned keys and values that every token sees. `rotary`: the share of channels that turn.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
+    aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {
+        "fox": {"forget": "head", "pos": "none"},
+        "fox_pro": {
+            "forget": "head",
+            "pos": "none",
+            "qk_norm": "rms",
+            "kv_shift": "token",
+            "out_norm": "rms",
+            "out_gate": "sigmoid",
+        },
+        "aaren": {"query": "learned", "pos": "none"},
+    }
 
     heads: Annotated[int | None, Whole(1, 256)] = None
     head_dim: Annotated[int | None, Whole(1, 1024)] = None
-    kv: Annotated[str | Form, Choice("mha", "mqa", "own", "shared"), Call("gqa", Whole(1, 256))] = "mha"
-    window: Annotated[str | int, Choice("none"), Whole(2, 1048576)] = "none"
-    pos: Annotated[str, Choice("rope", "none")] = "rope"
-    qk_norm: Annotated[str, Choice("none", "rms")] = "none"
+    kv: Annotated[
+        str | Form,
+        Choice("mha", "mqa", "reuse", "own", "shared"),
+        Call("gqa", Whole(1, 256)),
+        Call("mla", Whole(1, 16384), Whole(0, 1024)),
+    ] = "mha"
+    query: Annotated[str, Choice("token", "learned")] = "token"
+    query_rank: Annotated[str | int, Choice("none"), Whole(1, 16384)] = "none"
+    window: Annotated[
+        str | int | Form,
+        Choice("none"),
+        Whole(2, 1048576),
+        Call("stochastic", Whole(2, 1048576), Whole(2, 1048576)),
+    ] = "none"
+    dilation: Annotated[int, Whole(1, 4096)] = 1
+    sink: Annotated[str | Form, Choice("none", "learned"), Call("tokens", Whole(1, 4096))] = "none"
+    meta: Annotated[int, Whole(0, 4096)] = 0
+    pos: Annotated[
+        str | Form,
+        Choice("rope", "none", "xpos", "lrpe", "carope", "alibi", "alibi_rope"),
+        Call("relative", Whole(1, 4096)),
+    ] = "rope"
+    theta: Annotated[float, Real(1, 1e9)] = 10000.0
+    rotary: Annotated[float, Real(0.01, 1)] = 1.0
+    qk_norm: Annotated[str, Choice("none", "rms", "rms_all", "l2")] = "none"
+    bias: Annotated[str, Choice("none", "qkv", "all")] = "none"
+    kv_shift: Annotated[str, Choice("none", "token")] = "none"
+    score: Annotated[str, Choice("softmax", "sigmoid", "relu", "relu2", "normalise")] = "softmax"
+    temper: Annotated[str, Choice("none", "ssmax")] = "none"
+    forget: Annotated[str, Choice("none", "head")] = "none"
+    diff: Annotated[str | Form, Choice("none", "full"), Call("shared", Whole(1, 1024))] = "none"
+    lambda_init: Annotated[float | None, Real(0, 1)] = None
+    headmix: Annotated[str | Form, Choice("none", "static"), Call("dynamic", Whole(1, 64))] = "none"
+    out_norm: Annotated[str, Choice("none", "rms")] = "none"
     out_gate: Annotated[str, Choice("none", "sigmoid")] = "none"
 
     def sizes(self, width: int) -> tuple[int, int, int]:
@@ -59,8 +137,49 @@ class Attn(Mixer):
         heads = default_heads(width) if self.heads is None else self.heads
         head_dim = max(1, width // heads) if self.head_dim is None else self.head_dim
         if isinstance(self.kv, Form):
-            return heads, int(self.kv.arguments[0]), head_dim
-        return heads, 1 if self.kv == "mqa" else heads, head_dim
+            return heads, int(self.kv.arguments[0]) if self.kv.name == "gqa" else heads, head_dim
+        return heads, 1 if self.kv in ("mqa", "reuse") else heads, head_dim
+
+    @property
+    def latent(self) -> tuple[int, int] | None:
+        """Rank and turning channels of `mla`."""
+        if isinstance(self.kv, Form) and self.kv.name == "mla":
+            return int(self.kv.arguments[0]), int(self.kv.arguments[1])
+        return None
+
+    @property
+    def windows(self) -> tuple[int | None, int | None]:
+        """The window, None for every token, and the shorter one that training may take."""
+        if isinstance(self.window, Form):
+            return int(self.window.arguments[1]), int(self.window.arguments[0])
+        return (None if isinstance(self.window, str) else self.window), None
+
+    @property
+    def first(self) -> int:
+        """First tokens that stay in sight."""
+        return int(self.sink.arguments[0]) if isinstance(self.sink, Form) else 0
+
+    @property
+    def clip(self) -> int | None:
+        """The largest distance with a key of its own."""
+        return int(self.pos.arguments[0]) if isinstance(self.pos, Form) else None
+
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys are turned by their position."""
+        return self.pos in ("rope", "xpos", "lrpe", "carope", "alibi_rope")
+
+    def turning(self, width: int) -> int | float:
+        """Channels of a head that turn: no whole number where `rotary` does not fit."""
+        return self.latent[1] if self.latent is not None else self.sizes(width)[2] * self.rotary
+
+    @property
+    def scores(self) -> Literal["fused", "biased", "scored"]:
+        """Which form of the scores its genes need."""
+        if self.score != "softmax" or self.headmix != "none" or self.clip is not None:
+            return "scored"
+        added = self.forget != "none" or self.sink == "learned" or self.meta > 0
+        return "biased" if added or self.pos in ("alibi", "alibi_rope") else "fused"
 
     def lends(self, width: int) -> Mapping[str, Loan]:
         return {"cache": self._loan(width)} if self.kv == "own" else {}
@@ -75,6 +194,11 @@ class Attn(Mixer):
     def unread(self, names: frozenset[str]) -> Self:
         return replace(self, kv="mha") if "cache" in names else self
 
+    def placed(self, index: int, count: int) -> Self:
+        if self.diff == "none" or self.lambda_init is not None:
+            return self
+        return replace(self, lambda_init=0.8 - 0.6 * math.exp(-0.3 * index))
+
     def why_illegal(self, width: int) -> str | None:
         heads, kv_heads, head_dim = self.sizes(width)
         if self.head_dim is None and width % heads != 0:
@@ -84,25 +208,112 @@ class Attn(Mixer):
             )
         if heads % kv_heads != 0:
             return f"{kv_heads} key/value heads do not divide {heads} query heads (mixer attn)"
-        if self.pos == "rope" and head_dim % 2 != 0:
-            return f"pos=rope needs an even head_dim, not {head_dim} (mixer attn)"
-        if self.window != "none" and self.kv in ("own", "shared"):
+        if self.query == "learned":
+            return self._why_no_scan()
+        turning = self.turning(width)
+        if self.turns and (turning != int(turning) or turning % 2 != 0 or turning == 0):
+            given = f"rope_dim {turning}" if self.latent else f"{turning:g} channels of head_dim {head_dim}"
+            return (
+                f"pos={self.pos} turns pairs of channels, and {given} are no pairs (mixer attn); "
+                f"say an even {'rope_dim' if self.latent else 'head_dim, or another rotary'}, or pos=none"
+            )
+        windows = self.windows
+        if windows[1] is not None and windows[0] is not None and windows[1] > windows[0]:
+            return f"window={self.window} names the longer window first (mixer attn); write the shorter one first"
+        if self.dilation > 1 and windows[0] is None:
+            return f"dilation={self.dilation} is of a window, and there is none (mixer attn); say window"
+        return self._why_no_cache() or self._why_no_latent() or self._why_no_scores(heads, kv_heads)
+
+    def _why_no_scan(self) -> str | None:
+        scanned = ("heads", "head_dim", "query", "bias", "kv_shift", "out_norm", "out_gate")
+        plain = replace(Attn(query="learned", pos="none"), **{name: getattr(self, name) for name in scanned})
+        if self.kv in ("own", "shared", "reuse") or self.latent is not None:
+            return (
+                f"query=learned keeps no cache, so it takes no kv={self.kv} (mixer attn); use mha, mqa or gqa"
+            )
+        for gene in fields(self):
+            if gene.name != "kv" and getattr(self, gene.name) != getattr(plain, gene.name):
+                given = f"{gene.name}={getattr(self, gene.name)}"
+                return (
+                    f"query=learned is a scan of one query over keys and values, so it takes no {given} "
+                    f"(mixer attn); leave {gene.name} at {getattr(plain, gene.name)}"
+                )
+        return None
+
+    def _why_no_cache(self) -> str | None:
+        """What a cache that layers share cannot do."""
+        if self.kv not in ("own", "shared"):
+            if self.kv == "reuse" and self.pos == "carope":
+                return "kv=reuse turns keys when they are read, where pos=carope has no angle (mixer attn); use rope"
+            return None
+        if self.window != "none":
             return f"kv={self.kv} is a cache of every token, so it takes no window (mixer attn)"
+        if self.pos in ("lrpe", "carope"):
+            return f"kv={self.kv} needs the same turn in every layer, and pos={self.pos} learns its own (mixer attn)"
+        if self.kv == "shared" and self.meta > 0:
+            return f"kv=shared has no keys and values of its own, so no meta={self.meta} (mixer attn); say it at kv=own"
+        return None
+
+    def _why_no_latent(self) -> str | None:
+        """What keys and values that are only made of latents cannot do."""
+        if self.latent is None:
+            return None
+        for name in ("qk_norm", "bias", "kv_shift", "diff"):
+            if getattr(self, name) != "none":
+                return (
+                    f"kv={self.kv} decodes from latents without making keys and values, so it takes no "
+                    f"{name}={getattr(self, name)} (mixer attn)"
+                )
+        if self.clip is not None:
+            return (
+                f"kv={self.kv} decodes without keys of its heads, so it takes no pos={self.pos} (mixer attn)"
+            )
+        return None
+
+    def _why_no_scores(self, heads: int, kv_heads: int) -> str | None:
+        if self.sink == "learned" and self.score != "softmax":
+            return f"score={self.score} has no denominator for sink=learned (mixer attn); use score=softmax"
+        placeless = self.pos == "xpos" or self.clip is not None
+        if self.meta > 0 and (placeless or isinstance(self.headmix, Form)):
+            given = f"pos={self.pos}" if placeless else f"headmix={self.headmix}"
+            return (
+                f"{given} needs a token's place or input, and meta={self.meta} tokens have none (mixer attn)"
+            )
+        if self.headmix != "none" and heads == 1:
+            return f"headmix={self.headmix} mixes heads, and there is one (mixer attn); say more heads"
+        if self.diff != "none" and (heads % 2 != 0 or kv_heads % 2 != 0):
+            return f"diff={self.diff} pairs heads, and {heads} with {kv_heads} of keys and values are odd (mixer attn)"
+        if isinstance(self.diff, Form) and self.query_rank != "none":
+            return f"diff={self.diff} says how queries are made, so it takes no query_rank={self.query_rank} (mixer attn)"
         return None
 
     def canonical(self, width: int) -> Self:
         heads, kv_heads, head_dim = self.sizes(width)
-        kv = self.kv
-        if isinstance(kv, Form):
+        kv, window = self.kv, self.window
+        if isinstance(kv, Form) and kv.name == "gqa":
             kv = "mha" if kv_heads == heads else "mqa" if kv_heads == 1 else kv
         if kv == "mqa" and heads == 1:
             kv = "mha"
+        if isinstance(window, Form) and window.arguments[0] == window.arguments[1]:
+            window = int(window.arguments[0])
         default_dim = max(1, width // heads)
+        without = {
+            "sink": self.first > 0 and window == "none",
+            "theta": self.pos not in ("rope", "xpos", "lrpe", "alibi_rope"),
+            "rotary": not self.turns or self.latent is not None,
+            "kv_shift": kv == "shared",
+            "lambda_init": self.diff == "none",
+            # A differential layer has its norm.
+            "out_norm": self.diff != "none",
+        }
+        plain = Attn()
         return replace(
             self,
             heads=None if heads == default_heads(width) else heads,
             head_dim=None if head_dim == default_dim and width % heads == 0 else head_dim,
             kv=kv,
+            window=window,
+            **{name: getattr(plain, name) for name, idle in without.items() if idle},
         )
 
     def narrow(self, width: int, share: Fraction) -> Self:
@@ -113,64 +324,286 @@ class Attn(Mixer):
         return replace(self, heads=shared_heads("attn", heads, share), head_dim=head_dim).canonical(width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
-        heads, kv_heads, head_dim = self.sizes(width)
-        reads = self.kv == "shared"
-        into = heads * head_dim * (2 if self.out_gate == "sigmoid" else 1)
-        into += 0 if reads else 2 * kv_heads * head_dim
-        matrices = width * (into + heads * head_dim)
-        norms = (0 if self.qk_norm == "none" else 1 if reads else 2) * head_dim
-        pairs = attended_pairs(length, None if isinstance(self.window, str) else self.window)
-        kept = length if isinstance(self.window, str) else min(length, self.window)
-        token_bytes = 2 * kv_heads * head_dim * itemsize
-        weights = (matrices + norms) * itemsize
-        return Cost(
-            params=matrices + norms,
-            flops=2 * length * matrices + 4 * pairs * heads * head_dim,
-            state_bytes=0 if reads else kept * token_bytes,
-            decode_bytes=weights + kept * token_bytes + (0 if reads else token_bytes),
+        gene = self.canonical(width)
+        matrices, reading, vectors = gene._weights(width)
+        kept, carried = gene._state(width, itemsize)
+        window, _ = gene.windows
+        span = length if window is None else gene.first + (window - 1) * gene.dilation + 1
+        held = 0 if gene.query == "learned" else min(length, span) * kept
+        lent = sum(
+            length * math.prod(shape) for loan in gene.borrows(width).values() for shape in loan.shapes
         )
+        params = sum(map(math.prod, matrices + reading)) + vectors
+        flops = 2 * length * sum(map(math.prod, matrices)) + gene._score_flops(width, length)
+        return Cost(
+            params=params,
+            # Keys and values that are made when they are read are made of the learned entries as well.
+            flops=flops + 2 * (length + gene.meta) * sum(map(math.prod, reading)),
+            state_bytes=held + carried,
+            decode_bytes=params * itemsize + held + 2 * carried + (lent * itemsize) + (kept if held else 0),
+        )
+
+    def _weights(self, width: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:
+        """Matrices that every token meets; those that every entry meets when it is read; how many other weights."""
+        heads, kv_heads, head_dim = self.sizes(width)
+        matrices, vectors = self._query_weights(width)
+        reading: list[tuple[int, int]] = []
+        inner = kv_heads * head_dim
+        shifts = 0 if self.kv_shift == "none" else kv_heads
+        biased = self.bias != "none"
+        if self.latent is not None:
+            rank, rope_dim = self.latent
+            matrices += [(width, rank + rope_dim)]
+            reading += [(rank, 2 * heads * head_dim)]
+            vectors += rank + self.meta * (rank + rope_dim)
+        elif self.kv == "reuse":
+            matrices += [(width, inner), (width, shifts)]
+            reading += [(head_dim, head_dim)]
+            vectors += head_dim + (biased + self.meta) * inner
+        elif self.kv != "shared":
+            keys, key_bias = self._projection(width, inner)
+            matrices += [*keys, (width, inner), (width, 2 * shifts)]
+            vectors += biased * (key_bias + inner) + 2 * self.meta * inner
+        if self.latent is None and self.kv != "shared":
+            vectors += {"none": 0, "rms": head_dim, "rms_all": inner, "l2": 0}[self.qk_norm]
+        channels = heads * head_dim
+        matrices += [(channels, width), (width, channels if self.out_gate == "sigmoid" else 0)]
+        vectors += width * (self.bias == "all") + head_dim * (self.out_norm == "rms")
+        vectors += 0 if self.diff == "none" else 6 * head_dim
+        turning = 1 if self.latent is not None else kv_heads
+        matrices += [(width, heads * (self.forget == "head")), (width, turning * (self.pos == "carope"))]
+        vectors += heads * ((self.forget == "head") + (self.sink == "learned"))
+        vectors += turning * int(self.turning(width)) // 2 * (self.pos == "lrpe")
+        if self.clip is not None:
+            vectors += (self.clip + 1) * (head_dim + self._value_dim(width))
+        if isinstance(self.headmix, Form):
+            rank = int(self.headmix.arguments[0])
+            hidden = 2 * heads * rank
+            matrices += [(width, 4 * hidden), (4 * hidden, 2 * rank * heads), (width, 4 * heads)]
+        vectors += 2 * heads * heads * (self.headmix == "static")
+        return matrices, reading, vectors
+
+    def _query_weights(self, width: int) -> tuple[list[tuple[int, int]], int]:
+        heads, _, head_dim = self.sizes(width)
+        if self.query == "learned":
+            return [], heads * head_dim
+        channels = heads * self._key_dim(width)
+        matrices, bias = self._projection(width, channels)
+        vectors = {"none": 0, "rms": head_dim, "rms_all": channels, "l2": heads}[self.qk_norm]
+        if isinstance(self.query_rank, int):
+            matrices = [(width, self.query_rank), (self.query_rank, channels)]
+            vectors += self.query_rank
+        return matrices, vectors + bias * (self.bias != "none") + heads * (self.temper == "ssmax")
+
+    def _projection(self, width: int, channels: int) -> tuple[list[tuple[int, int]], int]:
+        """Matrices and bias that make queries or keys of two maps."""
+        if not isinstance(self.diff, Form):
+            return [(width, channels)], channels
+        rank = int(self.diff.arguments[0])
+        return [(width, channels // 2), (width, 2 * rank), (rank, channels)], channels // 2
+
+    def _key_dim(self, width: int) -> int:
+        return self.sizes(width)[2] + (0 if self.latent is None else self.latent[1])
+
+    def _value_dim(self, width: int) -> int:
+        return self.sizes(width)[2] * (1 if self.diff == "none" else 2)
+
+    def _score_flops(self, width: int, length: int) -> int:
+        """Of queries times keys and of weights times values, masked pairs included, and of what changes them."""
+        heads, _, head_dim = self.sizes(width)
+        if self.query == "learned":
+            return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
+        seen = length + self.meta
+        pairs = length * (seen + (self.sink == "learned" and self.scores == "biased"))
+        if self.scores == "fused":
+            pairs = fused_pairs(length, self.windows[0], self.dilation, self.first)
+        both = heads * (self._key_dim(width) + self._value_dim(width))
+        flops = 2 * pairs * both
+        if self.clip is not None:
+            flops += 2 * length * (self.clip + 1) * both
+        if isinstance(self.headmix, Form):
+            # Before and after the weighing, by the query and by the key, into the rank and out of it.
+            flops += 8 * 2 * pairs * heads * int(self.headmix.arguments[0])
+        return flops + 2 * 2 * pairs * heads * heads * (self.headmix == "static")
+
+    def _state(self, width: int, itemsize: int) -> tuple[int, int]:
+        """Bytes that are kept of each token, and bytes that are carried from token to token."""
+        heads, kv_heads, head_dim = self.sizes(width)
+        inner = kv_heads * head_dim
+        entries = {"shared": 0, "reuse": inner}.get(str(self.kv), 2 * inner)
+        if self.latent is not None:
+            entries = sum(self.latent)
+        if isinstance(self.headmix, Form):
+            entries += 2 * (2 * int(self.headmix.arguments[0]) + 1) * heads
+        forgets = self.forget == "head"
+        carried = 0 if self.kv_shift == "none" else (1 if self.kv == "reuse" else 2) * inner * itemsize
+        if self.pos == "carope":
+            carried += (1 if self.latent is not None else kv_heads) * int(self.turning(width)) // 2 * EXACT
+        if self.query == "learned":
+            return 0, carried + heads * (head_dim + 2) * EXACT
+        return entries * itemsize + heads * EXACT * forgets, carried + heads * EXACT * forgets
 
     def build(self, width: int, backend: Backend) -> Part:
-        heads, _, head_dim = self.sizes(width)
-        normed = self.qk_norm == "rms"
+        gene = self.canonical(width)
+        heads, _, head_dim = gene.sizes(width)
+        output = gene._output(width, backend)
+        if gene.query == "learned":
+            return Part(
+                LearnedQuery,
+                heads=heads,
+                head_dim=head_dim,
+                memory=gene._memory(width, backend),
+                output=output,
+                operation=softmax_scan.form(backend),
+            )
         return Part(
             Attention,
-            queries=Part(
-                Queries,
-                heads=heads,
-                query=Part(nn.Linear, in_features=width, out_features=heads * head_dim, bias=False),
-                norm=norm_part(head_dim, backend) if normed else None,
-            ),
-            memory=self._memory(width, backend),
-            position=Part(Rotary, channels=head_dim, theta=10000.0) if self.pos == "rope" else Part(Position),
-            pattern=self._pattern(backend),
-            scores=Part(Fused, scale=head_dim**-0.5),
-            output=Part(Output, width=width, channels=heads * head_dim, gated=self.out_gate == "sigmoid"),
+            queries=gene._queries(width, backend),
+            memory=gene._memory(width, backend),
+            position=gene._position(width),
+            pattern=gene._pattern(backend),
+            scores=gene._scores(width, backend),
+            output=output,
+            forget=Part(ForgetGate, width=width, heads=heads) if gene.forget == "head" else None,
+            meta=gene.meta,
         )
 
+    def _queries(self, width: int, backend: Backend) -> Part:
+        heads, _, _ = self.sizes(width)
+        channels = heads * self._key_dim(width)
+        query = self._linear(width, channels)
+        if isinstance(self.query_rank, int):
+            query = Part(
+                LowRank,
+                width=width,
+                rank=self.query_rank,
+                channels=channels,
+                bias=self.bias != "none",
+                norm=norm_part(self.query_rank, backend),
+            )
+        norm = Part(ScaledUnit, heads=heads) if self.qk_norm == "l2" else self._norm(width, heads, backend)
+        return Part(
+            Queries,
+            heads=heads,
+            query=query,
+            query_norm=norm,
+            whole=self.qk_norm == "rms_all",
+            temper=Part(GrowingBase, heads=heads) if self.temper == "ssmax" else None,
+        )
+
+    def _linear(self, width: int, channels: int) -> Part:
+        """What makes queries or keys of the input."""
+        biased = self.bias != "none"
+        if isinstance(self.diff, Form):
+            rank = int(self.diff.arguments[0])
+            return Part(TwoMaps, width=width, rank=rank, channels=channels // 2, bias=biased)
+        return Part(nn.Linear, in_features=width, out_features=channels, bias=biased)
+
+    def _norm(self, width: int, heads: int, backend: Backend) -> Part | None:
+        """Of queries or keys of so many heads."""
+        head_dim = self.sizes(width)[2]
+        if self.qk_norm in ("rms", "rms_all"):
+            return norm_part(head_dim * (heads if self.qk_norm == "rms_all" else 1), backend)
+        return Part(Unit) if self.qk_norm == "l2" else None
+
     def _memory(self, width: int, backend: Backend) -> Part:
-        _, kv_heads, head_dim = self.sizes(width)
+        heads, kv_heads, head_dim = self.sizes(width)
         if self.kv == "shared":
             return Part(Borrowed)
-        norm = norm_part(head_dim, backend) if self.qk_norm == "rms" else None
+        if self.latent is not None:
+            rank, rope_dim = self.latent
+            norm = norm_part(rank, backend)
+            return Part(
+                Latents, width=width, heads=heads, head_dim=head_dim, rank=rank, rope_dim=rope_dim, norm=norm
+            )
+        shift = Part(TokenShift, width=width, heads=kv_heads) if self.kv_shift == "token" else None
+        key, key_norm = self._linear(width, kv_heads * head_dim), self._norm(width, kv_heads, backend)
+        if self.kv == "reuse":
+            return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
         return Part(
             KeysValues,
-            width=width,
             heads=kv_heads,
             head_dim=head_dim,
-            norm=norm,
+            key=key,
+            value=Part(
+                nn.Linear, in_features=width, out_features=kv_heads * head_dim, bias=self.bias != "none"
+            ),
+            key_norm=key_norm,
+            whole=self.qk_norm == "rms_all",
+            key_shift=shift,
+            value_shift=shift,
             publishes=self.kv == "own",
         )
 
+    def _position(self, width: int) -> Part:
+        if not self.turns:
+            return Part(Nowhere)
+        channels = int(self.turning(width))
+        heads = 1 if self.latent is not None else self.sizes(width)[1]
+        if self.pos == "lrpe":
+            return Part(LearnedRotary, channels=channels, heads=heads, theta=self.theta)
+        if self.pos == "carope":
+            return Part(ContextRotary, width=width, channels=channels, heads=heads)
+        return Part(Rotary, channels=channels, theta=self.theta, scales=self.pos == "xpos")
+
     def _pattern(self, backend: Backend) -> Part:
-        if isinstance(self.window, str):
+        window, shorter = self.windows
+        if window is None:
             return Part(EveryToken, operation=attention.form(backend))
         return Part(
             Window,
-            window=self.window,
-            dilation=1,
-            first=0,
-            shorter=None,
+            window=window,
+            dilation=self.dilation,
+            first=self.first,
+            shorter=shorter,
             operation=attention.window_form(backend),
             masked=attention.masked_form(backend),
+        )
+
+    def _scores(self, width: int, backend: Backend) -> Part:
+        heads, _, _ = self.sizes(width)
+        scale = self._key_dim(width) ** -0.5
+        if self.scores == "fused":
+            return Part(Fused, scale=scale)
+        slopes = (
+            Part(Slopes, heads=heads, balanced=self.pos == "alibi_rope")
+            if self.pos in ("alibi", "alibi_rope")
+            else None
+        )
+        terms = Part(Terms, forgets=self.forget == "head", slopes=slopes)
+        sinks = heads if self.sink == "learned" else 0
+        if self.scores == "biased":
+            return Part(
+                Biased, scale=scale, terms=terms, sinks=sinks, operation=attention.masked_form(backend)
+            )
+        if backend == "triton":
+            raise ValueError(
+                "attn with a score other than softmax, with headmix or with relative positions has no form for "
+                "backend='triton'; use backend='torch'"
+            )
+        mix: Part | None = None
+        if isinstance(self.headmix, Form):
+            mix = Part(DynamicMix, width=width, heads=heads, rank=int(self.headmix.arguments[0]))
+        elif self.headmix == "static":
+            mix = Part(StaticMix, heads=heads)
+        dims = {"key_dim": self._key_dim(width), "value_dim": self._value_dim(width)}
+        relative = None if self.clip is None else Part(Relative, clip=self.clip, **dims)
+        weigh = Part(Weigh, score=self.score, sinks=sinks)
+        return Part(Scored, scale=scale, terms=terms, weigh=weigh, relative=relative, mix=mix)
+
+    def _output(self, width: int, backend: Backend) -> Part:
+        heads, _, head_dim = self.sizes(width)
+        difference = None
+        if self.diff != "none":
+            start = 0.2 if self.lambda_init is None else self.lambda_init
+            norm = norm_part(2 * head_dim, backend)
+            difference = Part(Differential, head_dim=head_dim, start=start, norm=norm)
+        return Part(
+            Output,
+            width=width,
+            channels=heads * head_dim,
+            gated=self.out_gate == "sigmoid",
+            bias=self.bias == "all",
+            difference=difference,
+            norm=norm_part(head_dim, backend) if self.out_norm == "rms" else None,
         )

@@ -5,15 +5,16 @@
     a dilated window           t - s < (W - 1) d + 1 and d divides t - s
     with first tokens          as a window, and s < n
 
-A pattern answers for every way of running the same attention: which pairs are seen (`sees`, by the tokens' positions), how
-many keys a query sees (`visible`), which slot of a cache a token has (`slot`) and which token a slot holds (`held`), which
-keys a pass over a sequence meets (`meets`, `extend`) and how softmax attention over it is computed fast (`attend`). A new
-pattern is a class beside these; one whose choice depends on content is handed queries and keys by `attend`, and may
-override it whole.
+A pattern answers for every way of running the same attention: which pairs are seen (`sees`, by the tokens'
+positions), how many keys a query sees (`visible`), which slot of a cache a token has (`slot`) and which token a slot
+holds (`held`), which keys a pass over a sequence meets (`meets`, `extend`) and how softmax attention over it is
+computed fast (`attend`). A new pattern is a class beside these; one whose choice depends on content is handed queries
+and keys by `attend`.
 
-Sources: Beltagy et al. 2020 (arXiv 2004.05150), section 3.1, for windows and dilated windows; Jiang et al. 2023 (arXiv
-2310.06825), section 2, for the ring; Xiao et al. 2023 (arXiv 2309.17453), section 3.2, for the first tokens that stay in
-sight; Cabannes et al. 2025 (arXiv 2509.24552) for windows whose size is drawn anew for each batch of training.
+Sources: Beltagy et al. 2020 (arXiv 2004.05150), section 3.1, for windows and dilated windows; Jiang et al. 2023
+(arXiv 2310.06825), section 2, for the ring; Xiao et al. 2023 (arXiv 2309.17453), section 3.2, for the first tokens
+that stay in sight; Cabannes et al. 2025 (arXiv 2509.24552) for windows whose size is drawn anew for each batch of
+training.
 """
 
 from __future__ import annotations
@@ -201,15 +202,15 @@ class Window(Pattern):
         """Tokens of one remainder see one another alone: `dilation` sequences with a plain window each."""
         batch, _, length, _ = q_BHTK.shape
         short = -(-length // self.dilation)
-        folded = []
-        for x_BHTK in (q_BHTK, k_BHSK, v_BHSV):
-            padded = F.pad(x_BHTK, (0, 0, 0, short * self.dilation - length))
-            # [B, H, T / d, d, K], and the remainders folded into the batch.
-            rows = torch.unflatten(padded, 2, (short, self.dilation)).permute(0, 3, 1, 2, 4)
-            folded.append(rows.flatten(0, 1))
-        o = torch.unflatten(self.operation(*folded, self.window, 0), 0, (batch, self.dilation))
+        q, k, v = (self.folded(x_BHTK, short) for x_BHTK in (q_BHTK, k_BHSK, v_BHSV))
+        o = torch.unflatten(self.operation(q, k, v, self.window, 0), 0, (batch, self.dilation))
         o_BHTV: Tensor = o.permute(0, 2, 3, 1, 4).flatten(2, 3)
         return o_BHTV[:, :, :length]
+
+    def folded(self, x_BHTK: Tensor, short: int) -> Tensor:
+        """[B d, H, T / d, K]: the remainders as sequences of their own."""
+        padded = F.pad(x_BHTK, (0, 0, 0, short * self.dilation - x_BHTK.shape[2]))
+        return torch.unflatten(padded, 2, (short, self.dilation)).permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
 def fused_pairs(length: int, window: int | None, dilation: int, first: int) -> int:

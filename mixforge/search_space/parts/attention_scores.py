@@ -1,15 +1,44 @@
 """From queries, keys and values to the outputs of the heads.
 
-`Fused` is softmax attention by the fused operation of the pattern, without anything added to a score.
+    Fused     softmax by the fused operation of the pattern, nothing being added to a score
+    Biased    softmax by the fused operation over given pairs, with terms that are added to scores
+    Scored    the scores themselves: any weighing, terms that depend on the query, heads that mix
+
+Terms, for a query t and a key s of head h:
+
+    forget     sum of log f_i over s < i <= t, with f_i = sigmoid(w_h . x_i + b_h)
+    alibi      -m_h (t - s), m_h = 2^(-8 h / H)
+    balanced   as alibi for half of the heads, and +m_h (t - s) for the others
+    sink       one more key with the logit b_h, and no value
+    meta       n learned entries that every token sees, without a term
+
+`Weigh` makes weights of scores: softmax; sigmoid(z); relu(z) / n and relu(z)^2 / n over n keys that are seen;
+`normalise` subtracts the mean over these keys, and divides by their standard deviation and by n.
+
+Sources: Lin et al. 2025 (arXiv 2503.02130), equations 3 and 4; Press et al. 2021 (arXiv 2108.12409), section 3; Fu et
+al. 2025 (arXiv 2502.18845), section 3.2, for sigmoid and balanced slopes; OpenAI 2025 (arXiv 2508.10925) for the
+sink, as in the reference code of GPT-OSS; Dong et al. 2024 (arXiv 2411.13676) for meta tokens; Wortsman et al. 2023
+(arXiv 2309.08586) for relu / n; Hua et al. 2022 (arXiv 2202.10447) for relu^2; Richter and Wattenhofer 2020 (arXiv
+2005.09561) for normalised scores; Shaw et al. 2018 (arXiv 1803.02155), equations 3 and 4, for relative positions.
+
+Departures: meta tokens are keys and values of a layer, where in the paper they are tokens of the input; relu^2
+divides by n outside of the square; normalised scores are divided by n, so that an output does not grow with the
+sequence.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.attention import attend
+from mixforge.search_space.parts.attention_mix import HeadMix
 from mixforge.search_space.parts.attention_pattern import Pattern
 
 
@@ -19,7 +48,8 @@ class Sight:
 
     query_T, key_S: positions of the queries and of the keys; a key's below 0 says that its slot is empty.
     pattern: which pairs are seen. entries: what is kept of the tokens at `key_S`, by name, [B, H or 1, S, ...].
-    present: the same of the queries' tokens.
+    present: the same of the queries' tokens. mix: how the queries' tokens mix heads. Keys and values begin with `meta`
+    learned ones, which have no position.
     """
 
     query_T: Tensor
@@ -27,6 +57,72 @@ class Sight:
     pattern: Pattern
     entries: dict[str, Tensor]
     present: dict[str, Tensor]
+    mix: Tensor | None
+    meta: int
+
+
+class ForgetGate(nn.Module):
+    """Sums of log f over the tokens so far, [B, H, T, 1], in float32 or better."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.gate = nn.Linear(width, heads)
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        return {"forgotten": torch.zeros(batch, self.heads, device=device, dtype=exact)}
+
+    def forward(self, x_BTD: Tensor, state: dict[str, Tensor] | None) -> Tensor:
+        """The state is brought up to date in place."""
+        exact = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
+        sum_BHT = F.logsigmoid(self.gate(x_BTD).to(exact)).cumsum(1).transpose(1, 2)
+        if state is not None:
+            sum_BHT = sum_BHT + state["forgotten"][..., None]
+            state["forgotten"].copy_(sum_BHT[..., -1])
+        return sum_BHT[..., None]
+
+
+class Slopes(nn.Module):
+    """-m_h (t - s) [H, T, S]; with `balanced`, with both signs."""
+
+    def __init__(self, heads: int, balanced: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.balanced = balanced
+
+    def forward(self, sight: Sight, dtype: torch.dtype) -> Tensor:
+        falling = -(-self.heads // 2) if self.balanced else self.heads
+        slopes = [-slope for slope in alibi_slopes(falling)] + alibi_slopes(self.heads - falling)
+        slope = torch.tensor(slopes, device=sight.query_T.device, dtype=dtype)
+        return slope[:, None, None] * (sight.query_T[:, None] - sight.key_S).to(dtype)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """2^(-8 h / H) for a power of two; else those of the next lower one, and every other one of twice as many."""
+    if heads == 0:
+        return []
+    power = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    return slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * (heads - power), 2)]
+
+
+class Terms(nn.Module):
+    """What is added to the scores: the forget gate's sums and slopes."""
+
+    def __init__(self, forgets: bool, slopes: Slopes | None) -> None:
+        super().__init__()
+        self.forgets = forgets
+        self.slopes = slopes
+
+    def forward(self, sight: Sight, dtype: torch.dtype) -> Tensor | None:
+        """[B or 1, H, T, S] in float32 or better; None where there is nothing to add."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        term = None if self.slopes is None else self.slopes(sight, exact)[None]
+        if self.forgets:
+            gone = sight.present["forget"] - sight.entries["forget"].transpose(2, 3)
+            term = gone if term is None else term + gone
+        return term
 
 
 class Fused(nn.Module):
@@ -44,3 +140,151 @@ class Fused(nn.Module):
         """One query over the slots of a cache."""
         seen = sight.pattern.sees(sight.query_T, sight.key_S)
         return attend(q_BHTK, k_BHSK, v_BHSV, seen, scale=self.scale)
+
+
+class Biased(nn.Module):
+    """As `Fused`, with terms, a sink and meta tokens, over the pairs of the pattern."""
+
+    def __init__(
+        self,
+        scale: float,
+        terms: Terms,
+        sinks: int,
+        operation: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor],
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.terms = terms
+        self.operation = operation
+        self.sink = nn.Parameter(torch.zeros(sinks)) if sinks else None
+
+    def forward(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
+        return self.attend(q_BHTK, k_BHSK, v_BHSV, sight, self.operation)
+
+    def step(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
+        return self.attend(q_BHTK, k_BHSK, v_BHSV, sight, attend_given)
+
+    def attend(
+        self,
+        q_BHTK: Tensor,
+        k_BHSK: Tensor,
+        v_BHSV: Tensor,
+        sight: Sight,
+        operation: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor],
+    ) -> Tensor:
+        seen = sight.pattern.sees(sight.query_T, sight.key_S)
+        term = self.terms(sight, q_BHTK.dtype)
+        if term is None and self.sink is None:
+            return operation(q_BHTK, k_BHSK, v_BHSV, F.pad(seen, (sight.meta, 0), value=True), self.scale)
+        if term is None:
+            term = torch.zeros(1, 1, *seen.shape, device=q_BHTK.device, dtype=q_BHTK.dtype)
+        mask = F.pad(term.masked_fill(~seen, -torch.inf).to(q_BHTK.dtype), (sight.meta, 0))
+        if self.sink is not None:
+            batch, _, length, _ = mask.shape
+            logit = self.sink[:, None, None].expand(batch, -1, length, 1)
+            mask = torch.cat([logit, mask.expand(-1, len(self.sink), -1, -1)], 3)
+            k_BHSK, v_BHSV = F.pad(k_BHSK, (0, 0, 1, 0)), F.pad(v_BHSV, (0, 0, 1, 0))
+        return operation(q_BHTK, k_BHSK, v_BHSV, mask, self.scale)
+
+
+def attend_given(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The fused operation over given pairs."""
+    return attend(q_BHTK, k_BHSK, v_BHSV, mask, scale=scale)
+
+
+class Weigh(nn.Module):
+    """Scores [B, H, T, S] to weights, which are zero where no key is seen; in float32 or better."""
+
+    def __init__(
+        self, score: Literal["softmax", "sigmoid", "relu", "relu2", "normalise"], sinks: int
+    ) -> None:
+        super().__init__()
+        self.score = score
+        self.sink = nn.Parameter(torch.zeros(sinks)) if sinks else None
+
+    def forward(self, z_BHTS: Tensor, seen_TS: Tensor) -> Tensor:
+        if self.score == "softmax":
+            z_BHTS = z_BHTS.masked_fill(~seen_TS, -torch.inf)
+            if self.sink is None:
+                return z_BHTS.softmax(-1)
+            logit = (
+                self.sink[:, None, None].to(z_BHTS.dtype).expand(*z_BHTS.shape[:1], -1, z_BHTS.shape[2], 1)
+            )
+            return torch.cat([logit, z_BHTS], -1).softmax(-1)[..., 1:]
+        z_BHTS = z_BHTS.masked_fill(~seen_TS, 0)
+        count = seen_TS.sum(-1, keepdim=True)
+        if self.score == "sigmoid":
+            return torch.sigmoid(z_BHTS).masked_fill(~seen_TS, 0)
+        if self.score == "normalise":
+            away = (z_BHTS - z_BHTS.sum(-1, keepdim=True) / count).masked_fill(~seen_TS, 0)
+            variance = away.square().sum(-1, keepdim=True) / count
+            return away * (variance + 1e-6).rsqrt() / count
+        weight = F.relu(z_BHTS)
+        return (weight.square() if self.score == "relu2" else weight) / count
+
+
+class Relative(nn.Module):
+    """Keys and values for distances from 0 to `clip`, which stands for all that are farther; one set for all heads."""
+
+    def __init__(self, clip: int, key_dim: int, value_dim: int) -> None:
+        super().__init__()
+        self.clip = clip
+        self.key = nn.Parameter(torch.randn(clip + 1, key_dim) * key_dim**-0.5)
+        self.value = nn.Parameter(torch.randn(clip + 1, value_dim) * value_dim**-0.5)
+
+    def distances(self, weights_BHTS: Tensor, sight: Sight) -> Tensor:
+        """[B, H, T, S], clipped."""
+        distance_TS = (sight.query_T[:, None] - sight.key_S).clamp(0, self.clip)
+        return distance_TS.expand_as(weights_BHTS)
+
+    def score(self, q_BHTK: Tensor, z_BHTS: Tensor, sight: Sight) -> Tensor:
+        """q . key of the distance."""
+        return (q_BHTK @ self.key.T).gather(3, self.distances(z_BHTS, sight))
+
+    def mix(self, weights_BHTS: Tensor, sight: Sight) -> Tensor:
+        """Sum of weights times the value of the distance."""
+        each = torch.zeros(
+            *weights_BHTS.shape[:3], self.clip + 1, device=self.value.device, dtype=self.value.dtype
+        )
+        by_distance = each.scatter_add(3, self.distances(weights_BHTS, sight), weights_BHTS)
+        o_BHTV: Tensor = by_distance @ self.value
+        return o_BHTV
+
+
+class Scored(nn.Module):
+    """Scores and weights of all pairs, in plain products."""
+
+    def __init__(
+        self, scale: float, terms: Terms, weigh: Weigh, relative: Relative | None, mix: HeadMix | None
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.terms = terms
+        self.weigh = weigh
+        self.relative = relative
+        self.mix = mix
+
+    def forward(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
+        exact = torch.float64 if q_BHTK.dtype == torch.float64 else torch.float32
+        group = q_BHTK.shape[1] // k_BHSK.shape[1]
+        k, v = (x_BHSK.repeat_interleave(group, 1) for x_BHSK in (k_BHSK, v_BHSV))
+        q_BHTK = q_BHTK * self.scale
+        z = q_BHTK @ k.transpose(2, 3)
+        if self.relative is not None:
+            z = z + self.relative.score(q_BHTK, z, sight)
+        if self.mix is not None:
+            z = self.mix(z, 0, sight.mix, sight.entries.get("mix"))
+        term = self.terms(sight, z.dtype)
+        z = z.to(exact)
+        if term is not None:
+            z = z + F.pad(term, (sight.meta, 0))
+        seen = F.pad(sight.pattern.sees(sight.query_T, sight.key_S), (sight.meta, 0), value=True)
+        weights = self.weigh(z, seen).to(v.dtype)
+        if self.mix is not None:
+            weights = self.mix(weights, 1, sight.mix, sight.entries.get("mix"))
+        o_BHTV: Tensor = weights @ v
+        return o_BHTV if self.relative is None else o_BHTV + self.relative.mix(weights, sight)
+
+    def step(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
+        o_BHTV: Tensor = self(q_BHTK, k_BHSK, v_BHSV, sight)
+        return o_BHTV

@@ -42,8 +42,8 @@ def oracle(mixer: Attn, w: dict[str, Tensor], x: Tensor) -> Tensor:
         outputs = []
         for h in range(heads):
             group = h // (heads // kv_heads)
-            query = placed(q[t, h], t, "queries.norm.weight")
-            scores = [query @ placed(k[s, group], s, "memory.norm.weight") for s in range(first, t + 1)]
+            query = placed(q[t, h], t, "queries.query_norm.weight")
+            scores = [query @ placed(k[s, group], s, "memory.key_norm.weight") for s in range(first, t + 1)]
             weight = torch.exp(torch.stack(scores) / math.sqrt(dim))
             outputs.append((weight / weight.sum()) @ v[first : t + 1, group])
         row = torch.cat(outputs)

@@ -1,0 +1,131 @@
+"""Softmax over a growing set of keys as a scan: o_t = w_t / u_t, the carry of each head being (m, u, w).
+
+    m_t = max(m_{t-1}, z_t)
+    u_t = u_{t-1} exp(m_{t-1} - m_t) + exp(z_t - m_t)
+    w_t = w_{t-1} exp(m_{t-1} - m_t) + exp(z_t - m_t) v_t
+
+Scores z are [B, H, T], values [B, H, T, V]; m and u are [B, H], w [B, H, V], in float32 or better. Before the first
+token they are START, 0 and 0. The `torch` form takes chunks: products with the weights of the pairs inside of a
+chunk, and of the pairs of a chunk and the sums of those before it.
+
+Source: Feng et al. 2024 (arXiv 2405.13956), section 3.1 for the carry and section 3.2 for the prefix scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Carry = tuple[Tensor, Tensor, Tensor]
+
+CHUNK = 32
+# The largest score so far where there is none; finite, so that differences of two are numbers.
+START = -1e30
+
+
+def softmax_scan_reference(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:
+    """Token after token. Returns o [B, H, T, V] in the dtype of the values, and the carry after the last one."""
+    check_scan(z_BHT, v_BHTV)
+    z_BHT, wide_BHTV = widened(z_BHT), widened(v_BHTV)
+    m, u, w = first_carry(wide_BHTV) if carry is None else carry
+    outputs = []
+    for t in range(z_BHT.shape[2]):
+        m, u, w = advance(z_BHT[:, :, t], wide_BHTV[:, :, t], (m, u, w))
+        outputs.append(w / u[..., None])
+    return torch.stack(outputs, 2).to(v_BHTV.dtype), (m, u, w)
+
+
+def softmax_scan_torch(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:
+    """As `softmax_scan_reference`, in chunks."""
+    check_scan(z_BHT, v_BHTV)
+    wide = widened(v_BHTV)
+    length = z_BHT.shape[2]
+    start_BH, u_BH, w_BHV = first_carry(wide) if carry is None else carry
+    pad = -length % CHUNK
+    # Tokens that fill the last chunk weigh nothing. A last channel of ones sums the weights.
+    z_BHCL = torch.unflatten(F.pad(widened(z_BHT), (0, pad), value=-torch.inf), 2, (-1, CHUNK))
+    v_BHCLV = torch.unflatten(F.pad(F.pad(wide, (0, 1), value=1.0), (0, 0, 0, pad)), 2, (-1, CHUNK))
+    with torch.no_grad():
+        top_BHC = z_BHCL.amax(3)
+        before_BHC = torch.cat([start_BH[..., None], top_BHC[:, :, :-1]], 2).cummax(2).values
+        m_BHCL = torch.maximum(z_BHCL.cummax(3).values, before_BHC[..., None])
+    inside = (z_BHCL[..., None, :] - m_BHCL[..., None]).masked_fill(later(CHUNK, wide.device), -torch.inf)
+    sums_BHCLV = inside.exp() @ v_BHCLV
+    # The carry and the sums of all chunks but the last, each relative to its own largest score.
+    each_BHCV = ((z_BHCL - top_BHC[..., None]).exp()[..., None, :] @ v_BHCLV)[..., 0, :]
+    carried = torch.cat([w_BHV, u_BH[..., None]], -1)[:, :, None]
+    each_BHCV = torch.cat([carried, each_BHCV[:, :, :-1]], 2)
+    own_BHC = torch.cat([start_BH[..., None], top_BHC[:, :, :-1]], 2)
+    across = own_BHC[..., None, :] - before_BHC[..., None]
+    across = across.masked_fill(later(across.shape[3], wide.device), -torch.inf)
+    past_BHCV = across.exp() @ each_BHCV
+    sums_BHCLV = sums_BHCLV + (before_BHC[..., None] - m_BHCL).exp()[..., None] * past_BHCV[..., None, :]
+    sums_BHTV = sums_BHCLV.flatten(2, 3)[:, :, :length]
+    w_BHTV, u_BHTV = sums_BHTV[..., :-1], sums_BHTV[..., -1:]
+    last = (m_BHCL.flatten(2)[:, :, length - 1], u_BHTV[:, :, -1, 0], w_BHTV[:, :, -1])
+    return (w_BHTV / u_BHTV).to(v_BHTV.dtype), last
+
+
+def softmax_scan_step(z_BH: Tensor, v_BHV: Tensor, carry: Carry) -> Tensor:
+    """One token. The carry is brought up to date in place."""
+    m, u, w = advance(widened(z_BH), widened(v_BHV), carry)
+    for old, new in zip(carry, (m, u, w), strict=True):
+        old.copy_(new)
+    return (w / u[..., None]).to(v_BHV.dtype)
+
+
+def advance(z_BH: Tensor, v_BHV: Tensor, carry: Carry) -> Carry:
+    """The equations of one token."""
+    m_BH, u_BH, w_BHV = carry
+    top_BH = torch.maximum(m_BH, z_BH)
+    old, new = (m_BH - top_BH).exp(), (z_BH - top_BH).exp()
+    return top_BH, u_BH * old + new, w_BHV * old[..., None] + new[..., None] * v_BHV
+
+
+def first_carry(v_BHTV: Tensor) -> Carry:
+    """Before the first token."""
+    zeros = torch.zeros_like(v_BHTV[:, :, 0])
+    return zeros[..., 0] + START, zeros[..., 0], zeros
+
+
+def later(size: int, device: torch.device) -> Tensor:
+    """[size, size], True above the diagonal."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_scan(z_BHT: Tensor, v_BHTV: Tensor) -> None:
+    """Raise ValueError where the shapes do not fit."""
+    if z_BHT.dim() != 3 or v_BHTV.dim() != 4 or z_BHT.shape != v_BHTV.shape[:3] or z_BHT.shape[2] == 0:
+        raise ValueError(
+            f"z must be of shape [B, H, T] and v [B, H, T, V] with at least one token, got {list(z_BHT.shape)} and "
+            f"{list(v_BHTV.shape)}"
+        )
+
+
+def scan_flops(heads: int, length: int, value_dim: int) -> int:
+    """Of the torch form, for one sequence: products inside of chunks, of their sums, and across them."""
+    chunks = -(-length // CHUNK)
+    return 2 * heads * (value_dim + 1) * chunks * (CHUNK * CHUNK + CHUNK + chunks)
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor, Carry | None], tuple[Tensor, Carry]]] = {
+    "reference": softmax_scan_reference,
+    "torch": softmax_scan_torch,
+}
+
+
+def form(backend: str) -> Callable[[Tensor, Tensor, Carry | None], tuple[Tensor, Carry]]:
+    """The scan of one backend. Raises ValueError for Triton, which has none."""
+    if backend not in FORMS:
+        raise ValueError(
+            f"a learned query's scan has no form for backend={backend!r}; use reference or torch"
+        )
+    return FORMS[backend]
