@@ -446,6 +446,11 @@ class Attn(Mixer):
     def build(self, width: int, backend: Backend) -> Part:
         gene = self.canonical(width)
         heads, _, head_dim = gene.sizes(width)
+        if backend == "triton" and gene.scores == "scored":
+            raise ValueError(
+                "attn with a score other than softmax, with headmix or with relative positions has no form for "
+                "backend='triton'; use backend='torch'"
+            )
         output = gene._output(width, backend)
         if gene.query == "learned":
             return Part(
@@ -575,11 +580,6 @@ class Attn(Mixer):
         if self.scores == "biased":
             return Part(
                 Biased, scale=scale, terms=terms, sinks=sinks, operation=attention.masked_form(backend)
-            )
-        if backend == "triton":
-            raise ValueError(
-                "attn with a score other than softmax, with headmix or with relative positions has no form for "
-                "backend='triton'; use backend='torch'"
             )
         mix: Part | None = None
         if isinstance(self.headmix, Form):

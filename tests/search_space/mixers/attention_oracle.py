@@ -71,7 +71,9 @@ def rotated(x_K: Tensor, angles: Tensor) -> Tensor:
 
 def rope(x_THK: Tensor, channels: int, theta: float = 10000.0) -> Tensor:
     """Su et al.: the first channels of every head, turned by t theta^(-2i/K)."""
-    frequency = torch.tensor([theta ** (-2 * i / channels) for i in range(channels // 2)], dtype=torch.float64)
+    frequency = torch.tensor(
+        [theta ** (-2 * i / channels) for i in range(channels // 2)], dtype=torch.float64
+    )
     return torch.stack(
         [torch.stack([rotated(head, t * frequency) for head in row]) for t, row in enumerate(x_THK)]
     )

@@ -22,7 +22,9 @@ from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.attn import Attn
 
 
-def latent_attention(x_TD: Tensor, w: dict[str, Tensor], heads: int, dim: int, rope_dim: int, turns: bool) -> Tensor:
+def latent_attention(
+    x_TD: Tensor, w: dict[str, Tensor], heads: int, dim: int, rope_dim: int, turns: bool
+) -> Tensor:
     """DeepSeek-V2, equations 9 to 19: keys and values of every head made of one latent, and one turned key for all."""
     down_TF = x_TD @ w["memory.down.weight"].T
     c_TR = rms(down_TF[:, rope_dim:], w["memory.norm.weight"])
@@ -142,6 +144,9 @@ def test_fewer_query_heads_cost_fewer_score_flops() -> None:
     def squared(mixer: Attn) -> int:
         return mixer.cost(WIDTH, 200).flops - 2 * mixer.cost(WIDTH, 100).flops
 
-    full, fewer = Attn(heads=8, head_dim=4, kv=Form("gqa", (2,))), Attn(heads=4, head_dim=4, kv=Form("gqa", (2,)))
+    full, fewer = (
+        Attn(heads=8, head_dim=4, kv=Form("gqa", (2,))),
+        Attn(heads=4, head_dim=4, kv=Form("gqa", (2,))),
+    )
     assert squared(full) == 2 * squared(fewer)
     assert full.cost(WIDTH, 100).state_bytes == fewer.cost(WIDTH, 100).state_bytes

@@ -75,7 +75,9 @@ def test_two_windows_of_one_size_are_one() -> None:
     assert "shorter one first" in reason
 
 
-@pytest.mark.parametrize("genes", [{}, {"window": 4}, {"forget": "head", "pos": "none"}, {"score": "sigmoid"}])
+@pytest.mark.parametrize(
+    "genes", [{}, {"window": 4}, {"forget": "head", "pos": "none"}, {"score": "sigmoid"}]
+)
 def test_meta_tokens_are_keys_and_values_that_every_token_sees(genes: dict[str, object]) -> None:
     """Their keys stand before the sequence, have no position and are not forgotten."""
     mixer = Attn(heads=2, meta=3, **genes)  # type: ignore[arg-type]
