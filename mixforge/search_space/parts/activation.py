@@ -32,6 +32,11 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def identity(x: Tensor) -> Tensor:
+    """x."""
+    return x
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up. Source: Shazeer 2020 (arXiv 2002.05202), equation 6."""
     return F.silu(gate) * up
