@@ -17,6 +17,7 @@ from mixforge.search_space.costs import (
     mixer_cost,
     norm_params,
     residual_cost,
+    shortcut_cost,
     sum_costs,
     unit_cost,
 )
@@ -189,9 +190,13 @@ class Architecture:
         """Exact costs of the built model for one sequence of `length` tokens; see `Cost`."""
         if length < 1:
             raise ValueError(f"length {length} is not a number of tokens from 1 up")
-        around = residual_cost(self.norm, self.place, self.width, length, itemsize)
-        units = [unit_cost(unit, self.width, length, itemsize, around) for unit in self.stack]
-        return sum_costs([self._frame_cost(length, itemsize), *units])
+        has_sigma = self.weights == "sigma"
+        around = residual_cost(self.norm, self.place, self.width, length, itemsize, has_sigma)
+        units = [unit_cost(unit, self.width, length, itemsize, around, has_sigma) for unit in self.stack]
+        shortcut = shortcut_cost(
+            self.shortcut, self.norm, len(self.stack), self.width, length, itemsize, has_sigma
+        )
+        return sum_costs([self._frame_cost(length, itemsize), *units, shortcut])
 
     def _frame_cost(self, length: int, itemsize: int) -> Cost:
         """Embedding, last norm and head."""

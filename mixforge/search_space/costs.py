@@ -15,7 +15,9 @@ def mixer_cost(mixer: Mixer, width: int, length: int, itemsize: int) -> Cost:
 
 
 @lru_cache(maxsize=65_536)
-def unit_cost(unit: Unit, width: int, length: int, itemsize: int, around: Cost) -> Cost:
+def unit_cost(
+    unit: Unit, width: int, length: int, itemsize: int, around: Cost, has_sigma: bool = False
+) -> Cost:
     """Costs of a unit whose every residual unit has norms and gates that cost `around`."""
     match unit:
         case Layer():
@@ -25,8 +27,11 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, around: Cost) 
             parts.append(fuse_cost(unit, width, length, itemsize))
         case Reuse():
             return sum_costs(
-                [unit_cost(each, width, length, itemsize, around) for each in unit.body], unit.times
+                [unit_cost(each, width, length, itemsize, around, has_sigma) for each in unit.body],
+                unit.times,
             )
+    if has_sigma:
+        parts.append(sigma_cost(matrices(unit, width), itemsize))
     return sum_costs([*parts, around])
 
 
@@ -39,12 +44,49 @@ def fuse_cost(unit: Beside, width: int, length: int, itemsize: int) -> Cost:
     return weights_cost(matrix, norms + scalars, length, itemsize)
 
 
+@lru_cache(maxsize=4_096)
+def matrices(unit: Layer | Beside, width: int) -> int:
+    """Matrices of a residual unit's function, which are known once its modules are made, without values."""
+    # The mixers are made of torch modules; reading and comparing architectures needs none of them.
+    import torch
+
+    branches = (unit.mixer,) if isinstance(unit, Layer) else unit.branches
+    with torch.device("meta"):
+        modules = [mixer.build(width, "torch").build() for mixer in branches]
+    found = sum(type(each) is torch.nn.Linear for module in modules for each in module.modules())
+    return found + (1 if isinstance(unit, Beside) and unit.fuse in ("gate", "concat") else 0)
+
+
+def sigma_cost(count: int, itemsize: int) -> Cost:
+    """Of matrices divided by their spectral norm: a number each, and the norm, which is kept for decoding."""
+    return Cost(params=count, flops=0, state_bytes=0, decode_bytes=2 * count * itemsize)
+
+
 @lru_cache(maxsize=1_024)
-def residual_cost(norm: str, place: str, width: int, length: int, itemsize: int) -> Cost:
-    """Of what stands around a residual unit's function: its norms and, where it is gated, six matrices."""
+def residual_cost(
+    norm: str, place: str, width: int, length: int, itemsize: int, has_sigma: bool = False
+) -> Cost:
+    """Of what stands around a residual unit's function: its norms and, where it is gated, six matrices in three."""
     norms = {"sandwich": 2, "none": 0}.get(place, 1) * norm_params(norm, width)
     gates = 6 * width * width if place == "gated" else 0
-    return weights_cost(gates, norms + (width if gates else 0), length, itemsize)
+    weights = weights_cost(gates, norms + (width if gates else 0), length, itemsize)
+    return weights + sigma_cost(3 if gates and has_sigma else 0, itemsize)
+
+
+def shortcut_cost(
+    shortcut: str, norm: str, units: int, width: int, length: int, itemsize: int, has_sigma: bool
+) -> Cost:
+    """Of what a stack of so many units has beside them: numbers for each depth, or attention to all of them."""
+    match shortcut:
+        case "average":
+            return weights_cost(0, units * (units + 3) // 2, length, itemsize)
+        case "attention":
+            weights = weights_cost(4 * width * width, norm_params(norm, width), length, itemsize)
+            # Keys and values of the depths below, and the products with them.
+            more = 4 * length * units * width * width + 4 * length * (units + 1) * width
+            products = Cost(params=0, flops=more, state_bytes=0, decode_bytes=0)
+            return weights + products + sigma_cost(3 if has_sigma else 0, itemsize)
+    return Cost(params=0, flops=0, state_bytes=0, decode_bytes=0)
 
 
 def norm_params(norm: str, width: int) -> int:

@@ -31,6 +31,11 @@ TEXTS = [
     "lm(beside(attn, rglru, fuse=scalar) + mlp, width=16, place=none, norm=simple)",
     "lm(beside(attn, swiglu, norm=rms) + beside(attn, gdn, fuse=mean, norm=none), width=16, norm=simple)",
     "lm(beside(1 * attn(heads=2), 1 * gla(heads=2), fuse=concat, norm=rms), width=16, place=sandwich)",
+    "lm(attn + 2 @ (swiglu + gdn) + mlp, width=16, shortcut=average)",
+    "lm(2 * (attn + swiglu), width=64, shortcut=attention, norm=layer)",
+    "lm(beside(attn, gdn, fuse=gate) + swiglu, width=16, weights=sigma, place=gated)",
+    "lm(attn + swiglu + rglru, width=16, weights=sigma, shortcut=attention)",
+    "lm(2 * (attn + swiglu), width=128, scale=mup)",
 ]
 every_text = pytest.mark.parametrize("text", TEXTS)
 
