@@ -82,7 +82,7 @@ class DepthAverage(nn.Module):
         )
 
     def forward(self, depths: list[Tensor]) -> Tensor:
-        weights = self.weights[len(depths) - 2]
+        weights: Tensor = self.weights[len(depths) - 2]
         y = weights[0] * depths[0]
         for weight, x in zip(weights[1:], depths[1:], strict=True):
             y = torch.addcmul(y, weight, x)
