@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.search_space.architecture import Architecture, Layer, Reuse
+from mixforge.search_space.architecture import Architecture, Layer, Reuse, Segment
 from mixforge.search_space.architecture import Beside as BesideUnit
 from mixforge.search_space.architecture import Unit as StackUnit
 from mixforge.search_space.heads import default_heads
@@ -28,9 +28,11 @@ from mixforge.search_space.parts.beside import (
     ScalarFuse,
     SumFuse,
 )
+from mixforge.search_space.parts.halting import Halting, Recurrence, TimeSignal
 from mixforge.search_space.parts.layer import Pass, Pointwise
 from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
 from mixforge.search_space.parts.residual import Residual, Stack, StreamGate, Unit
+from mixforge.search_space.parts.segment import SegmentStack
 from mixforge.search_space.parts.shortcut import DepthAttention, DepthAverage, ShortcutStack
 from mixforge.search_space.parts.sigma import with_sigma
 from mixforge.search_space.scaling import BASE, output_scale, rate_factors
@@ -158,6 +160,7 @@ class LanguageModel(nn.Module):
                 f"the state is full at {state.capacity} tokens; start with "
                 f"prefill(tokens, capacity=...) or initial_state(batch, capacity) of more"
             )
+        self.stack.turn(state.layers, state.length)
         logits_BX, layers = self.advance(token_B, state.position, state.layers)
         return logits_BX, State(state.length + 1, state.capacity, state.position.add_(1), layers)
 
@@ -245,9 +248,26 @@ class _Assembly:
         return Part(with_sigma, stack=stack) if self.architecture.weights == "sigma" else stack
 
     def unit(self, unit: StackUnit) -> Part:
+        if isinstance(unit, Segment):
+            body = Part(Stack, units=[self.unit(each) for each in unit.body])
+            width = self.architecture.width
+            return Part(SegmentStack, width=width, length=unit.length, memory=unit.memory, body=body)
         if isinstance(unit, Reuse):
-            return Part(Stack, units=[self.unit(each) for each in unit.body], times=unit.times)
+            return self.reuse(unit)
         return self.residual(self.branches(unit))
+
+    def reuse(self, unit: Reuse) -> Part:
+        """Weights applied several times."""
+        units = [self.unit(each) for each in unit.body]
+        if unit.is_plain:
+            return Part(Stack, units=units, times=unit.times)
+        width = self.architecture.width
+        more: dict[str, Part] = {}
+        if unit.signal != "none":
+            more["signal"] = Part(TimeSignal, width=width, times=unit.times)
+        if unit.halt != "none":
+            more["halting"] = Part(Halting, width=width)
+        return Part(Recurrence, body=Part(Stack, units=units), times=unit.times, **more)
 
     def residual(self, mixer: Part) -> Part:
         """A residual unit around its function."""

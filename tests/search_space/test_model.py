@@ -36,6 +36,12 @@ TEXTS = [
     "lm(beside(attn, gdn, fuse=gate) + swiglu, width=16, weights=sigma, place=gated)",
     "lm(attn + swiglu + rglru, width=16, weights=sigma, shortcut=attention)",
     "lm(2 * (attn + swiglu), width=128, scale=mup)",
+    "lm(reuse(attn + mlp, times=3, halt=act, signal=step) + swiglu, width=16, weights=sigma)",
+    "lm(2 @ reuse(gdn + attn(window=3), times=2, signal=step) + reuse(rglru, times=2, halt=act), width=16)",
+    "lm(segment(attn + gdn + mlp, length=5, memory=2) + swiglu, width=16)",
+    "lm(attn + 2 @ segment(attn(window=4) + swiglu, length=8, memory=1), width=16, place=gated, shortcut=average)",
+    "lm(segment(attn(kv=own) + attn(kv=shared) + 2 @ conv, length=29, memory=3), width=16)",
+    "lm(segment(reuse(attn + mlp, times=2, halt=act), length=64, memory=3), width=16, weights=sigma)",
 ]
 every_text = pytest.mark.parametrize("text", TEXTS)
 

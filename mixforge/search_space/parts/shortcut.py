@@ -71,6 +71,12 @@ class ShortcutStack(Unit):
             x_BD = self.mix(depths)
         return x_BD, after
 
+    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+        begin = 0
+        for unit in map(self.unit, range(len(self.units))):
+            unit.turn(states[begin : begin + unit.states], length)
+            begin += unit.states
+
 
 class DepthAverage(nn.Module):
     """Weights a_i of the depths 0 to i, for each depth i from 1 to `units`."""
