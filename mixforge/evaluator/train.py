@@ -89,14 +89,25 @@ def thinned(task: str, losses: list[float]) -> Curve:
     return Curve(task=task, steps=tuple(ends), loss=tuple(sum(part) / len(part) for part in parts))
 
 
-def _adamw(candidate: nn.Module, recipe: Recipe, rate: float) -> torch.optim.AdamW:
-    weights = [weight for weight in candidate.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
-    ]
+def _adamw(candidate: Candidate, recipe: Recipe, rate: float) -> torch.optim.AdamW:
+    factors = {f"model.{name}": factor for name, factor in candidate.model.rate_factors.items()}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, weight in candidate.named_parameters():
+        if weight.requires_grad:
+            groups.setdefault((weight.dim() < 2, factors.get(name, 1.0)), []).append(weight)
+    # The decay of a step is its rate times this number: where the rate is scaled, the decay stays what it is.
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.95), fused=True
+        [
+            {
+                "params": weights,
+                "weight_decay": 0.0 if is_vector else recipe.weight_decay / factor,
+                "factor": factor,
+            }
+            for (is_vector, factor), weights in sorted(groups.items(), key=lambda group: group[0])
+        ],
+        lr=rate,
+        betas=(0.9, 0.95),
+        fused=True,
     )
 
 
@@ -108,7 +119,7 @@ def _step(
     Returns the loss before it; NaN where a gradient is not finite, and then nothing is updated.
     """
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     loss = candidate.loss(batch.inputs_BT, batch.targets_BT)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]

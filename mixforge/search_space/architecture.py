@@ -10,15 +10,18 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from mixforge.search_space.canonical import canonical
 from mixforge.search_space.costs import (
+    Frame,
+    body_cost,
+    in_segments,
     mixer_cost,
     norm_params,
-    residual_cost,
+    shortcut_cost,
     sum_costs,
-    unit_cost,
 )
 from mixforge.search_space.genes import GeneValue
 from mixforge.search_space.legality import Illegality as Illegality
@@ -30,6 +33,7 @@ from mixforge.search_space.stack import Beside as Beside
 from mixforge.search_space.stack import Fuse as Fuse
 from mixforge.search_space.stack import Layer as Layer
 from mixforge.search_space.stack import Reuse as Reuse
+from mixforge.search_space.stack import Segment as Segment
 from mixforge.search_space.stack import Unit as Unit
 from mixforge.search_space.syntax import nearest
 from mixforge.search_space.words import WIDTH, WORDS, names_of
@@ -189,9 +193,10 @@ class Architecture:
         """Exact costs of the built model for one sequence of `length` tokens; see `Cost`."""
         if length < 1:
             raise ValueError(f"length {length} is not a number of tokens from 1 up")
-        around = residual_cost(self.norm, self.place, self.width, length, itemsize)
-        units = [unit_cost(unit, self.width, length, itemsize, around) for unit in self.stack]
-        return sum_costs([self._frame_cost(length, itemsize), *units])
+        frame = Frame(self.norm, self.place, self.weights)
+        stack = body_cost(self.stack, self.width, length, itemsize, frame)
+        shortcut = shortcut_cost(self.shortcut, len(self.stack), self.width, length, itemsize, frame)
+        return sum_costs([self._frame_cost(length, itemsize), stack, shortcut])
 
     def _frame_cost(self, length: int, itemsize: int) -> Cost:
         """Embedding, last norm and head."""
@@ -208,12 +213,17 @@ class Architecture:
     @property
     def layers(self) -> tuple[LayerEntry, ...]:
         """The stack as a flat list, one entry for each mixer, for tables and pictures."""
-        return tuple(self._entries(self.stack, 1, Counter()))
+        return tuple(self._entries(self.stack, 1, None, Counter()))
 
-    def _entries(self, units: tuple[Unit, ...], times: int, counter: Counter) -> Iterator[LayerEntry]:
+    def _entries(
+        self, units: tuple[Unit, ...], times: int, segment: Segment | None, counter: Counter
+    ) -> Iterator[LayerEntry]:
         for unit in units:
             if isinstance(unit, Reuse):
-                yield from self._entries(unit.body, times * unit.times, counter)
+                yield from self._entries(unit.body, times * unit.times, segment, counter)
+                continue
+            if isinstance(unit, Segment):
+                yield from self._entries(unit.body, times, unit, counter)
                 continue
             counter.number += 1
             branches = (unit.mixer,) if isinstance(unit, Layer) else unit.branches
@@ -225,6 +235,7 @@ class Architecture:
                     width=self.width,
                     times=times,
                     beside=len(branches),
+                    segment=segment,
                 )
 
     def build(
@@ -267,6 +278,8 @@ class LayerEntry:
     """How often its weights are applied."""
     beside: int
     """How many mixers share its residual unit; 1 where it is alone."""
+    segment: Segment | None = None
+    """The segment that it stands in."""
 
     @property
     def name(self) -> str:
@@ -284,4 +297,11 @@ class LayerEntry:
 
     def cost(self, length: int, itemsize: int = 4) -> Cost:
         """Of this mixer alone, without its norm, in all its applications."""
-        return sum_costs([mixer_cost(self.mixer, self.width, length, itemsize)], self.times)
+        if self.segment is None:
+            return sum_costs([mixer_cost(self.mixer, self.width, length, itemsize)], self.times)
+        inside = partial(_cost_of_length, self.mixer, self.width, itemsize)
+        return sum_costs([in_segments(self.segment, length, inside)], self.times)
+
+
+def _cost_of_length(mixer: Mixer, width: int, itemsize: int, length: int) -> Cost:
+    return mixer_cost(mixer, width, length, itemsize)

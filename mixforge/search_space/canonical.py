@@ -8,6 +8,7 @@ not lent.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd
@@ -15,7 +16,7 @@ from math import gcd
 from mixforge.search_space.loans import Place, trades, unread
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.settled import narrow, settle
-from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixer_json
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixer_json, mixers
 
 
 def canonical(units: tuple[Unit, ...], width: int) -> tuple[Unit, ...]:
@@ -44,8 +45,8 @@ def _without_owners(
                     for branch, mixer in enumerate(unit.branches)
                 )
                 changed = Beside(tuple(branches), unit.fuse, unit.shares, unit.norm)
-            case Reuse():
-                changed = Reuse(unit.times, tuple(_without_owners(unit.body, here, idle, width)))
+            case Reuse() | Segment():
+                changed = replace(unit, body=tuple(_without_owners(unit.body, here, idle, width)))
         yield from canonical_unit(changed, width)
 
 
@@ -60,6 +61,11 @@ def canonical_unit(unit: Unit, width: int) -> tuple[Unit, ...]:
             return (_canonical_beside(unit, width),)
         case Reuse():
             return _canonical_reuse(unit, width)
+        case Segment():
+            body = tuple(each for inner in unit.body for each in canonical_unit(inner, width))
+            # Layers that mix no tokens do the same in a segment as outside.
+            mixes = any(mixer.kind == "token" for mixer in mixers(body))
+            return (replace(unit, body=body),) if mixes else body
 
 
 def _canonical_beside(unit: Beside, width: int) -> Beside:
@@ -76,8 +82,8 @@ def _canonical_beside(unit: Beside, width: int) -> Beside:
         except ValueError:
             common = gcd(*shares)
             pairs = sorted(zip(branches, (share // common for share in shares), strict=True), key=_by_json)
-            mixers, shares = tuple(mixer for mixer, _ in pairs), tuple(share for _, share in pairs)
-            return Beside(mixers, unit.fuse, shares, norm)
+            branches, shares = tuple(mixer for mixer, _ in pairs), tuple(share for _, share in pairs)
+            return Beside(branches, unit.fuse, shares, norm)
     return Beside(tuple(sorted(branches, key=mixer_json)), unit.fuse, norm=norm)
 
 
@@ -87,8 +93,10 @@ def _by_json(pair: tuple[Mixer, int]) -> tuple[str, int]:
 
 def _canonical_reuse(unit: Reuse, width: int) -> tuple[Unit, ...]:
     body = tuple(each for inner in unit.body for each in canonical_unit(inner, width))
-    if unit.times == 1:
+    if unit.times == 1 and unit.signal == "none":
         return body
-    if len(body) == 1 and isinstance(body[0], Reuse):
+    # A single application has all the weight.
+    halt = "none" if unit.times == 1 else unit.halt
+    if len(body) == 1 and isinstance(body[0], Reuse) and unit.is_plain and body[0].is_plain:
         return (Reuse(unit.times * body[0].times, body[0].body),)
-    return (Reuse(unit.times, body),)
+    return (replace(unit, body=body, halt=halt),)

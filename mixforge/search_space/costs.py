@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from mixforge.search_space.mixer import Cost, Mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Unit
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit
 
 
 @lru_cache(maxsize=65_536)
@@ -14,9 +16,22 @@ def mixer_cost(mixer: Mixer, width: int, length: int, itemsize: int) -> Cost:
     return mixer.cost(width, length, itemsize)
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What an architecture's words put around every mixer."""
+
+    norm: str
+    place: str
+    weights: str
+
+    @property
+    def has_sigma(self) -> bool:
+        return self.weights == "sigma"
+
+
 @lru_cache(maxsize=65_536)
-def unit_cost(unit: Unit, width: int, length: int, itemsize: int, around: Cost) -> Cost:
-    """Costs of a unit whose every residual unit has norms and gates that cost `around`."""
+def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
+    """Costs of a unit with its norms and gates."""
     match unit:
         case Layer():
             parts = [mixer_cost(unit.mixer, width, length, itemsize)]
@@ -24,10 +39,39 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, around: Cost) 
             parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
             parts.append(fuse_cost(unit, width, length, itemsize))
         case Reuse():
-            return sum_costs(
-                [unit_cost(each, width, length, itemsize, around) for each in unit.body], unit.times
-            )
-    return sum_costs([*parts, around])
+            parts = [body_cost(unit.body, width, length, itemsize, frame)]
+            if unit.halt != "none":
+                parts.append(weights_cost(width, 1, length, itemsize))
+                parts.append(sigma_cost(1 if frame.has_sigma else 0, itemsize))
+            return sum_costs(parts, unit.times)
+        case Segment():
+            tokens = unit.memory * width
+            memory = Cost(params=tokens, flops=0, state_bytes=tokens * itemsize, decode_bytes=0)
+            return memory + in_segments(unit, length, partial(_of_length, unit.body, width, itemsize, frame))
+    if frame.has_sigma:
+        parts.append(sigma_cost(matrices(unit, width), itemsize))
+    return sum_costs([*parts, residual_cost(frame, width, length, itemsize)])
+
+
+def body_cost(units: tuple[Unit, ...], width: int, length: int, itemsize: int, frame: Frame) -> Cost:
+    """Of units one after the other."""
+    return sum_costs([unit_cost(unit, width, length, itemsize, frame) for unit in units])
+
+
+def _of_length(units: tuple[Unit, ...], width: int, itemsize: int, frame: Frame, length: int) -> Cost:
+    return body_cost(units, width, length, itemsize, frame)
+
+
+def in_segments(unit: Segment, length: int, cost: Callable[[int], Cost]) -> Cost:
+    """Costs of what stands in a segment, from its costs at a length: decoding is that of a token inside one."""
+    passes = [(count, cost(tokens)) for count, tokens in unit.lengths(length) if count]
+    return Cost(
+        params=passes[-1][1].params,
+        flops=sum(count * each.flops for count, each in passes),
+        state_bytes=cost(unit.length + 2 * unit.memory).state_bytes,
+        decode_bytes=cost(unit.memory + length % unit.length).decode_bytes,
+        idle_params=passes[-1][1].idle_params,
+    )
 
 
 def fuse_cost(unit: Beside, width: int, length: int, itemsize: int) -> Cost:
@@ -39,12 +83,46 @@ def fuse_cost(unit: Beside, width: int, length: int, itemsize: int) -> Cost:
     return weights_cost(matrix, norms + scalars, length, itemsize)
 
 
-@lru_cache(maxsize=1_024)
-def residual_cost(norm: str, place: str, width: int, length: int, itemsize: int) -> Cost:
-    """Of what stands around a residual unit's function: its norms and, where it is gated, six matrices."""
-    norms = {"sandwich": 2, "none": 0}.get(place, 1) * norm_params(norm, width)
-    gates = 6 * width * width if place == "gated" else 0
-    return weights_cost(gates, norms + (width if gates else 0), length, itemsize)
+@lru_cache(maxsize=4_096)
+def matrices(unit: Layer | Beside, width: int) -> int:
+    """Matrices of a residual unit's function, which are known once its modules are made, without values."""
+    # The mixers are made of torch modules; reading and comparing architectures needs none of them.
+    import torch
+
+    branches = (unit.mixer,) if isinstance(unit, Layer) else unit.branches
+    with torch.device("meta"):
+        modules = [mixer.build(width, "torch").build() for mixer in branches]
+    found = sum(type(each) is torch.nn.Linear for module in modules for each in module.modules())
+    return found + (1 if isinstance(unit, Beside) and unit.fuse in ("gate", "concat") else 0)
+
+
+def sigma_cost(count: int, itemsize: int) -> Cost:
+    """Of matrices divided by their spectral norm: a number each, and the norm, which is kept for decoding."""
+    return Cost(params=count, flops=0, state_bytes=0, decode_bytes=2 * count * itemsize)
+
+
+@lru_cache(maxsize=4_096)
+def residual_cost(frame: Frame, width: int, length: int, itemsize: int) -> Cost:
+    """Of what stands around a residual unit's function: its norms and, where it is gated, six matrices in three."""
+    norms = {"sandwich": 2, "none": 0}.get(frame.place, 1) * norm_params(frame.norm, width)
+    if frame.place != "gated":
+        return weights_cost(0, norms, length, itemsize)
+    gates = weights_cost(6 * width * width, width + norms, length, itemsize)
+    return gates + sigma_cost(3 if frame.has_sigma else 0, itemsize)
+
+
+def shortcut_cost(shortcut: str, units: int, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
+    """Of what a stack of so many units has beside them: numbers for each depth, or attention to all of them."""
+    match shortcut:
+        case "average":
+            return weights_cost(0, units * (units + 3) // 2, length, itemsize)
+        case "attention":
+            weights = weights_cost(4 * width * width, norm_params(frame.norm, width), length, itemsize)
+            # Keys and values of the depths below, and the products with them.
+            more = 4 * length * units * width * width + 4 * length * (units + 1) * width
+            products = Cost(params=0, flops=more, state_bytes=0, decode_bytes=0)
+            return weights + products + sigma_cost(3 if frame.has_sigma else 0, itemsize)
+    return Cost(params=0, flops=0, state_bytes=0, decode_bytes=0)
 
 
 def norm_params(norm: str, width: int) -> int:

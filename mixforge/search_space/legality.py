@@ -10,9 +10,9 @@ from typing import Literal
 from mixforge.search_space.loans import trades, why_unowned
 from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.spelling import spell_mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixers
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixers
 
-Fault = Literal["genes", "shares", "no token mixer", "no owner"]
+Fault = Literal["genes", "shares", "no token mixer", "no owner", "segments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,19 @@ def _unit_illegality(unit: Unit, width: int) -> Illegality | None:
             )
         case Beside():
             return _beside_illegality(unit, width)
-        case Reuse():
+        case Segment() if _segments(unit.body):
+            return Illegality(
+                "segments", "a segment inside a segment; one of them says where layers begin anew"
+            )
+        case Reuse() | Segment():
             return next((found for each in unit.body if (found := _unit_illegality(each, width))), None)
+
+
+def _segments(units: tuple[Unit, ...]) -> bool:
+    """Whether there is a segment among them or inside them."""
+    return any(
+        isinstance(unit, Segment) or (isinstance(unit, Reuse) and _segments(unit.body)) for unit in units
+    )
 
 
 def _beside_illegality(unit: Beside, width: int) -> Illegality | None:

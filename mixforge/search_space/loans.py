@@ -8,11 +8,12 @@ weights. A reader reads what the nearest owner of that name below it lends.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 from mixforge.search_space.mixer import Loan, Mixer
 from mixforge.search_space.spelling import spell_mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, mixers
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixers
 
 Place = tuple[int, ...]
 """Of a mixer in a stack: the index of its unit, of each unit inside a reused one, and of its branch."""
@@ -24,29 +25,42 @@ def trades(unit: Unit, width: int) -> bool:
     return any(mixer.lends(width) or mixer.borrows(width) for mixer in mixers((unit,)))
 
 
-def applications(units: tuple[Unit, ...], place: Place = ()) -> Iterator[tuple[Place, Mixer]]:
-    """Mixers and their places in the order in which they are applied; repeated applications at most twice."""
+@dataclass(frozen=True, slots=True)
+class Application:
+    """A mixer where it is applied: its place, and the place of the segment that it is in."""
+
+    place: Place
+    mixer: Mixer
+    segment: Place = ()
+
+
+def applications(units: tuple[Unit, ...], place: Place = (), segment: Place = ()) -> Iterator[Application]:
+    """Mixers in the order in which they are applied; repeated applications at most twice."""
     for index, unit in enumerate(units):
         match unit:
             case Layer():
-                yield (*place, index, 0), unit.mixer
+                yield Application((*place, index, 0), unit.mixer, segment)
             case Beside():
-                yield from (((*place, index, branch), mixer) for branch, mixer in enumerate(unit.branches))
+                for branch, mixer in enumerate(unit.branches):
+                    yield Application((*place, index, branch), mixer, segment)
             case Reuse():
                 for _ in range(min(unit.times, 2)):
-                    yield from applications(unit.body, (*place, index))
+                    yield from applications(unit.body, (*place, index), segment)
+            case Segment():
+                yield from applications(unit.body, (*place, index), (*place, index))
 
 
 def unread(units: tuple[Unit, ...], width: int) -> dict[Place, frozenset[str]]:
     """The places of owners, and what of theirs no layer reads before the next owner of that name."""
     idle: dict[Place, set[str]] = {}
     read: set[tuple[Place, str]] = set()
-    last: dict[str, Place] = {}
-    for place, mixer in applications(units):
-        read |= {(last[name], name) for name in mixer.borrows(width) if name in last}
-        for name in mixer.lends(width):
-            idle.setdefault(place, set()).add(name)
-            last[name] = place
+    last: dict[tuple[Place, str], Place] = {}
+    for each in applications(units):
+        seen = [(each.segment, name) for name in each.mixer.borrows(width)]
+        read |= {(last[key], key[1]) for key in seen if key in last}
+        for name in each.mixer.lends(width):
+            idle.setdefault(each.place, set()).add(name)
+            last[each.segment, name] = each.place
     found = {
         place: frozenset(name for name in names if (place, name) not in read) for place, names in idle.items()
     }
@@ -55,13 +69,13 @@ def unread(units: tuple[Unit, ...], width: int) -> dict[Place, frozenset[str]]:
 
 def why_unowned(units: tuple[Unit, ...], width: int) -> str | None:
     """A sentence on the first reader without a fitting owner before it; None where all fit."""
-    owners: dict[str, tuple[Place, Mixer]] = {}
-    for place, mixer in applications(units):
-        for name, loan in mixer.borrows(width).items():
-            reason = _why_unfit(name, loan, owners.get(name), place, width)
+    owners: dict[tuple[Place, str], Application] = {}
+    for each in applications(units):
+        for name, loan in each.mixer.borrows(width).items():
+            reason = _why_unfit(name, loan, owners.get((each.segment, name)), each, width)
             if reason is not None:
-                return f"layer {place[0] + 1}: {spell_mixer(mixer, width)} {reason}"
-        owners |= dict.fromkeys(mixer.lends(width), (place, mixer))
+                return f"layer {each.place[0] + 1}: {spell_mixer(each.mixer, width)} {reason}"
+        owners |= dict.fromkeys([(each.segment, name) for name in each.mixer.lends(width)], each)
     return None
 
 
@@ -73,16 +87,22 @@ _REMEDIES = {
 }
 
 
+_NOUNS = {"cache": "a shared cache", "values": "shared values", "experts": "shared experts"}
+
+
 def _why_unfit(
-    name: str, needed: Loan, owner: tuple[Place, Mixer] | None, place: Place, width: int
+    name: str, needed: Loan, owner: Application | None, reader: Application, width: int
 ) -> str | None:
-    noun = {"cache": "a shared cache", "values": "shared values", "experts": "shared experts"}[name]
     if owner is None:
-        return f"reads {noun} that no layer before it owns; {_REMEDIES[name]}"
-    if owner[0][:-1] == place[:-1] and owner[0] != place:
+        where = "no layer before it in its segment" if reader.segment else "no layer before it"
+        return f"reads {_NOUNS[name]} that {where} owns; {_REMEDIES[name]}"
+    if owner.place[:-1] == reader.place[:-1] and owner.place != reader.place:
         return f"cannot read the {name} of a mixer beside it; put the owner in a layer before it"
-    lent = owner[1].lends(width)[name]
+    lent = owner.mixer.lends(width)[name]
     if lent == needed:
         return None
     each = "" if needed.extent == "weights" else " a token"
-    return f"reads {noun} of {needed}{each}, but {spell_mixer(owner[1], width)} before it owns {lent}"
+    return (
+        f"reads {_NOUNS[name]} of {needed}{each}, but {spell_mixer(owner.mixer, width)} before it owns {lent}; "
+        f"give both the same sizes"
+    )

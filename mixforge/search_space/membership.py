@@ -19,7 +19,7 @@ from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.notation import interpret, interpret_stack, vocabulary
 from mixforge.search_space.production import Production, Sentence
 from mixforge.search_space.productions import Applied, Copies, Enter, Fixed, Joined, Pick, whole
-from mixforge.search_space.stack import Beside, Layer, Reuse, Unit
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit
 from mixforge.search_space.syntax import Apply, Expression, NotationError, Number, read
 
 MOST_LISTED = 100_000
@@ -194,7 +194,7 @@ class _Search:
             if times == 1:
                 for end, once in self.ends(body, room, units, place).items():
                     yield end, before + once
-            elif isinstance(unit, Reuse) and unit.times % times == 0:
+            elif isinstance(unit, Reuse) and unit.is_plain and unit.times % times == 0:
                 # n @ (m @ a) is n*m @ a, so the body may be the inner reuse.
                 rest = unit.times // times
                 inside = unit.body if rest == 1 else (Reuse(rest, unit.body),)
@@ -283,8 +283,8 @@ def _unread(unit: Unit, width: int) -> Unit:
             return Layer(plain(unit.mixer))
         case Beside():
             return replace(unit, branches=tuple(map(plain, unit.branches)))
-        case Reuse():
-            return Reuse(unit.times, tuple(_unread(each, width) for each in unit.body))
+        case Reuse() | Segment():
+            return replace(unit, body=tuple(_unread(each, width) for each in unit.body))
 
 
 def _answers(sentence: Sentence) -> Answers:

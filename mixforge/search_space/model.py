@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.search_space.architecture import Architecture, Layer, Reuse
+from mixforge.search_space.architecture import Architecture, Layer, Reuse, Segment
 from mixforge.search_space.architecture import Beside as BesideUnit
 from mixforge.search_space.architecture import Unit as StackUnit
+from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.beside import (
@@ -27,9 +28,14 @@ from mixforge.search_space.parts.beside import (
     ScalarFuse,
     SumFuse,
 )
+from mixforge.search_space.parts.halting import Halting, Recurrence, TimeSignal
 from mixforge.search_space.parts.layer import Pass, Pointwise
 from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
 from mixforge.search_space.parts.residual import Residual, Stack, StreamGate, Unit
+from mixforge.search_space.parts.segment import SegmentStack
+from mixforge.search_space.parts.shortcut import DepthAttention, DepthAverage, ShortcutStack
+from mixforge.search_space.parts.sigma import with_sigma
+from mixforge.search_space.scaling import BASE, output_scale, rate_factors
 from mixforge.search_space.stack import mixers
 
 
@@ -48,7 +54,10 @@ class State:
 
 
 class LanguageModel(nn.Module):
-    """tokens [B, T] -> logits [B, T, X]; token t sees tokens 0 to t."""
+    """tokens [B, T] -> logits [B, T, X]; token t sees tokens 0 to t.
+
+    rate_factors: what the learning rate of a weight is multiplied by in training, by its name, where it is not 1.
+    """
 
     def __init__(
         self,
@@ -59,8 +68,12 @@ class LanguageModel(nn.Module):
         norm: nn.Module,
         embed_scale: float = 1.0,
         softcap: float | None = None,
+        output_scale: float = 1.0,
+        row_scale: float | None = None,
     ) -> None:
         super().__init__()
+        self.output_scale = output_scale
+        self.rate_factors: dict[str, float] = {}
         self.embed_scale = embed_scale
         self.softcap = softcap
         self.vocab = vocab
@@ -70,9 +83,10 @@ class LanguageModel(nn.Module):
         self.norm = norm
         self.readout = None if tied else nn.Linear(width, vocab, bias=False)
         # Logits of unit variance. At widths of 64 and 128 and few steps this learns faster than the usual 0.02.
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        scale = width**-0.5 if row_scale is None else row_scale
+        nn.init.normal_(self.embedding.weight, std=scale)
         if self.readout is not None:
-            nn.init.normal_(self.readout.weight, std=width**-0.5)
+            nn.init.normal_(self.readout.weight, std=scale)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 tokens of any shape [...] -> [..., D]."""
@@ -93,7 +107,7 @@ class LanguageModel(nn.Module):
     def final(self, x: Tensor) -> Tensor:
         """[..., D] of the stack to [..., D], of which logits are products with `read_weight`."""
         y: Tensor = self.norm(x)
-        return y
+        return y if self.output_scale == 1.0 else y * self.output_scale
 
     def read_weight(self) -> Tensor:
         """[X, D], of which logits are products with what `final` gives."""
@@ -146,6 +160,7 @@ class LanguageModel(nn.Module):
                 f"the state is full at {state.capacity} tokens; start with "
                 f"prefill(tokens, capacity=...) or initial_state(batch, capacity) of more"
             )
+        self.stack.turn(state.layers, state.length)
         logits_BX, layers = self.advance(token_B, state.position, state.layers)
         return logits_BX, State(state.length + 1, state.capacity, state.position.add_(1), layers)
 
@@ -171,6 +186,8 @@ def language_model(architecture: Architecture, backend: Backend) -> Part:
         more["embed_scale"] = math.sqrt(architecture.width) if isinstance(given, str) else given
     if not isinstance(architecture.softcap, str):
         more["softcap"] = architecture.softcap
+    if architecture.scale == "mup":
+        more |= {"output_scale": output_scale(architecture.width), "row_scale": BASE**-0.5}
     part = Part(
         LanguageModel,
         vocab=architecture.vocab,
@@ -217,12 +234,40 @@ class _Assembly:
         self.seen = Counter[type[Mixer]]()
 
     def stack(self) -> Part:
-        return Part(Stack, units=[self.unit(unit) for unit in self.architecture.stack])
+        units = [self.unit(unit) for unit in self.architecture.stack]
+        match self.architecture.shortcut:
+            case "average":
+                stack = Part(ShortcutStack, units=units, mix=Part(DepthAverage, units=len(units)))
+            case "attention":
+                width = self.architecture.width
+                heads = default_heads(width)
+                mix = Part(DepthAttention, width=width, heads=heads, units=len(units), norm=self.norm())
+                stack = Part(ShortcutStack, units=units, mix=mix)
+            case _:
+                stack = Part(Stack, units=units)
+        return Part(with_sigma, stack=stack) if self.architecture.weights == "sigma" else stack
 
     def unit(self, unit: StackUnit) -> Part:
+        if isinstance(unit, Segment):
+            body = Part(Stack, units=[self.unit(each) for each in unit.body])
+            width = self.architecture.width
+            return Part(SegmentStack, width=width, length=unit.length, memory=unit.memory, body=body)
         if isinstance(unit, Reuse):
-            return Part(Stack, units=[self.unit(each) for each in unit.body], times=unit.times)
+            return self.reuse(unit)
         return self.residual(self.branches(unit))
+
+    def reuse(self, unit: Reuse) -> Part:
+        """Weights applied several times."""
+        units = [self.unit(each) for each in unit.body]
+        if unit.is_plain:
+            return Part(Stack, units=units, times=unit.times)
+        width = self.architecture.width
+        more: dict[str, Part] = {}
+        if unit.signal != "none":
+            more["signal"] = Part(TimeSignal, width=width, times=unit.times)
+        if unit.halt != "none":
+            more["halting"] = Part(Halting, width=width)
+        return Part(Recurrence, body=Part(Stack, units=units), times=unit.times, **more)
 
     def residual(self, mixer: Part) -> Part:
         """A residual unit around its function."""
@@ -291,6 +336,7 @@ def build(
     it. Raises ValueError where the architecture is illegal or the backend cannot run it.
     """
     part = language_model(architecture, backend)
+    factors = _rate_factors(architecture) if architecture.scale == "mup" else {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model: LanguageModel = part.build()
@@ -300,6 +346,26 @@ def build(
             shrink /= 2
         for name, weight in model.stack.named_parameters():
             # A norm at the end of a branch would undo what is done to the weights before it.
-            if name.endswith((".out.weight", ".inside.weight")) or ".fuse.norms." in name:
+            if name.endswith((".out.weight", ".out.gamma", ".inside.weight")) or ".fuse.norms." in name:
                 weight.mul_(shrink)
+    model.rate_factors = factors
     return model.to(device=torch.device(device), dtype=dtype).eval()
+
+
+def _rate_factors(architecture: Architecture) -> dict[str, float]:
+    """By the shapes of the model and of one twice as wide. Raises ValueError where there is no such one."""
+    width = 2 * architecture.width
+    try:
+        doubled = architecture.replace(width=width)
+        reason = doubled.why_illegal()
+    except ValueError as error:
+        reason = str(error)
+    if reason is not None:
+        raise ValueError(
+            f"scale=mup compares the model with one of width {width}, which is illegal: {reason}; "
+            f"leave it at scale=standard"
+        )
+    with torch.device("meta"):
+        narrow, wide = (language_model(each, "torch").build() for each in (architecture, doubled))
+    factors = rate_factors(narrow.stack, wide.stack, architecture.width)
+    return {f"stack.{name}": factor for name, factor in factors.items()}

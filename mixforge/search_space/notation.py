@@ -1,6 +1,6 @@
 """What the words of an expression mean: `parse(text)` gives an architecture.
 
-    lm(stack, width=, vocab=, embed=tied|untied, norm=rms|layer, place=pre|post|sandwich)
+    lm(stack, width=, vocab=, embed=tied|untied, ...)      see `words` for what it takes
 
     a + b      a, then b
     n * a      n copies of a, each with its own weights
@@ -8,8 +8,9 @@
     n @ a      the same weights applied n times
 
 Inside `|` an integer factor is the branch's share of the heads: `2*a | b` gives a two thirds, `1*a | 1*b`
-gives each a half, and without a factor every branch is whole. `beside(a, b, fuse=sum|mean|gate|concat)` is
-the long form of `|`. A gene is given by name, `attn(window=64)`; `auto` is the value of one that follows from
+gives each a half, and without a factor every branch is whole. `beside(a, b, fuse=, norm=)` is the
+long form of `|`, `reuse(a, times=, halt=, signal=)` that of `@`; `segment(a, length=, memory=)` reads the sequence in
+segments. A gene is given by name, `attn(window=64)`; `auto` is the value of one that follows from
 the width.
 """
 
@@ -34,6 +35,7 @@ from mixforge.search_space.stack import (
     Fuse,
     Layer,
     Reuse,
+    Segment,
     Unit,
     depth,
 )
@@ -139,10 +141,29 @@ def _units(tree: Expression) -> list[Unit]:
             )
         case Apply(function="beside"):
             return [_beside(list(tree.arguments), _words(tree, FORMS["beside"]), tree.column)]
+        case Apply(function="reuse" | "segment"):
+            return [_long_stack(tree)]
         case _:
             return [_layer(tree)]
     _bound(len(units), tree.column)
     return units
+
+
+def _long_stack(tree: Apply) -> Unit:
+    """`reuse(stack, times=, ...)` or `segment(stack, length=, ...)`."""
+    words = _words(tree, FORMS[tree.function])
+    needed = next(iter(FORMS[tree.function]))
+    if len(tree.arguments) != 1 or needed not in words:
+        raise NotationError(
+            f"{tree.function} takes one stack and {needed}=, as in {tree.function}(attn + mlp, {needed}=8)",
+            tree.column,
+        )
+    body = tuple(_units(tree.arguments[0]))
+    if tree.function == "segment":
+        return Segment(body, **{"memory": FORMS["segment"]["memory"].default, **words})  # type: ignore[arg-type]
+    unit = Reuse(body=body, **words)  # type: ignore[arg-type]
+    _bound(depth((unit,)), tree.column)
+    return unit
 
 
 def _bound(units: int, column: int | None) -> None:
@@ -172,7 +193,7 @@ def _beside(branches: list[Expression], words: Mapping[str, GeneValue], column: 
         share = None
         if isinstance(branch, Operation) and branch.symbol == "*":
             share, branch = _times(branch), branch.right
-        if isinstance(branch, Operation) or (isinstance(branch, Apply) and branch.function == "beside"):
+        if isinstance(branch, Operation) or (isinstance(branch, Apply) and branch.function in FORMS):
             raise NotationError(
                 "a branch of '|' is one mixer, with at most a factor before it", branch.column
             )
@@ -201,8 +222,11 @@ def _unit_from_json(record: object) -> Unit:
             shares = more.get("shares")
             fuse, norm = cast(Fuse, more.get("fuse", "sum")), cast(BranchNorm | None, more.get("norm"))
             return Beside(mixers, fuse, None if shares is None else tuple(cast("list[int]", shares)), norm)
-        case {"reuse": int(times), "body": list(body)}:
-            return Reuse(times, tuple(map(_unit_from_json, body)))
+        case {"reuse": int(times), "body": list(body), **more}:
+            halt, signal = (str(more.get(word, "none")) for word in ("halt", "signal"))
+            return Reuse(times, tuple(map(_unit_from_json, body)), halt, signal)
+        case {"segment": int(length), "body": list(body), "memory": int(memory)}:
+            return Segment(tuple(map(_unit_from_json, body)), length, memory)
     raise ValueError(f"{record!r} is not a unit of an architecture")
 
 

@@ -14,7 +14,7 @@ from mixforge.search_space.genes import GeneValue
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.settled import settle
 from mixforge.search_space.shares import shared_forms
-from mixforge.search_space.stack import Beside, Layer, Reuse, Unit, gene_defaults
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, gene_defaults
 from mixforge.search_space.syntax import spell_number
 
 # Longer groups are not looked for, which keeps the search in a stack of a thousand layers short.
@@ -80,7 +80,14 @@ def spell_unit(unit: Unit, width: int) -> tuple[str, bool]:
             return _spell_beside(unit, width)
         case Reuse():
             body, closed = _Factoring(unit.body, width).whole()
-            return f"{unit.times} @ {body if closed else f'({body})'}", False
+            if unit.is_plain:
+                return f"{unit.times} @ {body if closed else f'({body})'}", False
+            words = {"times": str(unit.times), "halt": unit.halt, "signal": unit.signal}
+            said = (f"{word}={value}" for word, value in words.items() if value != "none")
+            return f"reuse({body}, {', '.join(said)})", True
+        case Segment():
+            body = spell_stack(unit.body, width)
+            return f"segment({body}, length={unit.length}, memory={unit.memory})", True
 
 
 @lru_cache(maxsize=16_384)

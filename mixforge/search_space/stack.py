@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from mixforge.search_space.genes import Choice, Form, Gene, GeneValue, genes_of
+from mixforge.search_space.genes import Choice, Form, Gene, GeneValue, Whole, genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.syntax import spell_number
 
@@ -29,6 +29,15 @@ FORMS: dict[str, dict[str, Gene]] = {
     "beside": {
         "fuse": Gene("fuse", (Choice(*FUSES),), "sum"),
         "norm": Gene("norm", (Choice("none", "rms"),), None),
+    },
+    "reuse": {
+        "times": Gene("times", (Whole(1, MOST_UNITS),), 1),
+        "halt": Gene("halt", (Choice("none", "act"),), "none"),
+        "signal": Gene("signal", (Choice("none", "step"),), "none"),
+    },
+    "segment": {
+        "length": Gene("length", (Whole(1, 1_048_576),), 512),
+        "memory": Gene("memory", (Whole(1, 4_096),), 16),
     },
 }
 
@@ -105,10 +114,15 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """The same weights applied `times` times, each application with a state of its own: `n @ a`."""
+    """The same weights applied `times` times, each application with a state of its own: `n @ a`.
+
+    halt: whether each token stops by itself. signal: whether an application is told its number (`parts/halting`).
+    """
 
     times: int
     body: tuple[Unit, ...]
+    halt: str = "none"
+    signal: str = "none"
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -116,21 +130,70 @@ class Reuse:
             raise ValueError(
                 f"weights are applied 1 to {MOST_UNITS} times to at least one layer, not {self.times} times"
             )
-        object.__setattr__(self, "_hash", hash((self.times, self.body)))
+        _check_words("reuse", {"halt": self.halt, "signal": self.signal})
+        object.__setattr__(self, "_hash", hash((self.times, self.body, self.halt, self.signal)))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[type[Reuse], tuple[object, ...]]:
-        return Reuse, (self.times, self.body)
+        return Reuse, (self.times, self.body, self.halt, self.signal)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `n @ a` says it."""
+        return self.halt == "none" and self.signal == "none"
 
 
-Unit = Layer | Beside | Reuse
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Layers that begin anew every `length` tokens, but for `memory` tokens that go on (`parts/segment`)."""
+
+    body: tuple[Unit, ...]
+    length: int
+    memory: int
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.body:
+            raise ValueError("a segment has at least one layer")
+        _check_words("segment", {"length": self.length, "memory": self.memory})
+        object.__setattr__(self, "_hash", hash((Segment, self.body, self.length, self.memory)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Segment], tuple[object, ...]]:
+        return Segment, (self.body, self.length, self.memory)
+
+    def lengths(self, tokens: int) -> tuple[tuple[int, int], ...]:
+        """Passes of the body over a sequence: how many there are, and of how many tokens with the memory."""
+        before = -(-tokens // self.length) - 1
+        last = tokens - before * self.length
+        return (before, self.length + 2 * self.memory), (1, self.memory + last)
+
+
+def _check_words(form: str, given: dict[str, GeneValue]) -> None:
+    for word, value in given.items():
+        if not FORMS[form][word].has(value):
+            raise ValueError(f"{word} {value!r} of {form} is not legal; expected {FORMS[form][word]}")
+
+
+Unit = Layer | Beside | Reuse | Segment
 
 
 def depth(units: tuple[Unit, ...]) -> int:
     """Residual units that one token passes through, reused ones as often as they are applied."""
-    return sum(unit.times * depth(unit.body) if isinstance(unit, Reuse) else 1 for unit in units)
+    found = 0
+    for unit in units:
+        match unit:
+            case Reuse():
+                found += unit.times * depth(unit.body)
+            case Segment():
+                found += depth(unit.body)
+            case _:
+                found += 1
+    return found
 
 
 def mixers(units: tuple[Unit, ...]) -> Iterator[Mixer]:
@@ -141,7 +204,7 @@ def mixers(units: tuple[Unit, ...]) -> Iterator[Mixer]:
                 yield unit.mixer
             case Beside():
                 yield from unit.branches
-            case Reuse():
+            case Reuse() | Segment():
                 yield from mixers(unit.body)
 
 
@@ -188,4 +251,9 @@ def unit_json(unit: Unit) -> str:
             shares = "" if unit.shares is None else f',"shares":[{",".join(map(str, unit.shares))}]'
             return f'{{"beside":[{",".join(map(mixer_json, unit.branches))}]{fuse}{shares}}}'
         case Reuse():
-            return f'{{"reuse":{unit.times},"body":[{",".join(map(unit_json, unit.body))}]}}'
+            words = "" if unit.halt == "none" else f',"halt":"{unit.halt}"'
+            words += "" if unit.signal == "none" else f',"signal":"{unit.signal}"'
+            return f'{{"reuse":{unit.times},"body":[{",".join(map(unit_json, unit.body))}]{words}}}'
+        case Segment():
+            body = ",".join(map(unit_json, unit.body))
+            return f'{{"segment":{unit.length},"body":[{body}],"memory":{unit.memory}}}'

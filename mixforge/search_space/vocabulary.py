@@ -7,6 +7,7 @@ from functools import lru_cache
 from mixforge.search_space.genes import Call, Choice, Domain, Form, Gene, GeneValue, Real, genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.mixers import CATALOGUE
+from mixforge.search_space.stack import FORMS
 from mixforge.search_space.syntax import Apply, Expression, Name, NotationError, Number, nearest, read
 
 
@@ -60,7 +61,7 @@ def interpret_mixer(tree: Expression) -> Mixer:
 def _nearest_mixer(word: str) -> str:
     if word in ("any", "lm"):
         return f"; '{word}' has no place inside an architecture's stack"
-    return nearest(word, [*vocabulary(), "beside"]) or f"; known: {', '.join(sorted(vocabulary()))}"
+    return nearest(word, [*vocabulary(), *FORMS]) or f"; known: {', '.join(sorted(vocabulary()))}"
 
 
 def _genes(tree: Apply, mixer: type[Mixer]) -> dict[str, GeneValue]:

@@ -71,6 +71,16 @@ def test_costs_add_up_by_hand() -> None:
         ("lm(2*attn | gdn, width=64)", "shares", "layer 1"),
         ("lm(attn + attn(kv=shared), width=64)", "no owner", "layer 2: attn(kv=shared) reads"),
         ("lm(attn(kv=own) | attn(kv=shared), width=64)", "no owner", "beside it"),
+        (
+            "lm(attn(kv=own) + segment(attn(kv=shared), length=8, memory=2), width=64)",
+            "no owner",
+            "no layer before it in its segment",
+        ),
+        (
+            "lm(segment(attn + 2 @ segment(attn, length=4, memory=2), length=8, memory=2), width=64)",
+            "segments",
+            "layer 1: a segment inside a segment",
+        ),
         ("lm(attn(kv=own) + attn(kv=shared, heads=4), width=64)", "no owner", "4 x 16"),
     ],
 )

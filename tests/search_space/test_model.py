@@ -31,6 +31,17 @@ TEXTS = [
     "lm(beside(attn, rglru, fuse=scalar) + mlp, width=16, place=none, norm=simple)",
     "lm(beside(attn, swiglu, norm=rms) + beside(attn, gdn, fuse=mean, norm=none), width=16, norm=simple)",
     "lm(beside(1 * attn(heads=2), 1 * gla(heads=2), fuse=concat, norm=rms), width=16, place=sandwich)",
+    "lm(attn + 2 @ (swiglu + gdn) + mlp, width=16, shortcut=average)",
+    "lm(2 * (attn + swiglu), width=64, shortcut=attention, norm=layer)",
+    "lm(beside(attn, gdn, fuse=gate) + swiglu, width=16, weights=sigma, place=gated)",
+    "lm(attn + swiglu + rglru, width=16, weights=sigma, shortcut=attention)",
+    "lm(2 * (attn + swiglu), width=128, scale=mup)",
+    "lm(reuse(attn + mlp, times=3, halt=act, signal=step) + swiglu, width=16, weights=sigma)",
+    "lm(2 @ reuse(gdn + attn(window=3), times=2, signal=step) + reuse(rglru, times=2, halt=act), width=16)",
+    "lm(segment(attn + gdn + mlp, length=5, memory=2) + swiglu, width=16)",
+    "lm(attn + 2 @ segment(attn(window=4) + swiglu, length=8, memory=1), width=16, place=gated, shortcut=average)",
+    "lm(segment(attn(kv=own) + attn(kv=shared) + 2 @ conv, length=29, memory=3), width=16)",
+    "lm(segment(reuse(attn + mlp, times=2, halt=act), length=64, memory=3), width=16, weights=sigma)",
 ]
 every_text = pytest.mark.parametrize("text", TEXTS)
 

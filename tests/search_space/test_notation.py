@@ -28,6 +28,13 @@ OLD_DIGESTS = {
     "lm(3 @ (attn + beside(1*attn, 1*mamba2, fuse=mean)), width=128, place=post)": "1725898689c6",
     "lm((attn(heads=5) | 2*gdn) + swiglu, width=64)": "7da9b18f5c61",
 }
+LONG_FORMS = (
+    "reuse({}, times=2, halt=act)",
+    "reuse({}, times=1, halt=act, signal=step)",
+    "reuse({}, times=3)",
+    "segment({}, length=64, memory=4)",
+    "segment({}, length=8)",
+)
 FORMS_OF_BESIDE = (
     *(f"fuse={fuse}" for fuse in FUSES),
     "norm=rms",
@@ -74,7 +81,8 @@ def stack_texts() -> st.SearchStrategy[str]:
 
     def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         sums = st.lists(inner, min_size=1, max_size=3).map(" + ".join).map("({})".format)
-        return st.one_of(sums, st.builds("{} {} {}".format, st.integers(1, 3), st.sampled_from("*@"), sums))
+        repeated = st.builds("{} {} {}".format, st.integers(1, 3), st.sampled_from("*@"), sums)
+        return st.one_of(sums, repeated, *(sums.map(form.format) for form in LONG_FORMS))
 
     return st.recursive(leaf, grow, max_leaves=5)
 
@@ -254,6 +262,14 @@ def test_a_cache_that_no_layer_reads_is_an_ordinary_one() -> None:
         ("lm(attn, width=64, softcap=-1)", 27, "none or a number from 0.1"),
         ("lm(attn, width=64, eps=big)", 23, "a number from 1e-12 to 0.1 or auto"),
         ("lm(attn + 3, width=64)", 10, "before * or @"),
+        ("lm(reuse(attn), width=64)", 3, "takes one stack and times="),
+        ("lm(reuse(attn, times=0), width=64)", 21, "whole number from 1"),
+        ("lm(reuse(attn, times=2, halt=axt), width=64)", 29, "did you mean 'act'"),
+        ("lm(attn + reuse(attn + mlp, times=1000), width=64)", 10, "at most 1024"),
+        ("lm(segment(attn, lenght=8), width=64)", 17, "did you mean 'length'"),
+        ("lm(segment(attn, gdn, length=8), width=64)", 3, "takes one stack and length="),
+        ("lm(segmant(attn, length=8), width=64)", 3, "did you mean 'segment'"),
+        ("lm(attn | segment(attn, length=8), width=64)", 10, "one mixer"),
         ("lm(lm(attn, width=64), width=64)", 3, "'lm' has no place"),
         ("lm(__import__(os), width=64)", 3, "unknown mixer"),
         ("lm(attn(heads=2, heads=3), width=64)", 17, "given twice"),
@@ -276,6 +292,14 @@ def test_errors_name_the_place_and_the_way_out(text: str, column: int, saying: s
             "lm(beside(attn, gdn, fuse=mean), width=64)",
         ),
         ("lm(beside(attn, gdn, norm=none), width=64)", "lm(attn | gdn, width=64)"),
+        ("lm(reuse(reuse(attn, times=2), times=3, halt=none), width=64)", "lm(6 @ attn, width=64)"),
+        ("lm(reuse(attn, times=1, halt=act), width=64)", "lm(attn, width=64)"),
+        ("lm(attn + segment(2 * mlp, length=8), width=64)", "lm(attn + 2 * mlp, width=64)"),
+        ("lm(segment(attn, length=8), width=64)", "lm(segment(attn, length=8, memory=16), width=64)"),
+        (
+            "lm(2 @ reuse(attn, times=2, signal=step), width=64)",
+            "lm(2 @ reuse(attn, times=2, signal=step), width=64)",
+        ),
         ("lm(attn, width=64, eps=0.000001)", "lm(attn, width=64)"),
         ("lm(attn, width=64, eps=auto, scale=standard, weights=plain)", "lm(attn, width=64)"),
         ("lm(attn, width=64, norm=layer, eps=1e-6)", "lm(attn, width=64, norm=layer, eps=1e-06)"),

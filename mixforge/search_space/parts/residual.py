@@ -60,6 +60,9 @@ class Unit(nn.Module):
         """One token."""
         raise NotImplementedError
 
+    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+        """What is to be done before token number `length`, from 0, is read by `step`: nothing, for most units."""
+
 
 class Residual(Unit):
     """after(stream x + inside(mixer(before(x)))), where a norm that is not there is an `nn.Identity`.
@@ -169,3 +172,9 @@ class Stack(Unit):
             x_BD, new = unit.step(x_BD, states[len(after) : len(after) + unit.states], at)
             after += new
         return x_BD, after
+
+    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+        begin = 0
+        for unit in map(self.unit, self.order):
+            unit.turn(states[begin : begin + unit.states], length)
+            begin += unit.states

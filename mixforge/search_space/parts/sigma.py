@@ -1,0 +1,69 @@
+"""Matrices divided by their spectral norm: y = gamma / sigma(W) * W x, with a learned number gamma for each matrix.
+
+    v = W^T u / |W^T u|,  u = W v / |W v|,  sigma = u^T W v
+
+Source: Zhai et al. 2023 (arXiv 2303.06296), section 3.1 and appendix C: one iteration of the power method in each
+forward pass of training, without a gradient; sigma itself has one. gamma begins at 1.
+
+Departures: the product is divided, not the matrix, which is the same number and less work. Outside training sigma is
+measured once, when the model leaves training, and kept: the paper's code measures it in every pass.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Iterations before the first pass: sigma of a fresh matrix is then right to some percent.
+_FIRST = 16
+
+
+class SigmaLinear(nn.Module):
+    """A linear map of spectral norm gamma, in the place of another."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = inner.in_features
+        self.out_features = inner.out_features
+        self.weight = inner.weight
+        self.bias = inner.bias
+        self.gamma = nn.Parameter(torch.ones((), device=inner.weight.device, dtype=inner.weight.dtype))
+        left = torch.randn(inner.out_features, device=inner.weight.device, dtype=inner.weight.dtype)
+        self.register_buffer("left", F.normalize(left, dim=0))
+        self.register_buffer("sigma", torch.ones_like(left[0]))
+        self.left: Tensor
+        self.sigma: Tensor
+        for _ in range(_FIRST):
+            self.measure()
+
+    def measure(self) -> Tensor:
+        """One iteration; the spectral norm, with its gradient."""
+        with torch.no_grad():
+            right = F.normalize(self.left @ self.weight, dim=0, eps=1e-12)
+            self.left.copy_(F.normalize(self.weight @ right, dim=0, eps=1e-12))
+        # A matrix of zeros stays one.
+        return (self.left.clone() @ (self.weight @ right)).clamp_min(1e-6)
+
+    def train(self, mode: bool = True) -> Self:
+        """Leaving training measures sigma for all passes until the next training."""
+        if self.training and not mode:
+            with torch.no_grad():
+                self.sigma.copy_(self.measure())
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sigma = self.measure() if self.training else self.sigma
+        y = F.linear(x, self.weight) * (self.gamma / sigma)
+        return y if self.bias is None else y + self.bias
+
+
+def with_sigma(stack: nn.Module) -> nn.Module:
+    """The same stack with each of its matrices in this form."""
+    for module in list(stack.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, SigmaLinear(child))
+    return stack
