@@ -119,9 +119,12 @@ class Space:
         A name always comes with the same options, and comes up at most once in a derivation. Raises
         Overgrown (a ValueError) where the sentence takes more than MOST_DECISIONS decisions.
         """
+        return self._grow(Growth(choose))
+
+    def _grow(self, growth: Growth) -> Derivation:
         nodes: list[Node] = []
         try:
-            expression = self._entry.grow("", self.recursion, Growth(choose), nodes)
+            expression = self._entry.grow("", self.recursion, growth, nodes)
         except RecursionError:
             raise Overgrown from None
         return Derivation(nodes[0], expression)
@@ -130,19 +133,37 @@ class Space:
         """One sentence, each choice by its weights. It may be illegal or over a limit; see `draw_legal`."""
         return self.derive(weighted(rng))
 
-    def replay(self, picks: Mapping[str, str], otherwise: Choose) -> Derivation:
+    def sentence(self, number: int) -> Derivation:
+        """The sentence of this number, as `enumerate` lists them: 0 is the first, `count() - 1` the last.
+
+        Raises IndexError for any other number, Overgrown where it takes more than MOST_DECISIONS decisions.
+        """
+        total = self.count()
+        if not 0 <= number < total:
+            raise IndexError(f"sentence {number} is not one of the {spell_size(total)} that the space has")
+        answers = self._entry.answers(number, self.recursion)
+        return self.derive(lambda name, options, weights: next(answers))
+
+    def draw_uniform(self, rng: random.Random) -> Derivation:
+        """One sentence, each as likely as any other: weights are not asked. See `sentence` and `count`."""
+        return self.sentence(rng.randrange(self.count()))
+
+    def replay(
+        self, picks: Mapping[str, str], otherwise: Choose, parent: Derivation | None = None
+    ) -> Derivation:
         """The sentence with these picks, as `Derivation.picks` has them; what they do not answer,
         `otherwise` does.
 
         With a part of the picks of one derivation left out, or put under another path, this regrows that
-        part.
+        part. What a `parent` of this space decided the same way is taken from it, which changes nothing but the
+        time it takes.
         """
 
         def choose(name: str, options: tuple[str, ...], weights: tuple[float, ...]) -> int:
             taken = picks.get(name)
             return options.index(taken) if taken in options else otherwise(name, options, weights)
 
-        return self.derive(choose)
+        return self._grow(Growth(choose, kept={} if parent is None else _unchanged(parent, picks)))
 
     def admit(self, derivation: Derivation) -> Architecture | Rejection:
         """The derivation's architecture, or the first thing that rules it out: its meaning, legality, then
@@ -297,6 +318,24 @@ def spell_size(number: int) -> str:
     # str of an integer has a bound of 4300 digits.
     digits = int(number.bit_length() * 0.30103)
     return f"about 10^{digits}"
+
+
+def _unchanged(parent: Derivation, picks: Mapping[str, str]) -> dict[str, Node]:
+    """The rules and copies of a derivation, outermost first, in which every choice is made as these picks say."""
+    touched: set[str] = set()
+    for name in [name for name, taken in parent.picks.items() if picks.get(name) != taken]:
+        while name not in touched:
+            touched.add(name)
+            name = name.rpartition("/")[0]
+    kept: dict[str, Node] = {}
+    pending = [parent.root]
+    while pending:
+        node = pending.pop()
+        if node.kind in ("rule", "recursive", "copy") and node.path not in touched:
+            kept[node.path] = node
+        else:
+            pending += node.children
+    return kept
 
 
 def _as_derivation(sentence: Sentence) -> Derivation:
