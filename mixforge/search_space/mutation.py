@@ -9,7 +9,8 @@
 
 Each takes a derivation of a space and gives another sentence of the same space, or None where there is no place
 for it. Whether the sentence is legal and within the limits is asked by `Space.admit`, as for a draw. What the new
-sentence asks and the old one did not answer is drawn by the options' weights.
+sentence asks and the old one did not answer is drawn by the options' weights. An operator raises Overgrown where that
+takes too many decisions; `mutate` and `cross` pass on to another place.
 
 Sources: Koza 1992, Genetic Programming, chapter 6 (subtree crossover and mutation); Whigham 1995, Grammatically-based
 genetic programming (nodes of one symbol are exchanged). `insert` and `delete` on recursive rules are the
@@ -26,6 +27,7 @@ from typing import Literal
 
 from mixforge.search_space.derivation import Choice, Derivation, Node, join
 from mixforge.search_space.grammar import Space, weighted
+from mixforge.search_space.production import Overgrown
 
 Operator = Literal["regrow", "swap", "insert", "delete", "gene", "cross"]
 _TRIES = 8
@@ -54,7 +56,10 @@ def mutate(
         if operator not in MUTATIONS:
             raise ValueError(f"operator {operator!r} is no mutation; there are {', '.join(MUTATIONS)}")
     for operator in rng.sample(chosen, len(chosen)):
-        found = MUTATIONS[operator](space, parent, rng)
+        try:
+            found = MUTATIONS[operator](space, parent, rng)
+        except Overgrown:
+            continue
         if found is not None:
             return found
     raise ValueError(
@@ -164,13 +169,17 @@ def cross(
         yours = rng.choice(same_path if same_path and rng.random() < 0.5 else kin[mine.symbol])
         if mine.expression == yours.expression:
             continue
-        children = []
+        children: list[Variation] = []
         for parent, gone, come in ((first, mine, yours), (second, yours, mine)):
             picks = _without(parent.picks, gone.choices()) | moved(come, gone.scope)
             place = gone.path if gone.path == come.path else f"{gone.path} from {come.path}"
-            child = space.replay(picks, weighted(rng), parent)
+            try:
+                child = space.replay(picks, weighted(rng), parent)
+            except Overgrown:
+                break
             children.append(Variation(derivation=child, operator="cross", place=place))
-        return children[0], children[1]
+        if len(children) == 2:
+            return children[0], children[1]
     return None
 
 
