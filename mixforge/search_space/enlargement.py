@@ -24,7 +24,7 @@ from itertools import groupby
 from typing import Literal
 
 from mixforge.search_space.architecture import Architecture
-from mixforge.search_space.genes import Form, Whole, genes_of
+from mixforge.search_space.genes import Form, GeneValue, genes_of
 from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.stack import MOST_UNITS, Beside, Layer, Reuse, Unit, depth
@@ -111,31 +111,28 @@ def _scaled(unit: Unit, width: int, ratio: Fraction, grow: Growth) -> Unit | Non
 
 def _scaled_mixer(mixer: Mixer, width: int, ratio: Fraction, grow: Growth) -> Mixer | None:
     genes = genes_of(type(mixer))
-    changed: dict[str, object] = {}
+    values: dict[str, GeneValue] = {name: getattr(mixer, name) for name in genes}
+    changed: dict[str, GeneValue] = {}
     for name in COUNTS if grow == "heads" else SIZES:
-        value = getattr(mixer, name) if name in genes else None
+        value = values.get(name)
         if isinstance(value, int):
-            if (value * ratio).denominator != 1:
-                return None
-            changed[name] = int(value * ratio)
+            changed[name] = _whole(value, ratio)
     if grow == "heads":
-        for name, gene in genes.items():
-            value = getattr(mixer, name)
+        for name, value in values.items():
             # gqa(n) has n key/value heads: as many query heads for each as before.
-            if isinstance(value, Form) and value.name == "gqa" and gene.has(value):
-                heads = value.arguments[0] * ratio
-                if heads.denominator != 1:
-                    return None
-                changed[name] = Form("gqa", (int(heads),))
-    elif "heads" in genes and getattr(mixer, "heads") is None and _takes_heads(genes["heads"].domains):
+            if isinstance(value, Form) and value.name == "gqa":
+                heads = _whole(int(value.arguments[0]), ratio)
+                changed[name] = None if heads is None else Form("gqa", (heads,))
+    elif "heads" in values and values["heads"] is None:
         changed["heads"] = default_heads(width)
-    if any(not genes[name].has(value) for name, value in changed.items()):  # type: ignore[arg-type]
+    if any(value is None or not genes[name].has(value) for name, value in changed.items()):
         return None
     return replace(mixer, **changed)
 
 
-def _takes_heads(domains: tuple[object, ...]) -> bool:
-    return any(isinstance(domain, Whole) for domain in domains)
+def _whole(value: int, ratio: Fraction) -> int | None:
+    scaled = value * ratio
+    return int(scaled) if scaled.denominator == 1 else None
 
 
 def widen(
@@ -154,7 +151,9 @@ def widen(
     ValueError where neither is given, or no legal width is inside.
     """
     if params is None and fits is None:
-        raise ValueError("widen needs a budget: params=, or fits= that says whether an architecture is inside")
+        raise ValueError(
+            "widen needs a budget: params=, or fits= that says whether an architecture is inside"
+        )
 
     def inside(found: Architecture) -> bool:
         within = params is None or found.cost(1).params <= params

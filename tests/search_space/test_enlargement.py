@@ -34,9 +34,7 @@ def test_stack_copies_and_ends_with_a_stretched_rest(
 
 def test_stretch_makes_every_run_longer() -> None:
     doubled = stretch(SIXTEEN, 2)
-    assert doubled == parse(
-        "lm(4 * attn + 10 * mlp + 4 * attn + 6 * mlp + 2 * attn + 6 * mlp, width=64)"
-    )
+    assert doubled == parse("lm(4 * attn + 10 * mlp + 4 * attn + 6 * mlp + 2 * attn + 6 * mlp, width=64)")
     for factor in (1, 1.1, 1.5, Fraction(27, 16), 3):
         runs = [len(list(run)) for _, run in groupby(SIXTEEN.stack)]
         grown = [len(list(run)) for _, run in groupby(stretch(SIXTEEN, factor).stack)]
