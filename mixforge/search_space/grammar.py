@@ -28,6 +28,7 @@ from mixforge.search_space.membership import find
 from mixforge.search_space.notation import TooDeep, interpret
 from mixforge.search_space.production import MOST_DECISIONS, Choose, Growth, Overgrown, Sentence
 from mixforge.search_space.productions import Enter
+from mixforge.search_space.published import with_published
 from mixforge.search_space.rules import compile_rules, described
 from mixforge.search_space.syntax import Expression, NotationError, nearest, read
 
@@ -91,13 +92,15 @@ class Space:
 
     @staticmethod
     def from_table(table: Mapping[str, object]) -> Space:
-        """The space of a `[space]` table: `start`, `rules`, `limits`, `recursion`. Raises ValueError."""
-        known = ("start", "rules", "limits", "recursion")
+        """The space of a `[space]` table: `start`, `rules`, `limits`, `recursion`; or `published` and what is
+        changed of it. Raises ValueError."""
+        known = ("start", "rules", "limits", "recursion", "published")
         for key in table:
             if key not in known:
                 raise ValueError(
                     f"space: unknown key '{key}'{nearest(key, known)} (there are {', '.join(known)})"
                 )
+        table = with_published(table)
         if "start" not in table:
             raise ValueError('space has no start; write one, such as start = "lm(stack, width=128)"')
         rules = _table(table, "rules")
@@ -112,6 +115,11 @@ class Space:
             limits=read_limits(_table(table, "limits")),
             recursion=recursion,
         )
+
+    @staticmethod
+    def published(name: str) -> Space:
+        """A published space, such as `composer`. Raises ValueError for an unknown name."""
+        return Space.from_table({"published": name})
 
     def derive(self, choose: Choose) -> Derivation:
         """One sentence, each choice answered by `choose(name, options, weights) -> index`.

@@ -487,7 +487,7 @@ def test_a_uniform_draw_gives_each_sentence_the_same_chance() -> None:
         "rules": {"stack": "any({attn: 5, any(1, 3) ** any({conv: 9, gdn: 1}): 1, 2 * stack: 1})"},
         "recursion": 2,
     })  # fmt: skip
-    rng, draws = random.Random(12), 4_400
+    rng, draws = random.Random(12), 2_200
     seen = Counter(tuple(space.draw_uniform(rng).picks.items()) for _ in range(draws))
     cells = space.count()
     expected = draws / cells
@@ -497,7 +497,7 @@ def test_a_uniform_draw_gives_each_sentence_the_same_chance() -> None:
     assert (cells, len(seen)) == (22, 22)
     assert chi_square < 38.9
     plain = Counter(tuple(space.draw(rng).picks.items()) for _ in range(draws))
-    assert sum((plain[each] - expected) ** 2 / expected for each in seen) > 1_000
+    assert sum((plain[each] - expected) ** 2 / expected for each in seen) > 500
 
 
 def test_numbers_of_sentences_are_exact_beyond_machine_integers() -> None:
