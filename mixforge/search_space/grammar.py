@@ -346,6 +346,11 @@ def _unchanged(parent: Derivation, picks: Mapping[str, str]) -> dict[str, Node]:
     return kept
 
 
+def write_size(number: int) -> str:
+    """A count with all of its digits; as `spell_size` where they are more than Python writes out."""
+    return str(number) if number.bit_length() < 13_000 else spell_size(number)
+
+
 def _as_derivation(sentence: Sentence) -> Derivation:
     expression, nodes = sentence
     return Derivation(nodes[0], expression)

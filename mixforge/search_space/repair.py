@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.derivation import Derivation
 from mixforge.search_space.distance import distance
-from mixforge.search_space.grammar import Space, weighted
+from mixforge.search_space.grammar import Rejection, Space, weighted
 from mixforge.search_space.legality import illegality
 from mixforge.search_space.mutation import MUTATIONS, mutate
 from mixforge.search_space.notation import TooDeep
@@ -75,6 +75,18 @@ def _brought_inside(space: Space, at: Derivation, rng: random.Random) -> Derivat
         if outside == before:
             return None
     return None
+
+
+def draw_or_repair(space: Space, rng: random.Random) -> Repaired | Rejection:
+    """A drawn sentence where it is a candidate, or one repaired from it; why it is none where that fails too."""
+    try:
+        drawn = space.draw(rng)
+    except Overgrown as error:
+        return Rejection("too many decisions", str(error))
+    found = space.admit(drawn)
+    if isinstance(found, Architecture):
+        return Repaired(architecture=found, derivation=drawn, drawn=drawn, changes=0)
+    return repair(space, drawn, rng) or found
 
 
 _Outside = tuple[int, float]
