@@ -23,9 +23,9 @@ from mixforge.search_space.derivation import Derivation
 from mixforge.search_space.grammar import Rejection, Space, spell_size
 from mixforge.search_space.legality import illegality
 from mixforge.search_space.limits import Limit
+from mixforge.search_space.loans import applications, unread
 from mixforge.search_space.production import Overgrown
 from mixforge.search_space.repair import repair
-from mixforge.search_space.shared_cache import applications, owners
 
 Severity = Literal["error", "warning", "note"]
 
@@ -107,10 +107,13 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
             "note",
             f"each mixer stands in a residual unit with its norm (place={architecture.place})",
         )
-    readers = sum(1 for _, mixer in placed if mixer.borrows(architecture.width) is not None)
+    width = architecture.width
+    readers = sum(1 for _, mixer in placed if mixer.borrows(width))
     if readers:
-        read = sum(owners(architecture.stack, architecture.width).values())
-        yield Finding("shared cache", "note", f"{readers} mixers read the caches of {read} owners")
+        lenders = {place: set(mixer.lends(width)) for place, mixer in placed if mixer.lends(width)}
+        idle = unread(architecture.stack, width)
+        read = sum(1 for place, names in lenders.items() if names - idle.get(place, frozenset()))
+        yield Finding("sharing", "note", f"{readers} mixers read what {read} owners lend")
 
 
 def _sizes(architecture: Architecture, context: int) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.model import LanguageModel
+from mixforge.search_space.parts.residual import Residual
 from mixforge.search_space.enlargement import GROWTHS, at_width
 
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)
@@ -100,7 +101,8 @@ def _pass(model: LanguageModel, tokens_BT: Tensor) -> tuple[float, float]:
         made[0].retain_grad()
         outputs.append(made[0])
 
-    hooks = [unit.register_forward_hook(keep) for unit in model.stack.units]
+    units = [module for module in model.stack.modules() if isinstance(module, Residual)]
+    hooks = [unit.register_forward_hook(keep) for unit in units]
     loss = F.cross_entropy(model(tokens_BT)[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
     loss.backward()  # type: ignore[no-untyped-call]
     for hook in hooks:
