@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,9 +24,11 @@ from mixforge.evaluator.evaluation import PHASES
 from mixforge.search_space.mixer import Backend
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Mapping
 
     from mixforge.evaluator.evaluation import Profile
+    from mixforge.search_space.architecture import Architecture
     from mixforge.search_space.genes import GeneValue
     from mixforge.search_space.grammar import Space
     from mixforge.search_space.mixer import Mixer
@@ -43,26 +44,35 @@ def register(app: typer.Typer) -> None:
 
 
 def draw(
-    space: Annotated[Path, typer.Argument(help="A campaign's TOML file, or one with a [space] table alone.")],
+    space: Annotated[
+        str, typer.Argument(metavar="FILE|NAME", help="A campaign's TOML file, or a published space.")
+    ],
     number: Annotated[int, typer.Option("-n", "--number", min=1, max=100_000, help="How many to draw.")] = 10,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same architectures.")] = 0,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Bring refused sentences inside by small changes, not by drawing anew."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Draw architectures from a space, within its limits, and say how many were refused and why."""
     import random
 
-    read = _read_space(space)
+    from mixforge.cli.naming import space_of
+    from mixforge.search_space.grammar import spell_size, write_size
+
+    read = space_of(space)
+    count = read.count()
     generator = random.Random(seed)
-    drawn, refused = [], Counter[str]()
-    for _ in range(number):
-        found = read.draw_legal(generator)
-        refused.update(found.rejected)
-        drawn.append(found.architecture)
+    drawn, refused, changes = (_drawn_or_repaired if repair else _drawn)(read, generator, number)
     if as_json:
         print_json(
             {
-                "sentences": str(read.count()),
+                "sentences": write_size(count),
                 "rejected": dict(refused),
+                "repaired": len(changes),
                 "architectures": [
                     {"digest": each.digest, "architecture": str(each), "params": each.cost(1).params}
                     for each in drawn
@@ -77,33 +87,47 @@ def draw(
     total = number + refused.total()
     reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common())
     narrate(
-        f"{space} has {_large(read.count())} sentences; {refused.total()} of {total} draws were refused"
+        f"{space} has {spell_size(count)} sentences; {refused.total()} of {total} draws were refused"
         + (f": {reasons}" if reasons else "")
     )
+    if changes:
+        edits = f"{min(changes)} to {max(changes)} edits" if len(set(changes)) > 1 else f"{changes[0]} edits"
+        narrate(f"{len(changes)} of the {number} shown are repaired, by {edits}")
 
 
-def _read_space(path: Path) -> Space:
-    from mixforge.search_space.grammar import Space
-
-    try:
-        tables = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(tables.get("space"), dict):
-        raise ValueError(f'{path}: has no [space] table; a space begins with [space] and start = "lm(...)"')
-    try:
-        return Space.from_table(tables["space"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def _drawn(
+    space: Space, generator: random.Random, number: int
+) -> tuple[list[Architecture], Counter[str], list[int]]:
+    """Architectures drawn until legal, and why sentences before them were refused."""
+    drawn, refused = [], Counter[str]()
+    for _ in range(number):
+        found = space.draw_legal(generator)
+        refused.update(found.rejected)
+        drawn.append(found.architecture)
+    return drawn, refused, []
 
 
-def _large(count: float) -> str:
-    if count == float("inf"):
-        return "endlessly many"
-    digits = len(str(int(count)))
-    return f"{int(count):,}" if digits <= 15 else f"about 10^{digits - 1}"
+def _drawn_or_repaired(
+    space: Space, generator: random.Random, number: int
+) -> tuple[list[Architecture], Counter[str], list[int]]:
+    """Architectures drawn or repaired, why sentences could not be, and how many edits each repair took."""
+    from mixforge.search_space.repair import Repaired, draw_or_repair
+
+    drawn: list[Architecture] = []
+    changes: list[int] = []
+    refused = Counter[str]()
+    while len(drawn) < number:
+        found = draw_or_repair(space, generator)
+        if isinstance(found, Repaired):
+            drawn.append(found.architecture)
+            changes += [found.changes] if found.changes else []
+            continue
+        refused[found.kind] += 1
+        if refused.total() > 100 + 10 * len(drawn):
+            raise ValueError(
+                f"{refused.total()} sentences could not be repaired, the last as {found.reason}; loosen a limit"
+            )
+    return drawn, refused, changes
 
 
 def profile(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mixforge import __version__
-from mixforge.cli import candidates, findings, importing, publish, published, searching, showing
+from mixforge.cli import candidates, findings, grammar, importing, publish, published, searching, showing
 from mixforge.cli.output import RunFailed, narrate
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def options(
     """Search for the best sequence-model architecture for the hardware you have."""
 
 
-for _room in (searching, findings, showing, candidates, published, importing, publish):
+for _room in (searching, findings, showing, candidates, grammar, published, importing, publish):
     _room.register(app)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mixforge.search_space.architecture import Architecture
+    from mixforge.search_space.grammar import Space
 
 _DIGEST = re.compile(r"[0-9a-fA-F]{4,64}")
 
@@ -37,6 +39,38 @@ def architecture_of(text: str, db: str) -> Architecture:
             f'expression (such as "lm(4 * (attn + swiglu), width=128)"){nearest(name, PRESETS)}'
         )
     return parse(text)
+
+
+def is_space(text: str) -> bool:
+    """Whether a text can only mean a search space: a file's path, or a published space's name."""
+    from mixforge.search_space.published import published_names
+
+    return text.endswith(".toml") or text in published_names()
+
+
+def space_of(text: str) -> Space:
+    """The search space of a campaign's TOML file, or of a published space's name. Raises ValueError."""
+    from mixforge.search_space.grammar import Space
+    from mixforge.search_space.published import published_names
+
+    if text in published_names():
+        return Space.published(text)
+    path = Path(text)
+    if "." not in text and not path.exists():
+        # Names the nearest published space.
+        return Space.published(text)
+    try:
+        tables = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(tables.get("space"), dict):
+        raise ValueError(f'{path}: has no [space] table; a space begins with [space] and start = "lm(...)"')
+    try:
+        return Space.from_table(tables["space"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def folder_of(db: str) -> Path:

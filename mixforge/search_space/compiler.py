@@ -155,11 +155,11 @@ class Compiler:
         times = self.compile(node.left, (*words, "times"))
         body = node.right
         if isinstance(body, Name) and body.id in self.rules:
-            return Copies(
-                self.place((*words, body.id), "copies", body), times, Enter("", self.rules[body.id])
-            )
+            label = self.place((*words, body.id), "copies", body)
+            return Copies(label, f"{self.scope}:{label}", times, Enter("", self.rules[body.id]))
         label = self.place((*words, "copy"), "copies", body)
-        return Copies(label, times, Compiler(f"{self.scope}.{label}", self.rules).compile(body, whole=True))
+        inside = Compiler(f"{self.scope}.{label}", self.rules).compile(body, whole=True)
+        return Copies(label, f"{self.scope}:{label}", times, inside)
 
     def pick(
         self, node: Apply, words: tuple[str, ...], values: frozenset[str] | None, whole: bool

@@ -28,6 +28,7 @@ from mixforge.search_space.membership import find
 from mixforge.search_space.notation import TooDeep, interpret
 from mixforge.search_space.production import MOST_DECISIONS, Choose, Growth, Overgrown, Sentence
 from mixforge.search_space.productions import Enter
+from mixforge.search_space.published import with_published
 from mixforge.search_space.rules import compile_rules, described
 from mixforge.search_space.syntax import Expression, NotationError, nearest, read
 
@@ -91,13 +92,15 @@ class Space:
 
     @staticmethod
     def from_table(table: Mapping[str, object]) -> Space:
-        """The space of a `[space]` table: `start`, `rules`, `limits`, `recursion`. Raises ValueError."""
-        known = ("start", "rules", "limits", "recursion")
+        """The space of a `[space]` table: `start`, `rules`, `limits`, `recursion`; or `published` and what is
+        changed of it. Raises ValueError."""
+        known = ("start", "rules", "limits", "recursion", "published")
         for key in table:
             if key not in known:
                 raise ValueError(
                     f"space: unknown key '{key}'{nearest(key, known)} (there are {', '.join(known)})"
                 )
+        table = with_published(table)
         if "start" not in table:
             raise ValueError('space has no start; write one, such as start = "lm(stack, width=128)"')
         rules = _table(table, "rules")
@@ -113,15 +116,23 @@ class Space:
             recursion=recursion,
         )
 
+    @staticmethod
+    def published(name: str) -> Space:
+        """A published space, such as `composer`. Raises ValueError for an unknown name."""
+        return Space.from_table({"published": name})
+
     def derive(self, choose: Choose) -> Derivation:
         """One sentence, each choice answered by `choose(name, options, weights) -> index`.
 
         A name always comes with the same options, and comes up at most once in a derivation. Raises
         Overgrown (a ValueError) where the sentence takes more than MOST_DECISIONS decisions.
         """
+        return self._grow(Growth(choose))
+
+    def _grow(self, growth: Growth) -> Derivation:
         nodes: list[Node] = []
         try:
-            expression = self._entry.grow("", self.recursion, Growth(choose), nodes)
+            expression = self._entry.grow("", self.recursion, growth, nodes)
         except RecursionError:
             raise Overgrown from None
         return Derivation(nodes[0], expression)
@@ -130,19 +141,37 @@ class Space:
         """One sentence, each choice by its weights. It may be illegal or over a limit; see `draw_legal`."""
         return self.derive(weighted(rng))
 
-    def replay(self, picks: Mapping[str, str], otherwise: Choose) -> Derivation:
+    def sentence(self, number: int) -> Derivation:
+        """The sentence of this number, as `enumerate` lists them: 0 is the first, `count() - 1` the last.
+
+        Raises IndexError for any other number, Overgrown where it takes more than MOST_DECISIONS decisions.
+        """
+        total = self.count()
+        if not 0 <= number < total:
+            raise IndexError(f"sentence {number} is not one of the {spell_size(total)} that the space has")
+        answers = self._entry.answers(number, self.recursion)
+        return self.derive(lambda name, options, weights: next(answers))
+
+    def draw_uniform(self, rng: random.Random) -> Derivation:
+        """One sentence, each as likely as any other: weights are not asked. See `sentence` and `count`."""
+        return self.sentence(rng.randrange(self.count()))
+
+    def replay(
+        self, picks: Mapping[str, str], otherwise: Choose, parent: Derivation | None = None
+    ) -> Derivation:
         """The sentence with these picks, as `Derivation.picks` has them; what they do not answer,
         `otherwise` does.
 
         With a part of the picks of one derivation left out, or put under another path, this regrows that
-        part.
+        part. What a `parent` of this space decided the same way is taken from it, which changes nothing but the
+        time it takes.
         """
 
         def choose(name: str, options: tuple[str, ...], weights: tuple[float, ...]) -> int:
             taken = picks.get(name)
             return options.index(taken) if taken in options else otherwise(name, options, weights)
 
-        return self.derive(choose)
+        return self._grow(Growth(choose, kept={} if parent is None else _unchanged(parent, picks)))
 
     def admit(self, derivation: Derivation) -> Architecture | Rejection:
         """The derivation's architecture, or the first thing that rules it out: its meaning, legality, then
@@ -297,6 +326,29 @@ def spell_size(number: int) -> str:
     # str of an integer has a bound of 4300 digits.
     digits = int(number.bit_length() * 0.30103)
     return f"about 10^{digits}"
+
+
+def _unchanged(parent: Derivation, picks: Mapping[str, str]) -> dict[str, Node]:
+    """The rules and copies of a derivation, outermost first, in which every choice is made as these picks say."""
+    touched: set[str] = set()
+    for name in [name for name, taken in parent.picks.items() if picks.get(name) != taken]:
+        while name not in touched:
+            touched.add(name)
+            name = name.rpartition("/")[0]
+    kept: dict[str, Node] = {}
+    pending = [parent.root]
+    while pending:
+        node = pending.pop()
+        if node.kind in ("rule", "recursive", "copy") and node.path not in touched:
+            kept[node.path] = node
+        else:
+            pending += node.children
+    return kept
+
+
+def write_size(number: int) -> str:
+    """A count with all of its digits; as `spell_size` where they are more than Python writes out."""
+    return str(number) if number.bit_length() < 13_000 else spell_size(number)
 
 
 def _as_derivation(sentence: Sentence) -> Derivation:

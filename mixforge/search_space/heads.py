@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 
 # Channels of a head that the default number of heads aims at: 64 as in most published models, and half of it in
 # small ones, which would have one or two heads otherwise.
@@ -10,6 +11,7 @@ USUAL_HEAD_DIM = 64
 SMALL_WIDTH = 256
 
 
+@lru_cache(maxsize=4_096)
 def default_heads(width: int) -> int:
     """The most heads that divide `width` into 64 channels or more each (32 below a width of 256), at least 1."""
     least = USUAL_HEAD_DIM if width >= SMALL_WIDTH else USUAL_HEAD_DIM // 2

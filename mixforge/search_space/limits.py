@@ -11,6 +11,7 @@ are stated.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -55,6 +56,14 @@ class Limit:
         if _COMPARISONS[self.comparison](value, self.bound):
             return None
         return f"{self.quantity} is {value}, the limit is {self}"
+
+    def excess(self, architecture: Architecture) -> float:
+        """How far outside of the limit the architecture is, as the logarithm of a ratio; 0 where it keeps to it."""
+        value = self._value(architecture)
+        if _COMPARISONS[self.comparison](value, self.bound):
+            return 0.0
+        # A limit of 0, or a value of 0, has no ratio.
+        return abs(math.log((value + 1) / (self.bound + 1)))
 
     def _value(self, architecture: Architecture) -> int:
         if self.quantity == "depth":

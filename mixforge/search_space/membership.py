@@ -268,10 +268,14 @@ class _Search:
 
 
 def _can_be(production: Production, unit: Unit) -> bool:
-    """False where a call of one mixer is held against another: genes never make one mixer another."""
-    if not isinstance(production, Applied) or production.function not in vocabulary():
-        return True
-    return isinstance(unit, Layer) and isinstance(unit.mixer, vocabulary()[production.function][0])
+    """False where a call of one mixer is held against another, or mixers beside one another against a layer:
+    genes never make one the other."""
+    match production:
+        case Applied(function="beside") | Joined(symbol="|"):
+            return isinstance(unit, Beside)
+        case Applied() if production.function in vocabulary():
+            return isinstance(unit, Layer) and isinstance(unit.mixer, vocabulary()[production.function][0])
+    return True
 
 
 def _unread(unit: Unit, width: int) -> Unit:

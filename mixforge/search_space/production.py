@@ -8,8 +8,8 @@ one set of options.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mixforge.search_space.derivation import Node
 from mixforge.search_space.syntax import Expression
@@ -43,15 +43,22 @@ class Growth:
 
     choose: Choose
     left: int = MOST_DECISIONS
+    kept: Mapping[str, Node] = field(default_factory=dict)
+    """Rules and copies of another derivation that would grow the same way again, by their paths."""
 
-    def spend(self) -> None:
-        self.left -= 1
+    def spend(self, decisions: int = 1) -> None:
+        self.left -= decisions
         if self.left < 0:
             raise Overgrown
 
-
-def join(scope: str, label: str) -> str:
-    return f"{scope}/{label}" if scope and label else scope or label
+    def keep(self, path: str, symbol: str, nodes: list[Node]) -> Expression | None:
+        """What another derivation has here, appended to `nodes`; None where it has to be grown."""
+        node = self.kept.get(path)
+        if node is None or node.symbol != symbol:
+            return None
+        self.spend(sum(1 for _ in node.walk()))
+        nodes.append(node)
+        return node.expression
 
 
 class Production(ABC):
@@ -76,6 +83,11 @@ class Production(ABC):
     @abstractmethod
     def count(self, room: int) -> int:
         """How many ways there are to grow."""
+
+    @abstractmethod
+    def answers(self, number: int, room: int) -> Iterator[int]:
+        """The indices that the choices of sentence `number` take, in the order in which they are asked; sentences
+        are numbered as `sentences` lists them, from 0 to `count` - 1."""
 
     @abstractmethod
     def longest(self, room: int) -> int:
@@ -107,16 +119,34 @@ def ways_of_all(parts: Sequence[Production], room: int) -> int:
     return ways
 
 
+def answers_of_all(parts: Sequence[Production], number: int, room: int) -> Iterator[int]:
+    """`answers` for sentence `number` of several productions in a row, the last of which changes first."""
+    counts = [part.count(room) for part in parts]
+    digits: list[int] = []
+    for count in reversed(counts):
+        number, digit = divmod(number, count)
+        digits.append(digit)
+    for part, digit in zip(parts, reversed(digits), strict=True):
+        yield from part.answers(digit, room)
+
+
 def combinations(
     places: Sequence[tuple[Production, str]], room: int
 ) -> Iterator[tuple[list[Expression], tuple[Node, ...]]]:
-    """Every combination of the sentences of several productions. A loop: there may be a thousand places."""
+    """Every combination of the sentences of several productions, with all that was decided in them."""
+    for expressions, nodes in separate(places, room):
+        yield expressions, tuple(node for below in nodes for node in below)
+
+
+def separate(
+    places: Sequence[tuple[Production, str]], room: int
+) -> Iterator[tuple[list[Expression], list[tuple[Node, ...]]]]:
+    """`combinations`, with what was decided in each. A loop: there may be a thousand places."""
     running: list[Iterator[Sentence]] = []
     taken: list[Sentence] = []
     while True:
         if len(taken) == len(places):
-            nodes = tuple(node for _, below in taken for node in below)
-            yield [expression for expression, _ in taken], nodes
+            yield [expression for expression, _ in taken], [below for _, below in taken]
         else:
             production, scope = places[len(taken)]
             running.append(production.sentences(scope, room))

@@ -8,16 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from mixforge.search_space.derivation import Choice, Node
+from mixforge.search_space.derivation import Choice, Kind, Node, join
 from mixforge.search_space.production import (
     MOST_DECISIONS,
     Growth,
     Production,
     Sentence,
+    answers_of_all,
     combinations,
     countable,
-    join,
     power,
+    separate,
     ways_of_all,
 )
 from mixforge.search_space.syntax import Apply, Expression, Number, Operation, Symbol
@@ -41,6 +42,9 @@ class Fixed(Production):
 
     def count(self, room: int) -> int:
         return 1
+
+    def answers(self, number: int, room: int) -> Iterator[int]:
+        yield from ()
 
     def longest(self, room: int) -> int:
         return 0
@@ -68,6 +72,9 @@ class Joined(Production):
 
     def count(self, room: int) -> int:
         return ways_of_all(self.terms, room)
+
+    def answers(self, number: int, room: int) -> Iterator[int]:
+        return answers_of_all(self.terms, number, room)
 
     def longest(self, room: int) -> int:
         return sum(term.longest(room) for term in self.terms)
@@ -97,6 +104,9 @@ class Applied(Production):
 
     def count(self, room: int) -> int:
         return ways_of_all(self.parts, room)
+
+    def answers(self, number: int, room: int) -> Iterator[int]:
+        return answers_of_all(self.parts, number, room)
 
     def longest(self, room: int) -> int:
         return sum(part.longest(room) for part in self.parts)
@@ -130,6 +140,7 @@ class Pick(Production):
     everything: Offer
     tallest: float = math.inf
     _tight: dict[int, Offer] = field(default_factory=dict)
+    _counts: dict[int, int] = field(default_factory=dict)
 
     @property
     def parts(self) -> Sequence[Production]:
@@ -164,11 +175,25 @@ class Pick(Production):
         below: list[Node] = []
         expression = offer.options[index].grow(scope, room, growth, below)
         choice = Choice(name, offer.texts, index)
-        nodes.append(Node(scope, self.label, self.symbol, choice, tuple(below)))
+        nodes.append(Node("choice", scope, self.label, self.symbol, choice, tuple(below), expression))
         return expression
 
     def count(self, room: int) -> int:
-        return countable(sum(option.count(room) for option in self.offer(room).options))
+        if room not in self._counts:
+            self._counts[room] = countable(sum(option.count(room) for option in self.offer(room).options))
+        return self._counts[room]
+
+    def answers(self, number: int, room: int) -> Iterator[int]:
+        options = self.offer(room).options
+        for index, option in enumerate(options):
+            ways = option.count(room)
+            if number < ways:
+                if len(options) > 1:
+                    yield index
+                yield from option.answers(number, room)
+                return
+            number -= ways
+        raise AssertionError("a sentence's number is below the count")
 
     def longest(self, room: int) -> int:
         return 1 + max(option.longest(room) for option in self.offer(room).options)
@@ -178,15 +203,12 @@ class Pick(Production):
         name = join(scope, self.label)
         for index, option in enumerate(offer.options):
             for expression, below in option.sentences(scope, room):
-                yield expression, self.decided(scope, name, offer, index, below)
-
-    def decided(
-        self, scope: str, name: str, offer: Offer, index: int, below: tuple[Node, ...]
-    ) -> tuple[Node, ...]:
-        """The node of this choice; where there was nothing to decide, only the nodes below."""
-        if len(offer.options) == 1:
-            return below
-        return (Node(scope, self.label, self.symbol, Choice(name, offer.texts, index), below),)
+                if len(offer.options) == 1:
+                    yield expression, below
+                    continue
+                choice = Choice(name, offer.texts, index)
+                node = Node("choice", scope, self.label, self.symbol, choice, below, expression)
+                yield expression, (node,)
 
 
 @dataclass(eq=False)
@@ -222,6 +244,10 @@ class Enter(Production):
     def parts(self) -> Sequence[Production]:
         return ()
 
+    @property
+    def kind(self) -> Kind:
+        return "recursive" if self.rule.recursive else "rule"
+
     def measure(self) -> float:
         return self.rule.height
 
@@ -230,15 +256,20 @@ class Enter(Production):
         return room - 1 if self.rule.recursive else room
 
     def grow(self, scope: str, room: int, growth: Growth, nodes: list[Node]) -> Expression:
-        growth.spend()
         path = join(scope, self.label)
+        if growth.kept and (kept := growth.keep(path, self.rule.name, nodes)) is not None:
+            return kept
+        growth.spend()
         below: list[Node] = []
         expression = self.rule.body.grow(path, self.inside(room), growth, below)
-        nodes.append(Node(path, "", self.rule.name, None, tuple(below)))
+        nodes.append(Node(self.kind, path, self.label, self.rule.name, None, tuple(below), expression))
         return expression
 
     def count(self, room: int) -> int:
         return self.rule.count(self.inside(room))
+
+    def answers(self, number: int, room: int) -> Iterator[int]:
+        return self.rule.body.answers(number, self.inside(room))
 
     def longest(self, room: int) -> int:
         return self.rule.longest(self.inside(room))
@@ -246,7 +277,7 @@ class Enter(Production):
     def sentences(self, scope: str, room: int) -> Iterator[Sentence]:
         path = join(scope, self.label)
         for expression, below in self.rule.body.sentences(path, self.inside(room)):
-            yield expression, (Node(path, "", self.rule.name, None, below),)
+            yield expression, (Node(self.kind, path, self.label, self.rule.name, None, below, expression),)
 
 
 @dataclass(eq=False)
@@ -254,6 +285,7 @@ class Copies(Production):
     """`n ** body`: the body drawn n times, each time anew, and added up."""
 
     label: str
+    symbol: str
     times: Production
     body: Production
 
@@ -264,15 +296,35 @@ class Copies(Production):
     def measure(self) -> float:
         return max(self.times.height, self.body.height)
 
+    @property
+    def inside(self) -> str:
+        """The symbol of one copy."""
+        return f"{self.symbol}[]"
+
     def scope(self, scope: str, index: int) -> str:
         return join(scope, f"{self.label}[{index}]")
 
     def grow(self, scope: str, room: int, growth: Growth, nodes: list[Node]) -> Expression:
+        below: list[Node] = []
         drawn: list[Expression] = []
-        for index in range(whole(self.times.grow(scope, room, growth, nodes))):
+        for index in range(whole(self.times.grow(scope, room, growth, below))):
+            path = self.scope(scope, index)
+            if growth.kept and (kept := growth.keep(path, self.inside, below)) is not None:
+                drawn.append(kept)
+                continue
             growth.spend()
-            drawn.append(self.body.grow(self.scope(scope, index), room, growth, nodes))
-        return joined("+", drawn)
+            inside: list[Node] = []
+            drawn.append(self.body.grow(path, room, growth, inside))
+            below.append(self.copy(path, drawn[-1], tuple(inside)))
+        expression = joined("+", drawn)
+        nodes.append(self.node(scope, expression, tuple(below)))
+        return expression
+
+    def copy(self, path: str, expression: Expression, inside: tuple[Node, ...]) -> Node:
+        return Node("copy", path, "", self.inside, None, inside, expression)
+
+    def node(self, scope: str, expression: Expression, below: tuple[Node, ...]) -> Node:
+        return Node("copies", scope, self.label, self.symbol, None, below, expression)
 
     def numbers(self, room: int) -> list[int]:
         """What `times` can say, once for each way to say it. Raises ValueError unless all are whole, from 1
@@ -286,14 +338,27 @@ class Copies(Production):
         ways = self.body.count(room)
         return countable(sum(power(ways, times) for times in self.numbers(room)))
 
+    def answers(self, number: int, room: int) -> Iterator[int]:
+        ways = self.body.count(room)
+        for which, times in enumerate(self.numbers(room)):
+            total = power(ways, times)
+            if number < total:
+                yield from self.times.answers(which, room)
+                yield from answers_of_all([self.body] * times, number, room)
+                return
+            number -= total
+        raise AssertionError("a sentence's number is below the count")
+
     def longest(self, room: int) -> int:
         return self.times.longest(room) + max(self.numbers(room)) * (1 + self.body.longest(room))
 
     def sentences(self, scope: str, room: int) -> Iterator[Sentence]:
         for times, first in self.times.sentences(scope, room):
-            places = [(self.body, self.scope(scope, index)) for index in range(whole(times))]
-            for drawn, nodes in combinations(places, room):
-                yield joined("+", drawn), first + nodes
+            paths = [self.scope(scope, index) for index in range(whole(times))]
+            for drawn, parts in separate([(self.body, path) for path in paths], room):
+                copies = tuple(map(self.copy, paths, drawn, parts))
+                expression = joined("+", drawn)
+                yield expression, (self.node(scope, expression, first + copies),)
 
 
 def joined(symbol: Symbol, terms: Sequence[Expression]) -> Expression:

@@ -19,8 +19,10 @@ def settle(mixer: Mixer, width: int) -> Mixer:
 def why_illegal(mixer: Mixer, width: int) -> str | None:
     """None where it can be built at this width, else a sentence."""
     for name, gene in genes_of(type(mixer)).items():
-        if not gene.has(getattr(mixer, name)):
-            return f"{name}={getattr(mixer, name)} is not legal; expected {gene}"
+        value = getattr(mixer, name)
+        # Most genes are at their default, which is legal: asking first halves the time of this check.
+        if value != gene.default and not gene.has(value):
+            return f"{name}={value} is not legal; expected {gene}"
     return mixer.why_illegal(width)
 
 

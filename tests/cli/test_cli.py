@@ -73,6 +73,70 @@ def test_what_needs_no_search(tell) -> None:
     assert all(check["ok"] for check in json.loads(tell("doctor", "--json").out))
 
 
+def test_published_spaces_are_listed_drawn_and_linted(tell) -> None:
+    listed = json.loads(tell("spaces", "--json").out)
+    assert {"composer", "star", "einspace"} <= listed.keys()
+    assert listed["composer"]["sentences"] == str(2**6 + 2**16)
+    assert "2510.00379" in tell("spaces", "composer").out
+    drawn = json.loads(tell("draw", "einspace", "-n", "2", "--json").out)
+    assert len(drawn["architectures"]) == 2
+    found = json.loads(tell("lint", "composer", "--draws", "30", "--json").out)
+    assert {each["rule"] for each in found} >= {"size", "rate"}
+
+
+def test_refused_draws_can_be_repaired(tell, tmp_path: Path) -> None:
+    tight = tmp_path / "tight.toml"
+    tight.write_text('[space]\nstart = "lm(any(2, 8) ** any(attn, swiglu), width=any(16, 64))"\n'
+                     '[space.limits]\nparams = "<= 2e4"\n')  # fmt: skip
+    told = json.loads(tell("draw", str(tight), "-n", "6", "--repair", "--json").out)
+    assert told["repaired"] > 0
+    assert all(each["params"] <= 2e4 for each in told["architectures"])
+    assert "are repaired" in tell("draw", str(tight), "-n", "6", "--repair").err
+    linted = tell("lint", str(tight), "--repairs", "3", "--draws", "40").out
+    assert "3 of 3 refused sentences were repaired" in linted
+
+
+def test_an_architecture_is_linted_before_the_device(tell) -> None:
+    told = tell("lint", "lm(attn(heads=5) + mlp, width=64)", "--json")
+    assert told.status == 1
+    assert [each["severity"] for each in json.loads(told.out)].count("error") == 1
+    assert tell("lint", "griffin").status == 0
+    assert "gradient" in tell("lint", "lm(conv + mlp, width=16)", "--flow").out
+    limited = tell("lint", "griffin", "--space", str(EXAMPLES / "laptop.toml"), "--json")
+    assert any(each["rule"] == "limits" for each in json.loads(limited.out))
+
+
+def test_children_and_neighbours_say_what_changed(tell) -> None:
+    words = ("mutate", "composer", "--of", "lm(3 * (attn(heads=4, kv=mqa) + swiglu(expand=4)), width=128)")
+    told = json.loads(tell(*words, "-n", "4", "--seed", "1", "--json").out)
+    assert len(told["children"]) == 4
+    assert all(child["changes"] and child["distance"] >= 1 for child in told["children"])
+    assert told == json.loads(tell(*words, "-n", "4", "--seed", "1", "--json").out)
+    around = json.loads(tell(*words, "--neighbours", "-n", "100", "--json").out)
+    # Six layers of two primitives, and the other depth.
+    assert len(around["children"]) == 7
+    assert [child["distance"] for child in around["children"][1:]] == 6 * [1]
+    assert "became" in tell(*words, "--operator", "gene").out
+
+
+def test_two_architectures_are_told_apart(tell) -> None:
+    assert json.loads(tell("diff", "griffin", "griffin", "--json").out) == {"changes": [], "distance": None}
+    assert "became" in tell("diff", "griffin", "hybrid_3to1").out
+    first, second = (
+        "lm(6 * attn(heads=4, kv=mqa), width=128)",
+        "lm(5 * attn(heads=4, kv=mqa) + swiglu(expand=4), width=128)",
+    )
+    told = json.loads(tell("diff", first, second, "--space", "composer", "--json").out)
+    assert told["distance"] == len(told["changes"]) == 1
+
+
+def test_a_winner_is_scaled(tell) -> None:
+    told = json.loads(tell("scale", "lm(2 * attn + 4 * mlp, width=64)", "--stack", "32/6", "--json").out)
+    assert told["after"]["depth"] == 33
+    wide = json.loads(tell("scale", "griffin", "--stretch", "2", "--params", "5e6", "--json").out)
+    assert 4e6 < wide["after"]["params"] <= 5e6
+
+
 def test_kernels_are_tuned_on_a_gpu_only(tell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     told = tell("doctor", "--tune")
@@ -157,6 +221,20 @@ def test_a_wrong_campaign_is_refused(old: str, new: str, said: str, tell, tmp_pa
         (("export", "abcdef", "out"), "runs/mixforge.db"),
         (("frnt",), "frnt"),
         (("draw", "x.toml", "-n", "many"), "--number"),
+        (("draw", "composr"), "composer"),
+        (("spaces", "composr"), "composer"),
+        (("lint", "nowhere.toml"), "nowhere.toml"),
+        (("lint", "griffon"), "griffin"),
+        (("lint", "composer", "--flow"), "--flow"),
+        (("mutate", "composer", "--of", "griffin"), "not a sentence of composer"),
+        (("mutate", "composer", "--neighbours", "--operator", "gene"), "--operator gene"),
+        (("mutate", "composer", "--operator", "grow"), "--operator"),
+        (("diff", "griffin", "griffon"), "griffin"),
+        (("diff", "griffin", "gdn", "--space", "composer"), "not a sentence of composer"),
+        (("scale", "griffin"), "--stack"),
+        (("scale", "griffin", "--stack", "two"), "'two' is not a number"),
+        (("scale", "griffin", "--stack", "2", "--stretch", "2"), "give one of them"),
+        (("scale", "griffin", "--params", "10"), "budget"),
     ],
 )
 def test_a_wrong_request_is_refused(words: tuple[str, ...], said: str, tell, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from mixforge.search_space import membership
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.derivation import Derivation
-from mixforge.search_space.grammar import Rejection, Space
+from mixforge.search_space.grammar import Rejection, Space, weighted
 from mixforge.search_space.notation import parse
 from mixforge.search_space.production import Overgrown
 from mixforge.search_space.syntax import Apply, Expression, Name, Number, Operation, Table, read
@@ -471,3 +471,48 @@ def test_a_genes_value_comes_before_a_rule_of_its_name() -> None:
         "linear.decay",
         "channel",
     }
+
+
+def test_sentences_are_numbered_as_they_are_listed(space: Space) -> None:
+    assert [space.sentence(number) for number in range(space.count())] == list(space.enumerate())
+    for wrong in (-1, space.count()):
+        with pytest.raises(IndexError, match=f"sentence {wrong} is not one of"):
+            space.sentence(wrong)
+
+
+def test_a_uniform_draw_gives_each_sentence_the_same_chance() -> None:
+    # Weights and depths that make a plain draw anything but even.
+    space = Space.from_table({
+        "start": "lm(stack, width=64)",
+        "rules": {"stack": "any({attn: 5, any(1, 3) ** any({conv: 9, gdn: 1}): 1, 2 * stack: 1})"},
+        "recursion": 2,
+    })  # fmt: skip
+    rng, draws = random.Random(12), 2_200
+    seen = Counter(tuple(space.draw_uniform(rng).picks.items()) for _ in range(draws))
+    cells = space.count()
+    expected = draws / cells
+    chi_square = sum((count - expected) ** 2 / expected for count in seen.values())
+    chi_square += (cells - len(seen)) * expected
+    # 21 degrees of freedom: 38.9 is passed once in a hundred.
+    assert (cells, len(seen)) == (22, 22)
+    assert chi_square < 38.9
+    plain = Counter(tuple(space.draw(rng).picks.items()) for _ in range(draws))
+    assert sum((plain[each] - expected) ** 2 / expected for each in seen) > 500
+
+
+def test_numbers_of_sentences_are_exact_beyond_machine_integers() -> None:
+    space = Space.from_text("lm(300 ** any(attn, conv, gdn), width=64)")
+    assert str(space.sentence(0).architecture) == "lm(300 * attn, width=64)"
+    assert str(space.sentence(3**300 - 1).architecture) == "lm(300 * gdn, width=64)"
+    assert str(space.sentence(3**299 + 1).architecture) == "lm(conv + 298 * attn + conv, width=64)"
+
+
+def test_a_replay_beside_its_parent_is_the_replay(space: Space) -> None:
+    rng = random.Random(9)
+    for _ in range(20):
+        parent, other = space.draw(rng), space.draw(rng)
+        kept = [name for name in parent.picks if rng.random() < 0.7]
+        picks = {**other.picks, **{name: parent.picks[name] for name in kept}}
+        seed = rng.randrange(1_000)
+        alone = space.replay(picks, weighted(random.Random(seed)))
+        assert space.replay(picks, weighted(random.Random(seed)), parent) == alone
