@@ -27,7 +27,7 @@ from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.genes import Form, GeneValue, genes_of
 from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import Mixer
-from mixforge.search_space.stack import MOST_UNITS, Beside, Layer, Reuse, Unit, depth
+from mixforge.search_space.stack import MOST_UNITS, Beside, Layer, Reuse, Segment, Unit, depth
 
 Growth = Literal["heads", "head_dim"]
 GROWTHS: tuple[Growth, ...] = ("heads", "head_dim")
@@ -102,11 +102,11 @@ def _scaled(unit: Unit, width: int, ratio: Fraction, grow: Growth) -> Unit | Non
         case Beside():
             branches = [_scaled_mixer(mixer, width, ratio, grow) for mixer in unit.branches]
             found = tuple(mixer for mixer in branches if mixer is not None)
-            return Beside(found, unit.fuse, unit.shares) if len(found) == len(branches) else None
-        case Reuse():
+            return replace(unit, branches=found) if len(found) == len(branches) else None
+        case Reuse() | Segment():
             body = [_scaled(each, width, ratio, grow) for each in unit.body]
             inside = tuple(each for each in body if each is not None)
-            return Reuse(unit.times, inside) if len(inside) == len(body) else None
+            return replace(unit, body=inside) if len(inside) == len(body) else None
 
 
 def _scaled_mixer(mixer: Mixer, width: int, ratio: Fraction, grow: Growth) -> Mixer | None:

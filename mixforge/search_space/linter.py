@@ -81,7 +81,7 @@ def _building(architecture: Architecture) -> Iterator[Finding]:
 
 def _structure(architecture: Architecture) -> Iterator[Finding]:
     placed = list(applications(architecture.stack))
-    token = sum(1 for _, mixer in placed if mixer.kind == "token")
+    token = sum(1 for each in placed if each.mixer.kind == "token")
     if token:
         yield Finding("token mixer", "note", f"{token} of {len(placed)} mixers mix tokens")
     yield Finding(
@@ -108,9 +108,9 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
             f"each mixer stands in a residual unit with its norm (place={architecture.place})",
         )
     width = architecture.width
-    readers = sum(1 for _, mixer in placed if mixer.borrows(width))
+    readers = sum(1 for each in placed if each.mixer.borrows(width))
     if readers:
-        lenders = {place: set(mixer.lends(width)) for place, mixer in placed if mixer.lends(width)}
+        lenders = {each.place: set(each.mixer.lends(width)) for each in placed if each.mixer.lends(width)}
         idle = unread(architecture.stack, width)
         read = sum(1 for place, names in lenders.items() if names - idle.get(place, frozenset()))
         yield Finding("sharing", "note", f"{readers} mixers read what {read} owners lend")

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixforge.search_space.architecture import Architecture
+from mixforge.search_space.enlargement import GROWTHS, at_width
 from mixforge.search_space.model import LanguageModel
 from mixforge.search_space.parts.residual import Residual
-from mixforge.search_space.enlargement import GROWTHS, at_width
 
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)
 MOST_PARAMS = 30_000_000

@@ -9,8 +9,8 @@ from itertools import groupby
 import pytest
 
 from mixforge.search_space.architecture import Architecture
-from mixforge.search_space.notation import parse
 from mixforge.search_space.enlargement import at_width, stack, stretch, widen
+from mixforge.search_space.notation import parse
 
 SIX = parse("lm(2 * attn + 4 * mlp, width=64)")
 SIXTEEN = parse("lm(2 * attn + 5 * mlp + 2 * attn + 3 * mlp + attn + 3 * mlp, width=64)")
