@@ -45,9 +45,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixforge.kernels import chunked_linear, short_conv
 from mixforge.kernels.backend import triton_form
@@ -62,12 +60,15 @@ from mixforge.search_space.parts.decay import (
     SigmoidDecay,
     SoftplusChannelDecay,
     SoftplusDecay,
-    exact,
 )
-from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
+from mixforge.search_space.parts.feature_map import elu1, taylor, taylor_features
+from mixforge.search_space.parts.layer import TokenMixer
+from mixforge.search_space.parts.linear_attention import LinearAttention
+from mixforge.search_space.parts.linear_decode import FusedLinearAttention
+from mixforge.search_space.parts.linear_output import GatedOutput, HeadSkip, NormedOutput
 from mixforge.search_space.parts.norm import norm_part
-from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.short_convolution import ShortConvolution
+from mixforge.search_space.parts.write_strength import WriteStrength
 
 # Rank of W in forget=sigmoid with decay=channel, as in the paper. With forget=softplus it is the value dim.
 SIGMOID_RANK = 16
@@ -306,9 +307,6 @@ class Linear(Mixer):
 
     def _decoder(self, size: Sizes) -> tuple[type[TokenMixer], dict[str, Any]]:
         """The module whose step is one kernel between its projections, where that kernel takes these genes."""
-        # Imported here, for it has this module's classes as its base.
-        from mixforge.search_space.parts.linear_decode import FusedLinearAttention
-
         is_small = size.key_dim <= 128 and size.value_dim <= 256
         is_plain = self.phi in ("none", "elu1", "relu") and self.norm == "none" and self.pos == "none"
         if not (is_small and is_plain):
@@ -347,26 +345,6 @@ class Sizes:
     features: int
 
 
-def taylor_features(key_dim: int) -> int:
-    """Features of phi=taylor(2): the constant, the channels, and their products, each pair once."""
-    return 1 + key_dim + key_dim * (key_dim + 1) // 2
-
-
-def elu1(x: Tensor) -> Tensor:
-    """elu(x) + 1, which is positive."""
-    return F.elu(x) + 1
-
-
-def taylor(x: Tensor) -> Tensor:
-    """[..., K] -> [..., 1 + K + K(K+1)/2], with taylor(q) . taylor(k) = 1 + q.k/sqrt(K) + (q.k)^2/(2K)."""
-    channels = x.shape[-1]
-    row, column = torch.triu_indices(channels, channels, device=x.device)
-    # A product of two channels stands for the two equal terms of (q.k)^2; a square for one.
-    terms = (2 - (row == column).to(x.dtype)) / (2 * channels)
-    pairs = x[..., row] * x[..., column] * terms.sqrt()
-    return torch.cat([torch.ones_like(x[..., :1]), x * channels**-0.25, pairs], -1)
-
-
 _FEATURES: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
     "elu1": elu1,
@@ -374,197 +352,3 @@ _FEATURES: dict[str, Callable[[Tensor], Tensor] | None] = {
     "taylor(2)": taylor,
 }
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {"silu": silu, "sigmoid": sigmoid, "none": None}
-
-
-class WriteStrength(nn.Module):
-    """beta_t = most * sigmoid(W x) [B, T, H]."""
-
-    def __init__(self, width: int, heads: int, most: int) -> None:
-        super().__init__()
-        self.most = most
-        self.logit = nn.Linear(width, heads, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.most * torch.sigmoid(exact(self.logit(x_BTD)))
-
-
-class HeadSkip(nn.Module):
-    """d_h v_t, d_h starting at 1."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads))
-
-    def forward(self, v_BTHV: Tensor) -> Tensor:
-        return self.weight[:, None] * v_BTHV
-
-
-class NormedOutput(nn.Module):
-    """W_out (norm(o_h) * act(W_gate x)), the norm over each head."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        value_dim: int,
-        norm: nn.Module | None,
-        activation: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        super().__init__()
-        self.norm = norm
-        self.activation = activation
-        self.gate = None if activation is None else nn.Linear(width, heads * value_dim, bias=False)
-        self.out = nn.Linear(heads * value_dim, width, bias=False)
-
-    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        if self.norm is not None:
-            o_BTHV = self.norm(o_BTHV)
-        o_BTF = o_BTHV.flatten(2)
-        if self.activation is not None and self.gate is not None:
-            o_BTF = o_BTF * self.activation(self.gate(x_BTD))
-        y: Tensor = self.out(o_BTF)
-        return y
-
-
-class GatedOutput(nn.Module):
-    """W_out norm(o * act(W_gate x)), the norm over all heads at once."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        value_dim: int,
-        norm: nn.Module,
-        activation: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        super().__init__()
-        self.norm = norm
-        self.activation = activation
-        self.gate = None if activation is None else nn.Linear(width, heads * value_dim, bias=False)
-        self.out = nn.Linear(heads * value_dim, width, bias=False)
-
-    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        o_BTF = o_BTHV.flatten(2)
-        if self.activation is not None and self.gate is not None:
-            o_BTF = o_BTF * self.activation(self.gate(x_BTD))
-        y: Tensor = self.out(self.norm(o_BTF))
-        return y
-
-
-class LinearAttention(TokenMixer):
-    """One point of the family: what its genes leave out is None."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        key_heads: int,
-        key_dim: int,
-        value_dim: int,
-        features: int,
-        scale: float,
-        operation: Callable[..., tuple[Tensor, Tensor]],
-        one_step: Callable[..., tuple[Tensor, Tensor]],
-        conv: ShortConvolution | None,
-        theta: float | None,
-        feature: Callable[[Tensor], Tensor] | None,
-        unit_keys: bool,
-        decay: nn.Module | None,
-        beta: nn.Module | None,
-        dt_values: bool,
-        normalised: bool,
-        skip: nn.Module | None,
-        output: nn.Module,
-    ) -> None:
-        super().__init__()
-        self.heads, self.key_heads = heads, key_heads
-        self.key_dim, self.value_dim, self.features = key_dim, value_dim, features
-        self.scale = scale
-        self.operation = operation
-        self.one_step = one_step
-        self.theta = theta
-        self.feature = feature
-        self.unit_keys = unit_keys
-        self.dt_values = dt_values
-        self.normalised = normalised
-        self.mixed = nn.Linear(width, 2 * key_heads * key_dim + heads * value_dim, bias=False)
-        self.conv = conv
-        self.decay = decay
-        self.beta = beta
-        self.skip = skip
-        self.output = output
-
-    def initial_state(
-        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        columns = self.value_dim + int(self.normalised)
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        shape = (batch, self.heads, self.features, columns)
-        state = {"matrix": torch.zeros(shape, device=device, dtype=state_dtype)}
-        if self.conv is not None:
-            state["conv"] = self.conv.initial_state(batch, device, dtype)
-        return state
-
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        after: dict[str, Tensor] = {}
-        mixed_BTF = self.mixed(x_BTD)
-        if self.conv is not None:
-            mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
-        q_BTHK, k_BTHK, v_BTHV = self.heads_of(mixed_BTF, at.positions_T)
-        decay, write_BTHV, beta_BTH = self.gates_of(x_BTD, v_BTHV)
-        matrix = None if state is None else state["matrix"]
-        o_BTHV, after["matrix"] = self.operation(q_BTHK, k_BTHK, write_BTHV, decay, beta_BTH, matrix)
-        return self.finish(o_BTHV, v_BTHV, x_BTD), None if state is None else after
-
-    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        x_BTD = x_BD[:, None]
-        mixed_BF = self.mixed(x_BD)
-        if self.conv is not None:
-            mixed_BF = self.conv.step(mixed_BF, state["conv"])
-        q_BTHK, k_BTHK, v_BTHV = self.heads_of(mixed_BF[:, None], at.positions_T)
-        decay, write_BTHV, beta_BTH = self.gates_of(x_BTD, v_BTHV)
-        now = decay if decay is None or decay.dim() == 1 else decay[:, 0]
-        beta_BH = None if beta_BTH is None else beta_BTH[:, 0]
-        o_BHV, matrix = self.one_step(
-            q_BTHK[:, 0], k_BTHK[:, 0], write_BTHV[:, 0], now, beta_BH, state["matrix"]
-        )
-        if matrix is not state["matrix"]:
-            state["matrix"].copy_(matrix)
-        return self.finish(o_BHV[:, None], v_BTHV, x_BTD)[:, 0], state
-
-    def heads_of(self, mixed_BTF: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys [B, T, key heads, features] and values [B, T, H, V]."""
-        keys = self.key_heads * self.key_dim
-        q, k, v = torch.split(mixed_BTF, [keys, keys, self.heads * self.value_dim], -1)
-        q_BTHK = self.map_key(split_heads(q, self.key_heads), positions_T)
-        k_BTHK = self.map_key(split_heads(k, self.key_heads), positions_T)
-        return q_BTHK * self.scale, k_BTHK, split_heads(v, self.heads)
-
-    def map_key(self, x_BTHK: Tensor, positions_T: Tensor) -> Tensor:
-        """Rotation, feature map and norm of queries or keys."""
-        if self.theta is not None:
-            x_BTHK = rotate(x_BTHK, positions_T, self.theta)
-        if self.feature is not None:
-            x_BTHK = self.feature(x_BTHK)
-        return F.normalize(x_BTHK, dim=-1, eps=1e-6) if self.unit_keys else x_BTHK
-
-    def gates_of(self, x_BTD: Tensor, v_BTHV: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Log decays, the values as they are written, and the write strength."""
-        decay, dt_BTH = (None, None) if self.decay is None else self.decay(x_BTD)
-        if self.normalised:
-            v_BTHV = torch.cat([v_BTHV, torch.ones_like(v_BTHV[..., :1])], -1)
-        if self.dt_values:
-            assert dt_BTH is not None
-            v_BTHV = v_BTHV * dt_BTH[..., None].to(v_BTHV.dtype)
-        return decay, v_BTHV, None if self.beta is None else self.beta(x_BTD)
-
-    def finish(self, o_BTHV: Tensor, v_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        """Normaliser, skip, norm, gate and output projection."""
-        if self.normalised:
-            o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + 1e-6)
-        if self.skip is not None:
-            o_BTHV = o_BTHV + self.skip(v_BTHV)
-        y: Tensor = self.output(o_BTHV, x_BTD)
-        return y
