@@ -68,8 +68,10 @@ class ExpGate(nn.Module):
             m = total + torch.maximum((i_BTH - total).cummax(1).values, first[:, None])
             m_BTH = m.to(i_BTH.dtype)
             before = torch.cat([first[:, None].to(i_BTH.dtype), m_BTH[:, :-1]], 1)
-        # Rounding alone would make it larger than 0.
-        return (i_BTH - m_BTH).exp(), (log_BTH + before - m_BTH).clamp(max=0), m_BTH
+        kept_BTH = log_BTH + before - m_BTH
+        # Rounding alone makes it larger than 0. A clamp would stop the gradient of every gate that keeps all.
+        kept_BTH = kept_BTH - kept_BTH.detach().clamp(min=0)
+        return (i_BTH - m_BTH).exp(), kept_BTH, m_BTH
 
 
 class ValueGate(nn.Module):

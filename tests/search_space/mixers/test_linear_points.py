@@ -528,6 +528,20 @@ def test_the_stabiliser_keeps_float32_where_the_plain_recurrence_overflows() -> 
     torch.testing.assert_close(y_BTD, expected.float(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("alias", Linear.aliases)
+def test_gradients_in_float32_are_those_of_float64(alias: str) -> None:
+    mixer = Linear(**Linear.aliases[alias])
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        module = mixer.build(WIDTH, "torch").build().to(dtype)
+        y_BTD, _ = module(sequence()[None].to(dtype), None, Pass(torch.arange(LENGTH), 0))
+        (y_BTD * sequence().flip(0).to(dtype)).sum().backward()
+        gradients.append({name: weight.grad.double() for name, weight in module.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() < 1e-4 * (expected.norm() + 0.1), name
+
+
 @torch.no_grad()
 def test_phases_of_a_long_sequence_do_not_drift() -> None:
     """A turn that is read in one pass of 4,000 tokens equals one that is read token by token, in float32."""
