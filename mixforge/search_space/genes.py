@@ -124,9 +124,13 @@ class Gene:
 
 @lru_cache(maxsize=1_024)
 def genes_of(mixer: type[DataclassInstance]) -> dict[str, Gene]:
-    """The genes of a mixer's class by name, in the order of its file, read from its fields' annotations."""
+    """The genes of a mixer's class by name, in the order of its file, read from its fields' annotations.
+
+    A field that is not given when a mixer is made is no gene.
+    """
     hints = get_type_hints(mixer, include_extras=True)
     return {
         each.name: Gene(each.name, hints[each.name].__metadata__, cast(GeneValue, each.default))
         for each in fields(mixer)
+        if each.init
     }

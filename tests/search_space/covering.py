@@ -2,7 +2,7 @@
 
 `singles`: the default, every alias, and each legal value of each gene with all others at their default.
 `pairs`: a covering array of strength two. Rows are taken greedily (as in Cohen et al. 1997, the AETG system): each
-row starts from the uncovered pair of (gene, value) that comes first, is filled up at random around it, and of twenty
+row starts from the uncovered pair of (gene, value) that comes first, is filled up at random around it, and of five
 such rows the one that covers most new pairs is kept. A pair counts as covered where both values are still there in
 the row's canonical form, so that a gene without effect covers nothing; a pair that no row in forty tries makes legal
 is given up. Everything follows from the mixer's name, so the array is the same in every process.
@@ -23,7 +23,7 @@ from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.settled import why_illegal
 
 WIDTH = 24
-CANDIDATES = 20
+CANDIDATES = 5
 TRIES = 40
 
 Setting = tuple[str, GeneValue]
@@ -56,6 +56,7 @@ def genes(mixer: type[Mixer]) -> dict[str, tuple[GeneValue, ...]]:
             )
         )
         for field in fields(mixer)
+        if field.init
     }
 
 
@@ -80,8 +81,13 @@ def pairs(word: str) -> tuple[Mixer, ...]:
         _cover(row, left)
     while left:
         target = next(iter(left))
-        found = [row for _ in range(TRIES) if (row := _row(rng.choice(bases), target, rng)) is not None]
-        found = [row for row in found if set(target) <= _settings(row)][:CANDIDATES]
+        found: list[Mixer] = []
+        for _ in range(TRIES):
+            row = _row(rng.choice(bases), target, rng)
+            if row is not None and set(target) <= set(_settings(row)):
+                found.append(row)
+            if len(found) == CANDIDATES:
+                break
         if not found:
             del left[target]
             continue
@@ -96,12 +102,12 @@ def _all_pairs(mixer: type[Mixer]) -> Iterator[Pair]:
         yield from (((a, x), (b, y)) for x in some for y in others)
 
 
-def _settings(row: Mixer) -> set[Setting]:
-    return {(field.name, getattr(row, field.name)) for field in fields(row)}
+def _settings(row: Mixer) -> list[Setting]:
+    return [(name, getattr(row, name)) for name in genes(type(row))]
 
 
 def _pairs(row: Mixer) -> Iterator[Pair]:
-    return combinations([(field.name, getattr(row, field.name)) for field in fields(row)], 2)
+    return combinations(_settings(row), 2)
 
 
 def _cover(row: Mixer, left: dict[Pair, None]) -> None:

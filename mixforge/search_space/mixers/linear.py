@@ -5,73 +5,93 @@
     S_t = S + k_t (beta_t (v_t - S^T k_t))^T                          rule=delta
     o_t = S_t^T q_t
 
-Decay D_t:
-    none      1
-    head      gamma_h = 1 - 2^(-5-h), fixed (Sun et al. 2023, arXiv 2307.08621, equation 8)
-    scalar    one number for each token and head
-    channel   one number for each token, head and key channel
-  with, for scalar and channel, where W is of low rank for channel,
-    forget=softplus   log D_t = -exp(a_h) dt_t, dt_t = softplus(W x_t + b)
-                      (Gu and Dao 2023, arXiv 2312.00752, algorithm 2)
-    forget=sigmoid    log D_t = log sigmoid(W x_t + b) / 16 (Yang et al. 2023, arXiv 2312.06635, section 4.4)
-Queries, keys: projection, short convolution with SiLU (`conv`), rotation (`pos=rope`), feature map, L2 norm.
-    phi=elu1      elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, equation 7)
-    phi=relu      max(x, 0) (Kasai et al. 2021, arXiv 2103.13076, without its learned map)
-    phi=taylor(2) phi(q) . phi(k) = 1 + q.k/sqrt(K) + (q.k)^2/(2K) (Arora et al. 2024, arXiv 2402.18668)
-Queries are divided by sqrt(K), but for phi=taylor(2), which scales itself, and for in_gate=dt, whose paper
-does not scale. Values: projection, short convolution with SiLU; times dt_t with in_gate=dt.
-beta_t = `beta` sigmoid(W x_t); beta=2 reaches negative eigenvalues (Grazzi et al. 2024, arXiv 2411.12537).
-norm=denominator divides o_t by q_t . z_t, where z_t is the same recurrence over ones in place of values.
-skip=head adds d_h v_t to o_t, v_t before dt. out_gate multiplies o_t by silu(W x) or sigmoid(W x).
-out_norm=rms normalises each head before the gate; out_norm=gated, all heads at once after the gate.
+Genes, from the input to the output:
+    shift       what each projection reads of the token before (`parts/token_shift`)
+    conv, act   short convolution of queries, keys and values, with a bias by bias=conv, then `act`: SiLU where
+                there is a convolution, unless it is said
+    values      shared blends in the values of the last layer with values=own (`parts/write_gate`)
+    decay       none is 1; head and layer fixed numbers for each head; scalar one for each token and head, channel
+                one for each key channel too, both S <- Diag(D_t) S Diag(D'_t), for each value channel too
+    forget      how these last three follow from the input, W of rank `forget_rank` by channel (`parts/decay`)
+    key         forget takes k_t = 1 - D_t and has no projection of keys; latent makes each key channel a softmax
+                over time and the queries a softmax over the channels
+    pos         rope, xpos: rotation before the feature map. lrpe, phase, cosine(M): queries and keys doubled by an
+                angle after it (`parts/turn`). With phase a decay is complex.
+    phi         feature map of queries and keys (`parts/feature_map`); qk_norm=l2 makes their length 1 after it.
+                Queries are divided by sqrt(K), but for maps that scale themselves and where the paper does not.
+    in_gate     what is written times dt, sigmoid or exp of a projection, or 1 - D_t (tied; by channel that is a
+                gate of the keys); tempered: the keys times the gate of forget=tempered
+    value_gate  a gate of this rank on each value channel
+    beta        the delta rule's beta_t is `beta` sigmoid(W x_t); 2 reaches negative eigenvalues (Grazzi et al. 2024,
+                arXiv 2411.12537)
+    init        the state before the first token: zero, learned (Young 2026, arXiv 2604.01168), or in training
+                noise(sd) (Buitrago and Gu 2025, arXiv 2507.02782), drawn from torch's global generator
+    norm        denominator divides o_t by q_t . z_t, z_t the same recurrence over ones in place of values; max1 by
+                max(|q_t . z_t|, 1); length divides each value by a power of its position as it is written
+    skip        head adds d_h v_t to o_t, channel d_hc v_t, v_t before its gates; bonus reads the state before it is
+                written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t
+    out_norm    rms and group normalise each head before the gate, joint and simple (no weights) all heads at once
+                before it, gated all at once after it
+    out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number
 
-The named points, and where they depart from their papers. None has biases in its projections and its
-convolution; sizes of heads are genes, not equations.
-  retnet    Sun et al. 2023 (arXiv 2307.08621), equations 6 to 8. The norm of a head is RMS with a learned
-            scale; the frequencies are those of rotary position; outputs are not divided by a sum of decays.
+The named points, and where they depart from their papers. None has biases in its projections and, but for
+bias=conv, in its convolution; sizes of heads are genes, not equations.
+  retnet    Sun et al. 2023 (arXiv 2307.08621), equations 6 to 8. The norm of a head is RMS with a learned scale;
+            the frequencies are those of rotary position; outputs are not divided by a sum of decays. pos=xpos has
+            the frequencies of the paper's code.
+  gret      Sun et al. 2024 (arXiv 2405.05254): retention whose decay is sigmoid(W x)^(1/16); group norm.
   gla       Yang et al. 2023 (arXiv 2312.06635), section 4.4. RMS norm in the place of layer norm.
+  lightning MiniMax 2025 (arXiv 2501.08313) and Qin et al. 2023 (arXiv 2307.14995). The decay counts the layers of
+            this family, not those of other mixers among them.
+  hgrn2     Qin et al. 2024 (arXiv 2404.07904). The bounds of the layers are learned apart, layer l of L between l/L
+            and (l+1)/L, where the paper takes sums of a softmax over the layers; log D_t >= -5.
   deltanet  Yang et al. 2024 (arXiv 2406.06484), section 3.4.
   gdn       Yang et al. 2024 (arXiv 2412.06464), equation 10. Values are as wide as keys.
   kda       Kimi Team 2025 (arXiv 2510.26692), section 3. The output gate has full rank; log D_t >= -5.
   mamba2    Dao and Gu 2024 (arXiv 2405.21060), section 7. P = 2 width/heads and N = 64.
-  based     The linear layer of Arora et al. 2024 (arXiv 2402.18668). Each product k_i k_j, i != j, is kept
-            once, weighed by sqrt(2), and not twice: the same function with about half the state.
+  mlstm     Beck et al. 2024 (arXiv 2405.04517), section 2.3, in the block of Beck et al. 2025 (arXiv 2503.13427): no
+            convolution, keys half as wide as values. The recurrence is run as e^-m S, whose decay and gate are
+            at most 1.
+  rwkv6     Peng et al. 2024 (arXiv 2404.05892), Finch. One rank, 32, for all shifts; log D_t >= -5.
+  based     The linear layer of Arora et al. 2024 (arXiv 2402.18668). Each product k_i k_j, i != j, is kept once,
+            weighed by sqrt(2), and not twice: the same function with about half the state.
+  gateloop  Katsch 2023 (arXiv 2311.01927). Heads have a state of K by V, where the paper's models have 1 by 1; only
+            the real part is normed and gated; log |a_t| >= -5.
+  latte     Dolga et al. 2024 (arXiv 2402.17512). log D_t >= -5 (see LatentDecay).
+  rodimus   He et al. 2024 (arXiv 2410.06577). Queries, keys and gates read the layer's input and not the convolved
+            one; values are convolved before their gate; log D_t >= -5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from mixforge.kernels import chunked_linear, short_conv
+from mixforge.kernels import chunked_linear, twofold_linear
 from mixforge.kernels.backend import triton_form
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Whole
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
-from mixforge.search_space.mixer import Backend, Cost, Mixer
+from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.activation import relu, sigmoid, silu
-from mixforge.search_space.parts.decay import (
-    HeadDecay,
-    SigmoidChannelDecay,
-    SigmoidDecay,
-    SoftplusChannelDecay,
-    SoftplusDecay,
-    exact,
-)
-from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
-from mixforge.search_space.parts.norm import norm_part
-from mixforge.search_space.parts.rotary import rotate
-from mixforge.search_space.parts.short_convolution import ShortConvolution
+from mixforge.search_space.parts import linear_pieces as pieces
+from mixforge.search_space.parts.activation import silu
+from mixforge.search_space.parts.decay import LatentDecay
+from mixforge.search_space.parts.layer import TokenMixer
+from mixforge.search_space.parts.linear_attention import FirstState, LinearAttention
+from mixforge.search_space.parts.linear_decode import FusedLinearAttention
+from mixforge.search_space.parts.piece import Piece
 
-# Rank of W in forget=sigmoid with decay=channel, as in the paper. With forget=softplus it is the value dim.
-SIGMOID_RANK = 16
+# Ranks of W where forget_rank says nothing; with forget=softplus it is the value dim.
+USUAL_RANKS: dict[str, int | str] = {"sigmoid": 16, "bounded": "full", "exp": 64, "tempered": "full"}
+# tau of forget=sigmoid.
+USUAL_TEMPERATURE = 16
+MOST_FEATURES = 1 << 20
 TAYLOR = Form("taylor", (2,))
+SIGMOID = Form("sigmoid", (1,))
+# Feature maps whose features are never negative, beside taylor(2).
+POSITIVE = ("elu1", "relu", "exp", "softmax", "learned", "hedgehog", "favor", "outer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +101,30 @@ class Linear(Mixer):
     kind: ClassVar[Literal["token", "channel"]] = "token"
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {
         "retnet": {"decay": "head", "pos": "rope", "conv": "none", "value_dim": "double"},
+        "gret": {
+            "decay": "scalar",
+            "forget": "sigmoid",
+            "pos": "rope",
+            "conv": "none",
+            "out_norm": "group",
+        },
         "gla": {"decay": "channel", "forget": "sigmoid", "conv": "none", "key_dim": "half"},
+        "lightning": {
+            "decay": "layer",
+            "conv": "none",
+            "act": "silu",
+            "out_norm": "joint",
+            "out_gate": "sigmoid",
+        },
+        "hgrn2": {
+            "decay": "channel",
+            "forget": "bounded",
+            "key": "forget",
+            "phi": "silu",
+            "conv": "none",
+            "out_norm": "gated",
+            "out_gate": "none",
+        },
         "deltanet": {"rule": "delta", "out_gate": "none"},
         "gdn": {"rule": "delta", "decay": "scalar"},
         "kda": {"rule": "delta", "decay": "channel", "out_gate": "sigmoid"},
@@ -94,6 +137,24 @@ class Linear(Mixer):
             "key_dim": 64,
             "value_dim": "double",
         },
+        "mlstm": {
+            "decay": "scalar",
+            "forget": SIGMOID,
+            "in_gate": "exp",
+            "norm": "max1",
+            "conv": "none",
+            "out_norm": "group",
+            "out_gate": "sigmoid",
+            "key_dim": "half",
+        },
+        "rwkv6": {
+            "decay": "channel",
+            "forget": "exp",
+            "skip": "bonus",
+            "shift": "lowrank",
+            "conv": "none",
+            "out_norm": "group",
+        },
         "based": {
             "phi": TAYLOR,
             "norm": "denominator",
@@ -102,25 +163,75 @@ class Linear(Mixer):
             "out_norm": "none",
             "out_gate": "none",
         },
+        "gateloop": {
+            "decay": "channel",
+            "forget": SIGMOID,
+            "forget_rank": "full",
+            "pos": "phase",
+            "conv": "none",
+            "out_norm": "group",
+        },
+        "latte": {"key": "latent", "conv": "none", "out_norm": "none", "out_gate": "none"},
+        "rodimus": {
+            "decay": "channel",
+            "forget": "tempered",
+            "in_gate": "tempered",
+            "qk_norm": "l2",
+            "value_gate": 16,
+            "skip": "channel",
+            "out_norm": "gated",
+            "heads": 1,
+            "key_dim": 64,
+            "value_dim": "double",
+            "bias": "conv",
+        },
     }
 
     rule: Annotated[str, Choice("add", "delta")] = "add"
-    decay: Annotated[str, Choice("none", "head", "scalar", "channel")] = "none"
-    forget: Annotated[str, Choice("softplus", "sigmoid")] = "softplus"
-    phi: Annotated[str | Form, Choice("none", "elu1", "relu"), Call("taylor", Whole(2, 2))] = "none"
-    norm: Annotated[str, Choice("none", "denominator")] = "none"
+    decay: Annotated[str, Choice("none", "head", "layer", "scalar", "channel", "both")] = "none"
+    forget: Annotated[
+        str | Form,
+        Choice("softplus", "sigmoid", "key", "bounded", "exp", "tempered"),
+        Call("sigmoid", Whole(1, 64)),
+    ] = "softplus"
+    forget_rank: Annotated[int | str | None, Choice("full"), Whole(1, 1024)] = None
+    key: Annotated[str, Choice("own", "forget", "latent")] = "own"
+    phi: Annotated[
+        str | Form,
+        Choice("none", "elu1", "relu", "silu", "exp", "softmax", "learned", "hedgehog"),
+        Call("taylor", Whole(1, 3)),
+        Call("favor", Whole(1, 1024)),
+        Call("outer", Whole(1, 16)),
+    ] = "none"
+    norm: Annotated[str, Choice("none", "denominator", "max1", "length")] = "none"
     qk_norm: Annotated[str | None, Choice("none", "l2")] = None
     beta: Annotated[int, Whole(1, 2)] = 1
     conv: Annotated[str | int, Choice("none"), Whole(2, 8)] = 4
-    pos: Annotated[str, Choice("none", "rope")] = "none"
-    in_gate: Annotated[str, Choice("none", "dt")] = "none"
-    skip: Annotated[str, Choice("none", "head")] = "none"
-    out_norm: Annotated[str, Choice("rms", "gated", "none")] = "rms"
-    out_gate: Annotated[str, Choice("silu", "sigmoid", "none")] = "silu"
+    act: Annotated[str | None, Choice("none", "silu")] = None
+    bias: Annotated[str, Choice("none", "conv")] = "none"
+    shift: Annotated[str, Choice("none", "lerp", "lowrank")] = "none"
+    pos: Annotated[
+        str | Form, Choice("none", "rope", "xpos", "lrpe", "phase"), Call("cosine", Whole(64, 1 << 20))
+    ] = "none"
+    in_gate: Annotated[str, Choice("none", "dt", "sigmoid", "exp", "tied", "tempered")] = "none"
+    value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
+    values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
+    init: Annotated[str | Form, Choice("zero", "learned"), Call("noise", Real(0.001, 10))] = "zero"
+    skip: Annotated[str, Choice("none", "head", "channel", "bonus")] = "none"
+    out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "none")] = "rms"
+    out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "none")] = "silu"
+    gate_rank: Annotated[str | int, Choice("full"), Whole(1, 1024)] = "full"
     heads: Annotated[int | None, Whole(1, 256)] = None
     key_heads: Annotated[int | None, Whole(1, 256)] = None
     key_dim: Annotated[int | str | None, Choice("half"), Whole(1, 1024)] = None
     value_dim: Annotated[int | str | None, Choice("double"), Whole(1, 1024)] = None
+    # Which of how many layers of this family it is: no gene, see `placed`.
+    place: tuple[int, int] = field(default=(0, 1), init=False, compare=False, repr=False)
+
+    def placed(self, index: int, count: int) -> Self:
+        placed = replace(self)
+        object.__setattr__(placed, "place", (index, count))
+        return placed
 
     def sizes(self, width: int) -> Sizes:
         """Heads and their dims at this width."""
@@ -132,12 +243,14 @@ class Linear(Mixer):
         value_dim = (
             usual if self.value_dim is None else 2 * usual if self.value_dim == "double" else self.value_dim
         )
+        channels = pieces.mapped_channels(self.phi, int(key_dim))
         return Sizes(
             heads=heads,
             key_heads=heads if self.key_heads is None else self.key_heads,
             key_dim=int(key_dim),
             value_dim=int(value_dim),
-            features=taylor_features(int(key_dim)) if self.phi == TAYLOR else int(key_dim),
+            channels=channels,
+            features=2 * channels if self.turns else channels,
         )
 
     @property
@@ -148,7 +261,58 @@ class Linear(Mixer):
     @property
     def gated_decay(self) -> bool:
         """Whether the decay follows from the input."""
-        return self.decay in ("scalar", "channel")
+        return self.decay in ("scalar", "channel", "both")
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether there is a decay for each key channel."""
+        return self.decay in ("channel", "both")
+
+    @property
+    def turns(self) -> bool:
+        """Whether an angle doubles queries and keys."""
+        return isinstance(self.pos, Form) or self.pos in ("lrpe", "phase")
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the output is divided by a sum that the state keeps in a column of its own."""
+        return self.norm in ("denominator", "max1")
+
+    @property
+    def phi_name(self) -> str:
+        """The name of the feature map."""
+        return self.phi.name if isinstance(self.phi, Form) else self.phi
+
+    @property
+    def forget_form(self) -> str:
+        """The name of the form of decays that follow from the input."""
+        return self.forget.name if isinstance(self.forget, Form) else self.forget
+
+    @property
+    def activation(self) -> str:
+        """Of queries, keys and values."""
+        if self.act is not None:
+            return self.act
+        return "none" if self.conv == "none" else "silu"
+
+    def rank(self, width: int) -> int | None:
+        """Rank of the projection that makes the decays of channels; None for a full one."""
+        usual = USUAL_RANKS.get(self.forget_form, self.sizes(width).value_dim)
+        given = usual if self.forget_rank is None else self.forget_rank
+        return None if isinstance(given, str) else given
+
+    def lends(self, width: int) -> Mapping[str, Loan]:
+        return {"values": self._values(width)} if self.values == "own" else {}
+
+    def borrows(self, width: int) -> Mapping[str, Loan]:
+        return {"values": self._values(width)} if self.values == "shared" else {}
+
+    def _values(self, width: int) -> Loan:
+        size = self.sizes(width)
+        return Loan("pass", ((size.heads, size.value_dim),))
+
+    def unread(self, names: frozenset[str]) -> Self:
+        return replace(self, values="plain") if "values" in names else self
 
     def why_illegal(self, width: int) -> str | None:
         size = self.sizes(width)
@@ -162,18 +326,85 @@ class Linear(Mixer):
             return f"{size.key_heads} key heads do not divide {size.heads} heads (mixer linear)"
         if self.key_dim == "half" and (width // size.heads) % 2 != 0:
             return f"key_dim=half needs an even width for each head, not {width // size.heads} (mixer linear)"
-        if self.pos == "rope" and size.key_dim % 2 != 0:
-            return f"pos=rope needs an even key_dim, not {size.key_dim} (mixer linear)"
-        if self.rule == "delta" and not self.unit_keys:
-            return "rule=delta needs keys of length 1: leave qk_norm out or say qk_norm=l2 (mixer linear)"
-        if self.norm == "denominator" and self.rule == "delta":
+        if self.pos in ("rope", "xpos") and size.key_dim % 2 != 0:
+            return f"pos={self.pos} needs an even key_dim, not {size.key_dim} (mixer linear)"
+        if size.features > MOST_FEATURES:
             return (
-                "norm=denominator needs rule=add: under rule=delta the sum of weights may be 0 (mixer linear)"
+                f"phi={self.phi} makes {size.features} features of key_dim {size.key_dim} (mixer linear); "
+                f"give a key_dim with at most {MOST_FEATURES}"
             )
-        if self.norm == "denominator" and self.phi == "none":
-            return "norm=denominator needs positive features: phi=elu1, relu or taylor(2) (mixer linear)"
-        if self.in_gate == "dt" and (self.decay != "scalar" or self.forget != "softplus"):
-            return "in_gate=dt needs the dt of decay=scalar, forget=softplus (mixer linear)"
+        found = self._why_uneven() or self._why_ungated() or self._why_no_keys(size)
+        return None if found is None else f"{found} (mixer linear)"
+
+    def _why_uneven(self) -> str | None:
+        """A rule, a norm or a read that the rest does not fit."""
+        if self.rule == "delta" and not self.unit_keys:
+            return "rule=delta needs keys of length 1: leave qk_norm out or say qk_norm=l2"
+        if self.normalised and self.rule == "delta":
+            return f"norm={self.norm} needs rule=add: under rule=delta the sum of weights may be 0"
+        if self.norm == "denominator" and self.phi != TAYLOR and self.phi_name not in POSITIVE:
+            return f"norm=denominator needs positive features: phi={', '.join(POSITIVE)} or taylor(2); or say norm=max1"
+        if self.norm == "denominator" and self.pos in ("lrpe", "phase"):
+            return f"norm=denominator needs positive features, and pos={self.pos} turns them; say norm=max1"
+        if self.decay == "both" and self.rule == "delta":
+            return "decay=both needs rule=add: there is no chunked form of it for rule=delta"
+        if self.skip == "bonus" and (
+            self.rule == "delta" or self.decay == "both" or self.key == "latent" or self.in_gate == "exp"
+        ):
+            return (
+                "skip=bonus reads the state before it is written: it needs rule=add, and neither decay=both, "
+                "key=latent nor in_gate=exp"
+            )
+        return None
+
+    def _why_ungated(self) -> str | None:
+        """A gate that the decay does not have."""
+        form = self.forget_form
+        if self.in_gate == "dt" and (self.decay != "scalar" or form != "softplus"):
+            return "in_gate=dt needs the dt of decay=scalar, forget=softplus"
+        if self.in_gate == "exp" and not self.normalised:
+            return "in_gate=exp has no bound, so it needs norm=max1 or norm=denominator"
+        if self.in_gate == "exp" and self.by_channel:
+            return (
+                "in_gate=exp keeps one scale for each head, so it needs decay=none, head, layer or scalar, "
+                f"not {self.decay}"
+            )
+        if self.in_gate == "tied" and not self.gated_decay:
+            return "in_gate=tied is 1 - decay: it needs decay=scalar, channel or both"
+        if self.in_gate in ("tied", "tempered") and self.by_channel and self.rule == "delta":
+            return f"in_gate={self.in_gate} scales keys, and rule=delta needs keys of length 1: say rule=add"
+        if self.in_gate == "tempered" and (form != "tempered" or not self.gated_decay):
+            return "in_gate=tempered belongs to decay=channel, forget=tempered: say them too"
+        if self.gated_decay and form == "tempered" and self.decay != "channel":
+            return f"forget=tempered needs decay=channel, not {self.decay}"
+        if self.decay == "both" and form == "key":
+            return "forget=key has no decay of the values: say decay=channel"
+        return None
+
+    def _why_no_keys(self, size: Sizes) -> str | None:
+        """Keys that cannot be made so."""
+        form = self.forget_form
+        if self.by_channel and form == "key" and size.channels != size.key_dim:
+            return (
+                f"forget=key has a decay for each of {size.key_dim} key channels, and phi={self.phi} makes "
+                f"{size.channels}: say decay=scalar or a map that keeps the channels"
+            )
+        if self.key == "forget":
+            if not self.by_channel:
+                return "key=forget takes its keys from decay=channel or both: say one of them"
+            if form == "key":
+                return "key=forget and forget=key would each follow from the other: give one of them up"
+            if self.in_gate in ("tied", "tempered"):
+                return f"key=forget has a gate in its keys already: leave in_gate={self.in_gate} out"
+            if size.key_heads != size.heads:
+                return f"key=forget has a key for each of {size.heads} heads: leave key_heads out"
+            if self.pos in ("rope", "xpos"):
+                return f"key=forget has gates for keys, which pos={self.pos} does not rotate: say pos=lrpe or none"
+        if self.key == "latent":
+            if self.decay != "none" or self.rule == "delta" or self.pos != "none" or self.phi != "none":
+                return "key=latent makes keys and decay: it needs rule=add, decay=none, phi=none and pos=none"
+            if self.unit_keys or self.normalised or self.in_gate != "none":
+                return "key=latent has weights that sum to 1: it needs norm=none or length, qk_norm=none and in_gate=none"
         return None
 
     def canonical(self, width: int) -> Self:
@@ -185,11 +416,22 @@ class Linear(Mixer):
             key_dim = None if key_dim == usual else "half" if 2 * key_dim == usual else key_dim
         if divides and isinstance(value_dim, int):
             value_dim = None if value_dim == usual else "double" if value_dim == 2 * usual else value_dim
+        forget = "sigmoid" if self.forget == Form("sigmoid", (USUAL_TEMPERATURE,)) else self.forget
+        ranked = self.by_channel and self.forget_form != "key"
+        usual_rank = replace(self, forget_rank=None).rank(width)
+        out_norm = self.out_norm
+        if out_norm == "joint":
+            out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
         return replace(
             self,
-            forget=self.forget if self.gated_decay else "softplus",
+            forget=forget if self.gated_decay else "softplus",
+            forget_rank=None if not ranked or self.rank(width) == usual_rank else self.forget_rank,
             qk_norm=None if self.unit_keys == (self.rule == "delta") else self.qk_norm,
             beta=self.beta if self.rule == "delta" else 1,
+            act=None if self.activation == replace(self, act=None).activation else self.act,
+            bias="none" if self.conv == "none" else self.bias,
+            out_norm=out_norm,
+            gate_rank="full" if self.out_gate == "none" else self.gate_rank,
             heads=None if size.heads == default_heads(width) else size.heads,
             key_heads=None if size.key_heads == size.heads else size.key_heads,
             key_dim=key_dim,
@@ -206,46 +448,109 @@ class Linear(Mixer):
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         size = self.sizes(width)
-        mixed = 2 * size.key_heads * size.key_dim + size.heads * size.value_dim
-        inner = size.heads * size.value_dim
-        gates = inner if self.out_gate != "none" else 0
-        matrices = width * (mixed + gates + inner)
-        matrices += width * size.heads if self.rule == "delta" else 0
-        vectors = 0
-        if self.decay == "scalar":
-            matrices += width * size.heads
-            vectors += size.heads * (2 if self.forget == "softplus" else 1)
-        if self.decay == "channel":
-            rank, rates = self.rank(width), size.heads * size.features
-            matrices += rank * (width + rates)
-            vectors += rates + (size.heads if self.forget == "softplus" else 0)
-        vectors += size.heads if self.skip == "head" else 0
-        vectors += {"rms": size.value_dim, "gated": inner, "none": 0}[self.out_norm]
+        found = self._pieces(width, "torch").values()
+        columns = size.value_dim + int(self.normalised)
+        mixed = self.mixed(size)
         taps = 0 if isinstance(self.conv, str) else self.conv
-        params = matrices + vectors + mixed * taps
-        matrix_values = (
-            size.heads * size.features * (size.value_dim + (1 if self.norm == "denominator" else 0))
-        )
-        state = 4 * matrix_values + mixed * max(0, taps - 1) * itemsize
+        state = 4 * size.heads * size.features * columns + mixed * max(0, taps - 1) * itemsize
+        state += width * itemsize if self.shift != "none" else 0
+        state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
+        state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
+        state += 4 * size.heads if self.in_gate == "exp" else 0
         flops = chunked_linear.matmul_flops(
-            length,
+            # The bonus is read one token before it is written, which takes one more.
+            length + int(self.skip == "bonus"),
             key_heads=size.key_heads,
             value_heads=size.heads,
             key_dim=size.features,
-            value_dim=size.value_dim + (1 if self.norm == "denominator" else 0),
+            value_dim=columns,
             rule=self.rule,
-            decay=self.decay,
+            decay=self._decay_kind(),
         )
+        params = width * mixed + sum(piece.params for piece in found)
+        macs = width * mixed + sum(piece.macs for piece in found)
         return Cost(
             params=params,
-            flops=2 * length * (matrices + mixed * taps) + flops,
+            flops=2 * length * macs + flops,
             state_bytes=state,
             decode_bytes=params * itemsize + 2 * state,
         )
 
-    def rank(self, width: int) -> int:
-        """Rank of the projection that makes a channel's decay."""
-        return SIGMOID_RANK if self.forget == "sigmoid" else self.sizes(width).value_dim
+    def mixed(self, size: Sizes) -> int:
+        """Channels of queries, keys and values."""
+        keys = size.key_heads * size.key_dim
+        return keys * (1 if self.key == "forget" else 2) + size.heads * size.value_dim
+
+    def _decay_kind(self) -> str:
+        """The decay as the chunked recurrence has it."""
+        if self.by_channel or self.key == "latent":
+            return "channel"
+        return "scalar" if self.decay == "layer" or self.in_gate == "exp" else self.decay
+
+    def _reads(self) -> list[str]:
+        """The projections that a token shift gives inputs of their own."""
+        from_input = self.gated_decay and self.forget_form != "key"
+        writes = self.rule == "delta" or self.in_gate in ("sigmoid", "exp") or self.value_gate != "none"
+        used = {
+            "q": True,
+            "k": self.key != "forget",
+            "v": True,
+            "forget": from_input or self.pos == "phase",
+            "write": writes,
+            "out": self.out_gate != "none",
+        }
+        return [name for name, is_used in used.items() if is_used]
+
+    def _pieces(self, width: int, backend: Backend) -> dict[str, Piece]:
+        """What the module is made of beside its projection, by argument, in the order in which weights are drawn."""
+        size = self.sizes(width)
+        heads, value_dim = size.heads, size.value_dim
+        decays = (
+            self.forget_form,
+            float(self.forget.arguments[0]) if isinstance(self.forget, Form) else float(USUAL_TEMPERATURE),
+            self.rank(width),
+            width,
+            heads,
+        )
+        found: dict[str, Piece] = {}
+        if not isinstance(self.conv, str):
+            found["conv"] = pieces.conv_piece(
+                self.mixed(size), self.conv, self.activation, self.bias == "conv", backend
+            )
+        if self.gated_decay:
+            channels = size.channels if self.by_channel else None
+            found["decay"] = pieces.decay_piece(*decays, channels, self.place)
+        elif self.decay != "none":
+            found["decay"] = pieces.fixed_decay_piece(self.decay, heads, self.place)
+        if self.rule == "delta":
+            found["beta"] = pieces.strength_piece(width, heads, self.beta)
+        found["bonus" if self.skip == "bonus" else "skip"] = pieces.skip_piece(
+            self.skip, heads, value_dim, size.features
+        )
+        rank = None if isinstance(self.gate_rank, str) else self.gate_rank
+        found["output"] = pieces.output_piece(
+            self.out_norm, self.out_gate, rank, width, heads, value_dim, backend
+        )
+        uses = 1 if self.key == "forget" else 2
+        found["feature"] = pieces.map_piece(self.phi, size.key_heads, size.key_dim, uses)[1]
+        found["turn"] = pieces.turn_piece(self.pos, width, size.key_heads, size.channels)
+        found["shift"] = pieces.shift_piece(self.shift, width, len(self._reads()))
+        if self.decay == "both":
+            found["value_decay"] = pieces.decay_piece(*decays, value_dim, self.place)
+        gate = "exp_gate" if self.in_gate == "exp" else "write_gate"
+        found[gate] = pieces.in_gate_piece(self.in_gate, width, heads)
+        value_rank = None if isinstance(self.value_gate, str) else self.value_gate
+        found["value_gate"] = pieces.value_gate_piece(value_rank, width, heads, value_dim)
+        if self.norm == "length":
+            found["length_gate"] = pieces.length_piece(heads)
+        if self.values == "shared":
+            found["blend"] = pieces.blend_piece(width, heads, value_dim)
+        if self.key == "latent":
+            found["latent"] = Piece(part=Part(LatentDecay))
+        if self.init == "learned":
+            first = Part(FirstState, heads=heads, features=size.features, value_dim=value_dim)
+            found["first"] = Piece(part=first, params=heads * size.features * value_dim)
+        return found
 
     def build(self, width: int, backend: Backend) -> Part:
         size = self.sizes(width)
@@ -254,13 +559,25 @@ class Linear(Mixer):
                 f"backend='triton' takes at most 256 key channels, and this mixer has {size.features} (mixer linear): "
                 "give a smaller key_dim, or build with backend='torch'"
             )
-        inner = size.heads * size.value_dim
-        mixed = 2 * size.key_heads * size.key_dim + inner
-        norm = {
-            "rms": norm_part(size.value_dim, backend),
-            "gated": norm_part(inner, backend),
-            "none": None,
-        }[self.out_norm]
+        parts = {name: piece.part for name, piece in self._pieces(width, backend).items()}
+        function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
+        is_scaled = self.phi_name not in ("taylor", "favor", "softmax", "hedgehog") and self.key != "latent"
+        is_scaled = is_scaled and self.in_gate != "dt" and self.norm != "length" and self.skip != "bonus"
+        both = self.decay == "both"
+        others: dict[str, Any] = {
+            "spread": self.pos == "xpos",
+            "act": silu if self.conv == "none" and self.activation == "silu" else None,
+            "key": self.key,
+            "gated_keys": self.by_channel and self.in_gate in ("tied", "tempered"),
+            "gated_values": self.in_gate == "tied" and self.decay != "channel",
+            "floor": self.norm == "max1",
+            "lends_values": self.values == "own",
+            "reads": self._reads() if self.shift != "none" else None,
+            "noise": float(self.init.arguments[0]) if isinstance(self.init, Form) else 0.0,
+        }
+        usual = {"key": "own", "spread": False, "noise": 0.0}
+        first = ("conv", "decay", "beta", "skip", "output", "feature")
+        others |= {name: part for name, part in parts.items() if name not in first}
         make, decoded = self._decoder(size) if backend == "triton" else (LinearAttention, {})
         return Part(
             make,
@@ -271,46 +588,44 @@ class Linear(Mixer):
             key_dim=size.key_dim,
             value_dim=size.value_dim,
             features=size.features,
-            scale=1.0 if self.phi == TAYLOR or self.in_gate == "dt" else size.key_dim**-0.5,
-            operation=chunked_linear.form(backend, self.rule, self.decay),
-            one_step=chunked_linear.step_form(backend),
-            conv=None
-            if isinstance(self.conv, str)
-            else Part(
-                ShortConvolution,
-                channels=mixed,
-                size=self.conv,
-                activation="silu",
-                operation=short_conv.form(backend),
-                one_step=short_conv.step_form(backend),
-            ),
-            theta=10000.0 if self.pos == "rope" else None,
-            feature=_FEATURES[str(self.phi)],
+            scale=size.key_dim**-0.5 if is_scaled else 1.0,
+            operation=twofold_linear.form(backend)
+            if both
+            else chunked_linear.form(backend, self.rule, self._decay_kind()),
+            one_step=twofold_linear.twofold_step if both else chunked_linear.step_form(backend),
+            conv=parts.get("conv"),
+            theta=10000.0 if self.pos in ("rope", "xpos") else None,
+            feature=parts["feature"] if function is None else function,
             unit_keys=self.unit_keys,
-            decay=self._decay_part(width, size),
-            beta=Part(WriteStrength, width=width, heads=size.heads, most=self.beta)
-            if self.rule == "delta"
-            else None,
+            decay=parts.get("decay"),
+            beta=parts.get("beta"),
             dt_values=self.in_gate == "dt",
-            normalised=self.norm == "denominator",
-            skip=Part(HeadSkip, heads=size.heads) if self.skip == "head" else None,
-            output=Part(
-                GatedOutput if self.out_norm == "gated" else NormedOutput,
-                width=width,
-                heads=size.heads,
-                value_dim=size.value_dim,
-                norm=norm,
-                activation=_ACTIVATIONS[self.out_gate],
-            ),
+            normalised=self.normalised,
+            skip=parts.get("skip"),
+            output=parts["output"],
+            **{name: value for name, value in others.items() if value not in (None, False, usual.get(name))},
         )
 
     def _decoder(self, size: Sizes) -> tuple[type[TokenMixer], dict[str, Any]]:
         """The module whose step is one kernel between its projections, where that kernel takes these genes."""
-        # Imported here, for it has this module's classes as its base.
-        from mixforge.search_space.parts.linear_decode import FusedLinearAttention
-
         is_small = size.key_dim <= 128 and size.value_dim <= 256
-        is_plain = self.phi in ("none", "elu1", "relu") and self.norm == "none" and self.pos == "none"
+        known: dict[str, tuple[GeneValue, ...]] = {
+            "decay": ("none", "head", "scalar", "channel"),
+            "forget": ("softplus", "sigmoid"),
+            "key": ("own",),
+            "phi": ("none", "elu1", "relu"),
+            "norm": ("none",),
+            "pos": ("none",),
+            "in_gate": ("none", "dt"),
+            "value_gate": ("none",),
+            "values": ("plain",),
+            "shift": ("none",),
+            "skip": ("none", "head"),
+            "out_norm": ("rms", "gated", "none"),
+            "out_gate": ("silu", "sigmoid", "none"),
+        }
+        is_known = all(getattr(self, gene) in values for gene, values in known.items())
+        is_plain = is_known and (self.conv != "none" or self.activation == "none")
         if not (is_small and is_plain):
             return LinearAttention, {}
         return FusedLinearAttention, {
@@ -321,250 +636,17 @@ class Linear(Mixer):
             "is_normed_by_head": self.out_norm == "rms",
         }
 
-    def _decay_part(self, width: int, size: Sizes) -> Part | None:
-        match self.decay, self.forget:
-            case "none", _:
-                return None
-            case "head", _:
-                return Part(HeadDecay, heads=size.heads)
-            case "scalar", "softplus":
-                return Part(SoftplusDecay, width=width, heads=size.heads)
-            case "scalar", _:
-                return Part(SigmoidDecay, width=width, heads=size.heads)
-        rank = self.rank(width)
-        make = SoftplusChannelDecay if self.forget == "softplus" else SigmoidChannelDecay
-        return Part(make, width=width, heads=size.heads, channels=size.features, rank=rank)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Heads (of values), key heads, and the dims of a head; features: key channels after the feature map."""
+    """Heads (of values), key heads, and the dims of a head.
+
+    channels: key channels after the feature map. features: rows of the state, twice as many where an angle doubles them.
+    """
 
     heads: int
     key_heads: int
     key_dim: int
     value_dim: int
+    channels: int
     features: int
-
-
-def taylor_features(key_dim: int) -> int:
-    """Features of phi=taylor(2): the constant, the channels, and their products, each pair once."""
-    return 1 + key_dim + key_dim * (key_dim + 1) // 2
-
-
-def elu1(x: Tensor) -> Tensor:
-    """elu(x) + 1, which is positive."""
-    return F.elu(x) + 1
-
-
-def taylor(x: Tensor) -> Tensor:
-    """[..., K] -> [..., 1 + K + K(K+1)/2], with taylor(q) . taylor(k) = 1 + q.k/sqrt(K) + (q.k)^2/(2K)."""
-    channels = x.shape[-1]
-    row, column = torch.triu_indices(channels, channels, device=x.device)
-    # A product of two channels stands for the two equal terms of (q.k)^2; a square for one.
-    terms = (2 - (row == column).to(x.dtype)) / (2 * channels)
-    pairs = x[..., row] * x[..., column] * terms.sqrt()
-    return torch.cat([torch.ones_like(x[..., :1]), x * channels**-0.25, pairs], -1)
-
-
-_FEATURES: dict[str, Callable[[Tensor], Tensor] | None] = {
-    "none": None,
-    "elu1": elu1,
-    "relu": relu,
-    "taylor(2)": taylor,
-}
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {"silu": silu, "sigmoid": sigmoid, "none": None}
-
-
-class WriteStrength(nn.Module):
-    """beta_t = most * sigmoid(W x) [B, T, H]."""
-
-    def __init__(self, width: int, heads: int, most: int) -> None:
-        super().__init__()
-        self.most = most
-        self.logit = nn.Linear(width, heads, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.most * torch.sigmoid(exact(self.logit(x_BTD)))
-
-
-class HeadSkip(nn.Module):
-    """d_h v_t, d_h starting at 1."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads))
-
-    def forward(self, v_BTHV: Tensor) -> Tensor:
-        return self.weight[:, None] * v_BTHV
-
-
-class NormedOutput(nn.Module):
-    """W_out (norm(o_h) * act(W_gate x)), the norm over each head."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        value_dim: int,
-        norm: nn.Module | None,
-        activation: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        super().__init__()
-        self.norm = norm
-        self.activation = activation
-        self.gate = None if activation is None else nn.Linear(width, heads * value_dim, bias=False)
-        self.out = nn.Linear(heads * value_dim, width, bias=False)
-
-    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        if self.norm is not None:
-            o_BTHV = self.norm(o_BTHV)
-        o_BTF = o_BTHV.flatten(2)
-        if self.activation is not None and self.gate is not None:
-            o_BTF = o_BTF * self.activation(self.gate(x_BTD))
-        y: Tensor = self.out(o_BTF)
-        return y
-
-
-class GatedOutput(nn.Module):
-    """W_out norm(o * act(W_gate x)), the norm over all heads at once."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        value_dim: int,
-        norm: nn.Module,
-        activation: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        super().__init__()
-        self.norm = norm
-        self.activation = activation
-        self.gate = None if activation is None else nn.Linear(width, heads * value_dim, bias=False)
-        self.out = nn.Linear(heads * value_dim, width, bias=False)
-
-    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        o_BTF = o_BTHV.flatten(2)
-        if self.activation is not None and self.gate is not None:
-            o_BTF = o_BTF * self.activation(self.gate(x_BTD))
-        y: Tensor = self.out(self.norm(o_BTF))
-        return y
-
-
-class LinearAttention(TokenMixer):
-    """One point of the family: what its genes leave out is None."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        key_heads: int,
-        key_dim: int,
-        value_dim: int,
-        features: int,
-        scale: float,
-        operation: Callable[..., tuple[Tensor, Tensor]],
-        one_step: Callable[..., tuple[Tensor, Tensor]],
-        conv: ShortConvolution | None,
-        theta: float | None,
-        feature: Callable[[Tensor], Tensor] | None,
-        unit_keys: bool,
-        decay: nn.Module | None,
-        beta: nn.Module | None,
-        dt_values: bool,
-        normalised: bool,
-        skip: nn.Module | None,
-        output: nn.Module,
-    ) -> None:
-        super().__init__()
-        self.heads, self.key_heads = heads, key_heads
-        self.key_dim, self.value_dim, self.features = key_dim, value_dim, features
-        self.scale = scale
-        self.operation = operation
-        self.one_step = one_step
-        self.theta = theta
-        self.feature = feature
-        self.unit_keys = unit_keys
-        self.dt_values = dt_values
-        self.normalised = normalised
-        self.mixed = nn.Linear(width, 2 * key_heads * key_dim + heads * value_dim, bias=False)
-        self.conv = conv
-        self.decay = decay
-        self.beta = beta
-        self.skip = skip
-        self.output = output
-
-    def initial_state(
-        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        columns = self.value_dim + int(self.normalised)
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        shape = (batch, self.heads, self.features, columns)
-        state = {"matrix": torch.zeros(shape, device=device, dtype=state_dtype)}
-        if self.conv is not None:
-            state["conv"] = self.conv.initial_state(batch, device, dtype)
-        return state
-
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        after: dict[str, Tensor] = {}
-        mixed_BTF = self.mixed(x_BTD)
-        if self.conv is not None:
-            mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
-        q_BTHK, k_BTHK, v_BTHV = self.heads_of(mixed_BTF, at.positions_T)
-        decay, write_BTHV, beta_BTH = self.gates_of(x_BTD, v_BTHV)
-        matrix = None if state is None else state["matrix"]
-        o_BTHV, after["matrix"] = self.operation(q_BTHK, k_BTHK, write_BTHV, decay, beta_BTH, matrix)
-        return self.finish(o_BTHV, v_BTHV, x_BTD), None if state is None else after
-
-    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        x_BTD = x_BD[:, None]
-        mixed_BF = self.mixed(x_BD)
-        if self.conv is not None:
-            mixed_BF = self.conv.step(mixed_BF, state["conv"])
-        q_BTHK, k_BTHK, v_BTHV = self.heads_of(mixed_BF[:, None], at.positions_T)
-        decay, write_BTHV, beta_BTH = self.gates_of(x_BTD, v_BTHV)
-        now = decay if decay is None or decay.dim() == 1 else decay[:, 0]
-        beta_BH = None if beta_BTH is None else beta_BTH[:, 0]
-        o_BHV, matrix = self.one_step(
-            q_BTHK[:, 0], k_BTHK[:, 0], write_BTHV[:, 0], now, beta_BH, state["matrix"]
-        )
-        if matrix is not state["matrix"]:
-            state["matrix"].copy_(matrix)
-        return self.finish(o_BHV[:, None], v_BTHV, x_BTD)[:, 0], state
-
-    def heads_of(self, mixed_BTF: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys [B, T, key heads, features] and values [B, T, H, V]."""
-        keys = self.key_heads * self.key_dim
-        q, k, v = torch.split(mixed_BTF, [keys, keys, self.heads * self.value_dim], -1)
-        q_BTHK = self.map_key(split_heads(q, self.key_heads), positions_T)
-        k_BTHK = self.map_key(split_heads(k, self.key_heads), positions_T)
-        return q_BTHK * self.scale, k_BTHK, split_heads(v, self.heads)
-
-    def map_key(self, x_BTHK: Tensor, positions_T: Tensor) -> Tensor:
-        """Rotation, feature map and norm of queries or keys."""
-        if self.theta is not None:
-            x_BTHK = rotate(x_BTHK, positions_T, self.theta)
-        if self.feature is not None:
-            x_BTHK = self.feature(x_BTHK)
-        return F.normalize(x_BTHK, dim=-1, eps=1e-6) if self.unit_keys else x_BTHK
-
-    def gates_of(self, x_BTD: Tensor, v_BTHV: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Log decays, the values as they are written, and the write strength."""
-        decay, dt_BTH = (None, None) if self.decay is None else self.decay(x_BTD)
-        if self.normalised:
-            v_BTHV = torch.cat([v_BTHV, torch.ones_like(v_BTHV[..., :1])], -1)
-        if self.dt_values:
-            assert dt_BTH is not None
-            v_BTHV = v_BTHV * dt_BTH[..., None].to(v_BTHV.dtype)
-        return decay, v_BTHV, None if self.beta is None else self.beta(x_BTD)
-
-    def finish(self, o_BTHV: Tensor, v_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        """Normaliser, skip, norm, gate and output projection."""
-        if self.normalised:
-            o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + 1e-6)
-        if self.skip is not None:
-            o_BTHV = o_BTHV + self.skip(v_BTHV)
-        y: Tensor = self.output(o_BTHV, x_BTD)
-        return y

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixforge.search_space.mixers.linear import LinearAttention
 from mixforge.search_space.parts.decay import (
     SigmoidChannelDecay,
     SigmoidDecay,
@@ -16,6 +15,7 @@ from mixforge.search_space.parts.decay import (
     SoftplusDecay,
 )
 from mixforge.search_space.parts.layer import Pass
+from mixforge.search_space.parts.linear_attention import LinearAttention
 
 
 class FusedLinearAttention(LinearAttention):

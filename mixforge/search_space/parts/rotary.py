@@ -1,9 +1,10 @@
 """Rotary position: pairs of channels turn by an angle that grows with the position.
 
     (x_i, x_{i+K/2}) <- (x_i cos(t f_i) - x_{i+K/2} sin(t f_i),  x_{i+K/2} cos(t f_i) + x_i sin(t f_i))
-    f_i = theta^(-2i/K)
+    f_i = theta^(-2i/K), or theta^(-i/(K/2-1)) where they are spread from 1 to 1/theta
 
-Source: Su et al. 2021 (arXiv 2104.09864), section 3.2.2. Channels are paired across halves (i with i + K/2)
+Source: Su et al. 2021 (arXiv 2104.09864), section 3.2.2; for the spread frequencies Sun et al. 2023 (arXiv 2307.08621)
+in their public code. Channels are paired across halves (i with i + K/2)
 and not as neighbours, which is the same map after a permutation of the channels.
 """
 
@@ -15,16 +16,20 @@ import torch
 from torch import Tensor
 
 
-def rotate(x_BTHK: Tensor, positions_T: Tensor, theta: float) -> Tensor:
+def rotate(x_BTHK: Tensor, positions_T: Tensor, theta: float, spread: bool = False) -> Tensor:
     """Rotate [B, T, H, K], K even, by the int64 positions [T]. Angles are taken in float32 or better."""
-    return turn(x_BTHK, angles(positions_T, frequencies(x_BTHK.shape[-1], theta, x_BTHK)))
+    return turn(x_BTHK, angles(positions_T, frequencies(x_BTHK.shape[-1], theta, x_BTHK, spread)))
 
 
-def frequencies(channels: int, theta: float, like: Tensor) -> Tensor:
-    """f_i [channels / 2] on the device of `like`, in float64 where that is float64, else in float32."""
+def frequencies(channels: int, theta: float, like: Tensor, spread: bool = False) -> Tensor:
+    """f_i [channels / 2] on the device of `like`, in float64 where that is float64, else in float32.
+
+    With `spread` the last of them is 1/theta.
+    """
     exact = torch.float64 if like.dtype == torch.float64 else torch.float32
     pair = torch.arange(channels // 2, device=like.device, dtype=exact)
-    return torch.exp(pair * (-2 * math.log(theta) / channels))
+    steps = max(1, channels // 2 - 1) if spread else channels / 2
+    return torch.exp(pair * (-math.log(theta) / steps))
 
 
 def angles(positions_T: Tensor, frequencies: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ MIXERS = [
     "linear(decay=scalar, forget=sigmoid, out_gate=sigmoid, phi=elu1)",
     "linear(phi=elu1, norm=denominator)",
     "based(key_dim=4)",
+    "hgrn2",
+    "mlstm",
+    "rwkv6(forget_rank=4)",
+    "latte",
     "rglru",
     "conv",
 ]

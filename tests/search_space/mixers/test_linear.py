@@ -194,10 +194,6 @@ def test_alias_is_its_papers_recurrence(oracle: Callable[[Weights, Tensor], Tens
     torch.testing.assert_close(y_BTD[0], oracle(weights, x_TD), rtol=1e-9, atol=1e-9)
 
 
-def test_every_alias_has_an_oracle() -> None:
-    assert set(Linear.aliases) == {oracle.__name__ for oracle in ORACLES}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("phi", ["elu1", "relu"])
 def test_feature_maps_with_the_denominator(phi: str) -> None:

@@ -1,0 +1,129 @@
+"""Linear recurrences whose matrix state decays along both of its sides, in one operation.
+
+For each head, with state S [K, V], log decays g [K] of its rows and h [V] of its columns:
+
+    S = Diag(e^g_t) S Diag(e^h_t) + k_t v_t^T        o_t = q_t^T S
+
+In a chunk of L tokens, with G and H the running sums of g and h, and G', H' their first rows:
+
+    O_i = e^{H_i} (q_i e^{G_i})^T S0
+          + e^{H_i - H'} sum over j <= i of (q_i e^{G_i - G'} . k_j e^{G' - G_j}) v_j e^{H' - H_j}
+    S1 = Diag(e^{G_L}) S0 Diag(e^{H_L}) + sum over j of k_j e^{G_L - G_j} (v_j e^{H_L - H_j})^T
+
+All forms take q_BTHK, k_BTHK, v_BTHV, log decays decay_BTHK and value_decay_BTHV in [-5, 0], and the state_BHKV
+before the first token, None for zeros. They return o_BTHV in the dtype of v and the final state. States and
+everything between are float32, or float64 where v is. Chunks have 16 rows, so that with log decays of at least -5 no
+power passes e^75.
+
+Source: Pramanik et al. 2023 (arXiv 2310.15719) for the recurrence; Yang et al. 2023
+(arXiv 2312.06635), section 4, for chunks of decays along one side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, cut, first_state
+
+
+def twofold_linear_reference(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    decay_BTHK: Tensor,
+    value_decay_BTHV: Tensor,
+    state_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one token after the other."""
+    check_twofold(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV)
+    state = first_state(q_BTHK, v_BTHV, state_BHKV)
+    inputs = (x.to(state.dtype).unbind(1) for x in (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV))
+    outputs = []
+    for q_BHK, k_BHK, v_BHV, g_BHK, h_BHV in zip(*inputs, strict=True):
+        keep = g_BHK.exp()[..., :, None] * h_BHV.exp()[..., None, :]
+        state = keep * state + k_BHK[..., :, None] * v_BHV[..., None, :]
+        outputs.append((q_BHK[..., None, :] @ state)[..., 0, :])
+    return torch.stack(outputs, 1).to(v_BTHV.dtype), state
+
+
+def twofold_linear_torch(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    decay_BTHK: Tensor,
+    value_decay_BTHV: Tensor,
+    state_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In chunks, as matrix products; only the states follow one another."""
+    check_twofold(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV)
+    length, heads = v_BTHV.shape[1:3]
+    state = first_state(q_BTHK, v_BTHV, state_BHKV)
+    inputs = (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV)
+    q, k, v, g, h = (cut(x.to(state.dtype), CHANNEL_CHUNK, heads) for x in inputs)
+    total_k, total_v = g.cumsum(-2), h.cumsum(-2)
+    inner_k, inner_v = total_k - total_k[..., :1, :], total_v - total_v[..., :1, :]
+    products = ((q * inner_k.exp()) @ (k * (-inner_k).exp()).mT).tril()
+    within = inner_v.exp() * (products @ (v * (-inner_v).exp()))
+    last_k, last_v = total_k[..., -1:, :], total_v[..., -1:, :]
+    added = (k * (last_k - total_k).exp()).mT @ (v * (last_v - total_v).exp())
+    kept = last_k.mT.exp() * last_v.exp()
+    states = []
+    for keep, add in zip(kept.unbind(), added.unbind(), strict=True):
+        states.append(state)
+        state = keep * state + add
+    across = total_v.exp() * ((q * total_k.exp()) @ torch.stack(states))
+    o = (within + across).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return o[:, :length].to(v_BTHV.dtype), state
+
+
+def twofold_step(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    decay_BHK: Tensor,
+    value_decay_BHV: Tensor,
+    state_BHKV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence: (o_BHV, state_BHKV)."""
+    dtype = state_BHKV.dtype
+    keep = decay_BHK.to(dtype).exp()[..., :, None] * value_decay_BHV.to(dtype).exp()[..., None, :]
+    state = keep * state_BHKV + k_BHK.to(dtype)[..., :, None] * v_BHV.to(dtype)[..., None, :]
+    return (q_BHK.to(dtype)[..., None, :] @ state)[..., 0, :].to(v_BHV.dtype), state
+
+
+def check_twofold(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, value_decay: Tensor) -> None:
+    """Raise ValueError where shapes do not fit or, on a CPU, a decay leaves its range."""
+    for name, given, like in (
+        ("k", k, q),
+        ("decay", decay, q),
+        ("value_decay", value_decay, v),
+    ):
+        if given.shape != like.shape:
+            raise ValueError(f"{name} has shape {list(given.shape)}; it must be {list(like.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v has shape {list(v.shape)}; it must begin as q does, {list(q.shape)}")
+    for name, log in (("decay", decay), ("value_decay", value_decay)):
+        if log.device.type != "cpu" or torch.compiler.is_compiling():
+            continue
+        low, high = (bound.item() for bound in log.detach().aminmax())
+        if low < CHANNEL_FLOOR or high > 0:
+            raise ValueError(f"{name} must lie in [{CHANNEL_FLOOR:g}, 0], got {low:g} to {high:g}")
+
+
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": twofold_linear_reference,
+    "torch": twofold_linear_torch,
+}
+
+
+def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The form of one backend. Raises ValueError for triton, which has none yet."""
+    if backend not in FORMS:
+        raise ValueError(
+            f"backend={backend!r} has no recurrence that decays along keys and values yet; "
+            "give decay=channel, or build with backend='torch'"
+        )
+    return FORMS[backend]

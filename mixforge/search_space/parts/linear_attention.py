@@ -1,0 +1,380 @@
+"""The module of the linear family, whose equations `mixers/linear.py` has.
+
+A pass has four parts: `project` makes queries, keys and values of the input; `reads_of` makes of them what the
+recurrence reads: decays, what is written and how strongly; `operation` or `one_step` is the recurrence; `finish` is
+what follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
+from mixforge.search_space.parts.rotary import rotate
+from mixforge.search_space.parts.short_convolution import ShortConvolution
+from mixforge.search_space.parts.token_shift import TokenShift
+from mixforge.search_space.parts.turn import Turn, turned
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Reads:
+    """What one pass gives to the recurrence.
+
+    decay: None, or log decays [H], [B, T, H] or [B, T, H, K].
+    write_BTHV: the values as they are written, with a column of gates where the output is normalised.
+    strength: beta [B, T, H] of the delta rule, or the log decays [B, T, H, V] of the values.
+    floor_BTH: what the normaliser is at least, for norm=max1 with in_gate=exp.
+    """
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    write_BTHV: Tensor
+    decay: Tensor | None = None
+    strength: Tensor | None = None
+    floor_BTH: Tensor | None = None
+
+
+@dataclass
+class Inputs:
+    """The input [B, T, D] as each projection reads it: one and the same without a token shift."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    forget: Tensor
+    write: Tensor
+    out: Tensor
+
+
+class LinearAttention(TokenMixer):
+    """One point of the family: what its genes leave out is None."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        key_heads: int,
+        key_dim: int,
+        value_dim: int,
+        features: int,
+        scale: float,
+        operation: Callable[..., tuple[Tensor, Tensor]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
+        conv: ShortConvolution | None,
+        theta: float | None,
+        feature: Callable[[Tensor], Tensor] | None,
+        unit_keys: bool,
+        decay: nn.Module | None,
+        beta: nn.Module | None,
+        dt_values: bool,
+        normalised: bool,
+        skip: nn.Module | None,
+        output: nn.Module,
+        spread: bool = False,
+        act: Callable[[Tensor], Tensor] | None = None,
+        turn: Turn | None = None,
+        key: str = "own",
+        latent: nn.Module | None = None,
+        gated_keys: bool = False,
+        gated_values: bool = False,
+        value_decay: nn.Module | None = None,
+        write_gate: nn.Module | None = None,
+        exp_gate: nn.Module | None = None,
+        value_gate: nn.Module | None = None,
+        length_gate: nn.Module | None = None,
+        floor: bool = False,
+        blend: nn.Module | None = None,
+        lends_values: bool = False,
+        bonus: nn.Module | None = None,
+        shift: TokenShift | None = None,
+        reads: list[str] | None = None,
+        first: nn.Module | None = None,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.key_heads = heads, key_heads
+        self.key_dim, self.value_dim, self.features = key_dim, value_dim, features
+        self.scale = scale
+        self.operation = operation
+        self.one_step = one_step
+        self.theta = theta
+        self.spread = spread
+        self.act = act
+        self.feature = feature
+        self.turn = turn
+        self.unit_keys = unit_keys
+        self.key = key
+        self.dt_values = dt_values
+        self.gated_keys, self.gated_values = gated_keys, gated_values
+        self.normalised = normalised
+        self.floor = floor
+        self.lends_values = lends_values
+        self.noise = noise
+        keys = key_heads * key_dim
+        self.rows = [keys, 0 if key == "forget" else keys, heads * value_dim]
+        self.mixed = nn.Linear(width, sum(self.rows), bias=False)
+        self.shift = shift
+        self.reads = [] if reads is None else reads
+        self.conv = conv
+        self.decay = decay
+        self.latent = latent
+        self.value_decay = value_decay
+        self.beta = beta
+        self.write_gate = write_gate
+        self.exp_gate = exp_gate
+        self.value_gate = value_gate
+        self.length_gate = length_gate
+        self.blend = blend
+        self.bonus = bonus
+        self.first = first
+        self.skip = skip
+        self.output = output
+
+    def initial_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> State:
+        columns = self.value_dim + int(self.normalised)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        state = {"matrix": torch.zeros(batch, self.heads, self.features, columns, device=device, dtype=exact)}
+        if self.first is not None:
+            state["matrix"].copy_(self.first(batch, columns))
+        if self.conv is not None:
+            state["conv"] = self.conv.initial_state(batch, device, dtype)
+        if self.shift is not None:
+            state["shift"] = self.shift.initial_state(batch, device, dtype)
+        phase = None if self.turn is None else self.turn.initial_state(batch, device, exact)
+        if phase is not None:
+            state["phase"] = phase
+        if self.latent is not None:
+            # The logarithm of a sum of nothing.
+            shape = (batch, self.key_heads, self.key_dim)
+            state["latent"] = torch.full(shape, -torch.inf, device=device, dtype=exact)
+        if self.exp_gate is not None:
+            state["scale"] = torch.zeros(batch, self.heads, device=device, dtype=exact)
+        return state
+
+    def forward(self, x_BTD: Tensor, state: State | None, at: Pass) -> tuple[Tensor, State | None]:
+        after: State = {}
+        inputs = self.inputs_of(x_BTD, state, after)
+        mixed_BTF = self.project(x_BTD, inputs)
+        if self.conv is not None:
+            mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
+        read = self.reads_of(mixed_BTF, inputs, state, after, at)
+        matrix = self.first_matrix(read) if state is None else state["matrix"]
+        if self.bonus is None:
+            o_BTHV, after["matrix"] = self.operation(
+                read.q_BTHK, read.k_BTHK, read.write_BTHV, read.decay, read.strength, matrix
+            )
+        else:
+            o_BTHV, after["matrix"] = self.read_before_write(self.bonus, read, matrix)
+        return self.finish(o_BTHV, read, inputs), None if state is None else after
+
+    def step(self, x_BD: Tensor, state: State, at: Pass) -> tuple[Tensor, State]:
+        after: State = {}
+        inputs = self.inputs_of(x_BD[:, None], state, after)
+        mixed_BF = self.project(x_BD[:, None], inputs)[:, 0]
+        if self.conv is not None:
+            mixed_BF = self.conv.step(mixed_BF, state["conv"])
+        read = self.reads_of(mixed_BF[:, None], inputs, state, after, at)
+        decay, strength = read.decay, read.strength
+        now = decay if decay is None or decay.dim() == 1 else decay[:, 0]
+        before = state["matrix"]
+        added_BHV = None
+        if self.bonus is not None:
+            group = self.heads // read.q_BTHK.shape[2]
+            q_BHK = read.q_BTHK[:, 0].to(before.dtype).repeat_interleave(group, 1)
+            added_BHV = (q_BHK[..., None, :] @ before)[..., 0, :].to(read.write_BTHV.dtype)
+            added_BHV = added_BHV + self.bonus(read.q_BTHK, read.k_BTHK, read.write_BTHV)[:, 0]
+        o_BHV, after["matrix"] = self.one_step(
+            read.q_BTHK[:, 0],
+            read.k_BTHK[:, 0],
+            read.write_BTHV[:, 0],
+            now,
+            None if strength is None else strength[:, 0],
+            before,
+        )
+        o_BHV = o_BHV if added_BHV is None else added_BHV
+        for name, tensor in after.items():
+            if tensor is not state[name]:
+                state[name].copy_(tensor)
+        return self.finish(o_BHV[:, None], read, inputs)[:, 0], state
+
+    def inputs_of(self, x_BTD: Tensor, state: State | None, after: State) -> Inputs:
+        """The input of each projection, after the token shift if there is one."""
+        if self.shift is None:
+            return Inputs(x_BTD, x_BTD, x_BTD, x_BTD, x_BTD, x_BTD)
+        shifted, after["shift"] = self.shift(x_BTD, None if state is None else state["shift"])
+        found = dict(zip(self.reads, shifted.unbind(), strict=True))
+        return Inputs(*(found.get(name, x_BTD) for name in ("q", "k", "v", "forget", "write", "out")))
+
+    def project(self, x_BTD: Tensor, inputs: Inputs) -> Tensor:
+        """Queries, keys and values [B, T, F]."""
+        if self.shift is None:
+            mixed_BTF: Tensor = self.mixed(x_BTD)
+            return mixed_BTF
+        weights = torch.split(self.mixed.weight, self.rows)
+        parts = [
+            F.linear(x, w) for x, w in zip((inputs.q, inputs.k, inputs.v), weights, strict=True) if len(w)
+        ]
+        return torch.cat(parts, -1)
+
+    def reads_of(
+        self, mixed_BTF: Tensor, inputs: Inputs, state: State | None, after: State, at: Pass
+    ) -> Reads:
+        """Queries, keys and values by heads, then the gates."""
+        if self.act is not None:
+            mixed_BTF = self.act(mixed_BTF)
+        q, k, v = torch.split(mixed_BTF, self.rows, -1)
+        q_BTHK, v_BTHV = split_heads(q, self.key_heads), split_heads(v, self.heads)
+        k_BTHK = q_BTHK if self.key == "forget" else split_heads(k, self.key_heads)
+        if self.lends_values:
+            at.shared["values"] = (v_BTHV,)
+        if self.blend is not None:
+            v_BTHV = self.blend(inputs.v, v_BTHV, at.shared["values"][0])
+        decay, gate = (None, None) if self.decay is None else self.decay(inputs.forget, k_BTHK)
+        if self.latent is not None:
+            decay, k_BTHK, after["latent"] = self.latent(k_BTHK, None if state is None else state["latent"])
+            group = self.heads // self.key_heads
+            decay = decay.repeat_interleave(group, 2)
+            q_BTHK, k_BTHK = q_BTHK.softmax(-1), k_BTHK.to(q_BTHK.dtype)
+        elif self.key == "forget":
+            assert decay is not None
+            k_BTHK = -torch.expm1(decay).to(q_BTHK.dtype)
+        angle = None
+        if self.turn is not None:
+            angle, last = self.turn(
+                inputs.forget, at.positions_T, None if state is None else state.get("phase")
+            )
+            if last is not None:
+                after["phase"] = last
+        q_BTHK = self.map_key(q_BTHK, at.positions_T, angle, is_gate=False)
+        k_BTHK = self.map_key(k_BTHK, at.positions_T, angle, is_gate=self.key == "forget")
+        if angle is not None and decay is not None and decay.dim() == 4:
+            decay = torch.cat([decay, decay], -1)
+        read = Reads(q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay)
+        self.gate_writes(read, gate, inputs, state, after, at)
+        return read
+
+    def map_key(self, x_BTHK: Tensor, positions_T: Tensor, angle: Tensor | None, *, is_gate: bool) -> Tensor:
+        """Rotation, feature map, turn and norm of queries or keys; keys that are a gate are features already."""
+        if self.theta is not None:
+            x_BTHK = rotate(x_BTHK, positions_T, self.theta, self.spread)
+        if self.feature is not None and not is_gate:
+            x_BTHK = self.feature(x_BTHK)
+        if angle is not None:
+            x_BTHK = turned(x_BTHK, angle)
+        return F.normalize(x_BTHK, dim=-1, eps=1e-6) if self.unit_keys else x_BTHK
+
+    def gate_writes(
+        self, read: Reads, gate: Tensor | None, inputs: Inputs, state: State | None, after: State, at: Pass
+    ) -> None:
+        """Gates of the values and the keys, and the write strength. `gate` is what came with the decay."""
+        dtype = read.v_BTHV.dtype
+        write_BTHV = read.v_BTHV
+        if self.value_gate is not None:
+            write_BTHV = write_BTHV * self.value_gate(inputs.write)
+        if self.beta is not None:
+            read.strength = self.beta(inputs.write)
+        if self.value_decay is not None:
+            log_BTHV, _ = self.value_decay(inputs.forget, read.k_BTHK)
+            if self.gated_values:
+                write_BTHV = write_BTHV * -torch.expm1(log_BTHV).to(dtype)
+            # The column of the normaliser follows the keys alone.
+            read.strength = F.pad(log_BTHV, (0, int(self.normalised)))
+        if self.normalised:
+            write_BTHV = torch.cat([write_BTHV, torch.ones_like(write_BTHV[..., :1])], -1)
+        factor = None
+        if self.dt_values:
+            factor = gate
+        elif self.gated_values and self.value_decay is None:
+            assert read.decay is not None
+            factor = -torch.expm1(read.decay)
+        elif self.write_gate is not None:
+            factor = self.write_gate(inputs.write)
+        elif self.exp_gate is not None:
+            before = None if state is None else state["scale"]
+            factor, read.decay, scale_BTH = self.exp_gate(inputs.write, read.decay, before)
+            after["scale"] = scale_BTH[:, -1]
+            read.floor_BTH = (-scale_BTH).exp()
+        if self.length_gate is not None:
+            length = self.length_gate(at.positions_T)
+            factor = length if factor is None else factor * length
+        if factor is not None:
+            write_BTHV = write_BTHV * factor[..., None].to(dtype)
+        if self.gated_keys:
+            assert read.decay is not None
+            factor = -torch.expm1(read.decay) if gate is None else gate
+            if factor.shape[-1] < self.features:
+                factor = torch.cat([factor, factor], -1)
+            group = self.heads // self.key_heads
+            read.q_BTHK = read.q_BTHK.repeat_interleave(group, 2)
+            read.k_BTHK = read.k_BTHK.repeat_interleave(group, 2) * factor.to(dtype)
+        read.write_BTHV = write_BTHV
+
+    def first_matrix(self, read: Reads) -> Tensor | None:
+        """The state before the first token of a training sequence; None for zeros."""
+        batch, columns = read.write_BTHV.shape[0], read.write_BTHV.shape[-1]
+        if self.first is not None:
+            matrix: Tensor = self.first(batch, columns)
+            return matrix
+        if self.noise == 0 or not self.training:
+            return None
+        shape = (batch, self.heads, self.features, columns)
+        matrix = self.noise * torch.randn(shape, device=read.v_BTHV.device)
+        if self.normalised:
+            matrix[..., -1] = 0
+        return matrix
+
+    def read_before_write(
+        self, bonus: nn.Module, read: Reads, matrix: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """o_t = S_{t-1}^T q_t + bonus: the recurrence with everything but its queries one token later."""
+        decay = read.decay
+        if decay is not None and decay.dim() == 1:
+            decay = decay.expand(*read.v_BTHV.shape[:3])
+        # Before the first token stands one that writes nothing and forgets nothing.
+        later = (0, 0, 0, 0, 1, 0)
+        o_BTHV, matrix = self.operation(
+            F.pad(read.q_BTHK, (0, 0, 0, 0, 0, 1)),
+            F.pad(read.k_BTHK, later),
+            F.pad(read.write_BTHV, later),
+            None if decay is None else F.pad(decay, later if decay.dim() == 4 else later[2:]),
+            None,
+            matrix,
+        )
+        return o_BTHV[:, :-1] + bonus(read.q_BTHK, read.k_BTHK, read.write_BTHV), matrix
+
+    def finish(self, o_BTHV: Tensor, read: Reads, inputs: Inputs) -> Tensor:
+        """Normaliser, skip, norm, gate and output projection."""
+        if self.normalised and self.floor:
+            total = o_BTHV[..., -1:].abs()
+            least = (
+                torch.ones_like(total)
+                if read.floor_BTH is None
+                else read.floor_BTH[..., None].to(total.dtype)
+            )
+            o_BTHV = o_BTHV[..., :-1] / (torch.maximum(total, least) + 1e-6)
+        elif self.normalised:
+            o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + 1e-6)
+        if self.skip is not None:
+            o_BTHV = o_BTHV + self.skip(read.v_BTHV)
+        y: Tensor = self.output(o_BTHV, inputs.out)
+        return y
+
+
+class FirstState(nn.Module):
+    """A learned state before the first token, [H, K, V]; the sum of a normaliser starts at 0."""
+
+    def __init__(self, heads: int, features: int, value_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, features, value_dim))
+
+    def forward(self, batch: int, columns: int) -> Tensor:
+        padded = F.pad(self.weight, (0, columns - self.weight.shape[-1]))
+        return padded.expand(batch, *padded.shape)

@@ -1,0 +1,145 @@
+"""What follows the recurrence of the linear family: skip, norm, gate and output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixforge.search_space.parts.decay import exact
+
+
+class HeadSkip(nn.Module):
+    """d_h v_t, d_h starting at 1."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads))
+
+    def forward(self, v_BTHV: Tensor) -> Tensor:
+        return self.weight[:, None] * v_BTHV
+
+
+class ChannelSkip(nn.Module):
+    """d_hc v_t, d_hc starting at 1."""
+
+    def __init__(self, heads: int, value_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, value_dim))
+
+    def forward(self, v_BTHV: Tensor) -> Tensor:
+        return self.weight * v_BTHV
+
+
+class Bonus(nn.Module):
+    """(q_t . (u k_t)) w_t: what the present token adds to a read of the state before it."""
+
+    def __init__(self, heads: int, features: int) -> None:
+        super().__init__()
+        # Other at each channel, as in Peng et al. 2024: from 1 down.
+        share = 1 - torch.arange(heads * features, dtype=torch.float32) / (heads * features)
+        self.weight = nn.Parameter(share.view(heads, features))
+
+    def forward(self, q_BTHK: Tensor, k_BTHK: Tensor, write_BTHV: Tensor) -> Tensor:
+        group = write_BTHV.shape[2] // q_BTHK.shape[2]
+        products = (q_BTHK * k_BTHK).repeat_interleave(group, 2)
+        return (products * self.weight).sum(-1, keepdim=True) * write_BTHV
+
+
+class SimpleNorm(nn.Module):
+    """x / rms(x) over the last axis, without a weight: Qin et al. 2023 (arXiv 2307.14995)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = exact(x)
+        return (wide * wide.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Layer norm of each head [..., H, V], weights and biases for all channels: Wu and He 2018 (arXiv 1803.08494)."""
+
+    def __init__(self, heads: int, value_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, value_dim))
+        self.bias = nn.Parameter(torch.zeros(heads, value_dim))
+
+    def forward(self, o_BTHV: Tensor) -> Tensor:
+        wide = F.layer_norm(exact(o_BTHV), o_BTHV.shape[-1:], eps=1e-5)
+        return (wide * self.weight + self.bias).to(o_BTHV.dtype)
+
+
+class LowRankGate(nn.Module):
+    """W_2 W_1 x + b."""
+
+    def __init__(self, width: int, channels: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, channels)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTF: Tensor = self.up(self.down(x_BTD))
+        return y_BTF
+
+
+class NormedOutput(nn.Module):
+    """W_out (norm(o) * act(W_gate x)), the norm over each head or, with `joint`, over all at once."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        value_dim: int,
+        norm: nn.Module | None,
+        activation: Callable[[Tensor], Tensor] | None,
+        rank: int | None = None,
+        joint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.joint = joint
+        self.activation = activation
+        self.gate = None if activation is None else gate_of(width, heads * value_dim, rank)
+        self.out = nn.Linear(heads * value_dim, width, bias=False)
+
+    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
+        if self.joint:
+            o_BTHV = o_BTHV.flatten(2)
+        if self.norm is not None:
+            o_BTHV = self.norm(o_BTHV)
+        o_BTF = o_BTHV if self.joint else o_BTHV.flatten(2)
+        if self.activation is not None and self.gate is not None:
+            o_BTF = o_BTF * self.activation(self.gate(x_BTD))
+        y: Tensor = self.out(o_BTF)
+        return y
+
+
+class GatedOutput(nn.Module):
+    """W_out norm(o * act(W_gate x)), the norm over all heads at once."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        value_dim: int,
+        norm: nn.Module,
+        activation: Callable[[Tensor], Tensor] | None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.activation = activation
+        self.gate = None if activation is None else gate_of(width, heads * value_dim, rank)
+        self.out = nn.Linear(heads * value_dim, width, bias=False)
+
+    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
+        o_BTF = o_BTHV.flatten(2)
+        if self.activation is not None and self.gate is not None:
+            o_BTF = o_BTF * self.activation(self.gate(x_BTD))
+        y: Tensor = self.out(self.norm(o_BTF))
+        return y
+
+
+def gate_of(width: int, channels: int, rank: int | None) -> nn.Module:
+    """The projection in front of a gate's activation."""
+    return nn.Linear(width, channels, bias=False) if rank is None else LowRankGate(width, channels, rank)

@@ -1,0 +1,273 @@
+"""The pieces that the linear family is put together from, by the values of its genes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mixforge.kernels import short_conv
+from mixforge.search_space.genes import Form
+from mixforge.search_space.mixer import Backend
+from mixforge.search_space.part import Part
+from mixforge.search_space.parts.activation import identity, relu, sigmoid, silu
+from mixforge.search_space.parts.decay import (
+    BoundedDecay,
+    ExpDecay,
+    HeadDecay,
+    KeyDecay,
+    LayerDecay,
+    SigmoidChannelDecay,
+    SigmoidDecay,
+    SoftplusChannelDecay,
+    SoftplusDecay,
+    TemperedDecay,
+)
+from mixforge.search_space.parts.feature_map import (
+    FavorMap,
+    HedgehogMap,
+    LearnedMap,
+    OuterMap,
+    elu1,
+    exponential,
+    softmax,
+    taylor,
+    taylor_cubic,
+    taylor_features,
+    taylor_line,
+)
+from mixforge.search_space.parts.linear_output import (
+    Bonus,
+    ChannelSkip,
+    GatedOutput,
+    GroupNorm,
+    HeadSkip,
+    NormedOutput,
+    SimpleNorm,
+)
+from mixforge.search_space.parts.norm import norm_part
+from mixforge.search_space.parts.piece import NOTHING, Piece
+from mixforge.search_space.parts.short_convolution import ShortConvolution
+from mixforge.search_space.parts.token_shift import SHIFT_RANK, TokenShift
+from mixforge.search_space.parts.turn import FixedTurn, LearnedTurn, PhaseTurn
+from mixforge.search_space.parts.write_gate import (
+    BLEND_RANK,
+    ExpGate,
+    LengthGate,
+    SigmoidGate,
+    ValueBlend,
+    ValueGate,
+    WriteStrength,
+)
+
+Map = Callable[[Tensor], Tensor]
+
+# Feature maps without weights, by name; taylor by its order.
+PLAIN_MAPS: dict[str, Map | None] = {
+    "none": None,
+    "elu1": elu1,
+    "relu": relu,
+    "silu": silu,
+    "exp": exponential,
+    "softmax": softmax,
+}
+TAYLOR_MAPS: dict[int, Map] = {1: taylor_line, 2: taylor, 3: taylor_cubic}
+GATES: dict[str, Map | None] = {"silu": silu, "sigmoid": sigmoid, "linear": identity, "none": None}
+
+
+def mapped_channels(phi: str | Form, channels: int) -> int:
+    """Features of a feature map over this many channels."""
+    if not isinstance(phi, Form):
+        return 2 * channels if phi == "hedgehog" else channels
+    count = int(phi.arguments[0])
+    if phi.name == "taylor":
+        return taylor_features(channels, count)
+    return count if phi.name == "favor" else channels * count
+
+
+def map_piece(phi: str | Form, heads: int, channels: int, uses: int) -> tuple[Map | None, Piece]:
+    """A feature map that is a function, or one that is a part; `uses` times a token."""
+    if isinstance(phi, str) and phi in PLAIN_MAPS:
+        return PLAIN_MAPS[phi], NOTHING
+    if isinstance(phi, Form) and phi.name == "taylor":
+        return TAYLOR_MAPS[int(phi.arguments[0])], NOTHING
+    if not isinstance(phi, Form):
+        square = heads * channels * channels
+        made = Part(LearnedMap if phi == "learned" else HedgehogMap, heads=heads, channels=channels)
+        return None, Piece(part=made, params=square + heads * channels, macs=uses * square)
+    count = int(phi.arguments[0])
+    product = heads * channels * count
+    if phi.name == "favor":
+        return None, Piece(part=Part(FavorMap, channels=channels, count=count), macs=uses * product)
+    made = Part(OuterMap, heads=heads, channels=channels, count=count)
+    return None, Piece(part=made, params=product, macs=uses * product)
+
+
+def fixed_decay_piece(decay: str, heads: int, place: tuple[int, int]) -> Piece:
+    """decay=head and decay=layer."""
+    if decay == "head":
+        return Piece(part=Part(HeadDecay, heads=heads))
+    return Piece(part=Part(LayerDecay, heads=heads, layer=place[0], layers=place[1]))
+
+
+def decay_piece(
+    forget: str,
+    temperature: float,
+    rank: int | None,
+    width: int,
+    heads: int,
+    channels: int | None,
+    place: tuple[int, int],
+) -> Piece:
+    """A decay that follows from the input: one for each head, or for each of its `channels`."""
+    count = heads if channels is None else heads * channels
+    rates = 2 * count if forget == "tempered" else count
+    matrix = width * rates if rank is None or channels is None else rank * (width + rates)
+    by_rank = {} if channels is None else {"channels": channels, "rank": rank}
+    if forget == "key":
+        return Piece(part=Part(KeyDecay, heads=heads, by_channel=channels is not None))
+    if forget == "softplus":
+        make = SoftplusDecay if channels is None else SoftplusChannelDecay
+        return Piece(
+            part=Part(make, width=width, heads=heads, **by_rank), params=matrix + count + heads, macs=matrix
+        )
+    if forget == "sigmoid":
+        sigmoid_decay = SigmoidDecay if channels is None else SigmoidChannelDecay
+        made = Part(sigmoid_decay, width=width, heads=heads, **by_rank, temperature=temperature)
+        return Piece(part=made, params=matrix + count, macs=matrix)
+    if forget == "tempered":
+        return Piece(
+            part=Part(TemperedDecay, width=width, heads=heads, **by_rank), params=matrix + rates, macs=matrix
+        )
+    either = {"width": width, "heads": heads, "channels": channels}
+    either["rank"] = None if channels is None else rank
+    if forget == "exp":
+        return Piece(part=Part(ExpDecay, **either), params=matrix + count, macs=matrix)
+    made = Part(BoundedDecay, **either, layer=place[0], layers=place[1])
+    return Piece(part=made, params=matrix + count, macs=matrix)
+
+
+def turn_piece(pos: str | Form, width: int, heads: int, channels: int) -> Piece:
+    """What doubles queries and keys."""
+    count = heads * channels
+    if isinstance(pos, Form):
+        return Piece(part=Part(FixedTurn, most=int(pos.arguments[0])))
+    if pos == "lrpe":
+        return Piece(part=Part(LearnedTurn, heads=heads, channels=channels), params=count)
+    if pos == "phase":
+        made = Part(PhaseTurn, width=width, heads=heads, channels=channels)
+        return Piece(part=made, params=width * count, macs=width * count)
+    return NOTHING
+
+
+def conv_piece(channels: int, size: int, activation: str, bias: bool, backend: Backend) -> Piece:
+    """The short convolution of queries, keys and values."""
+    made = Part(
+        ShortConvolution,
+        channels=channels,
+        size=size,
+        activation=activation,
+        operation=short_conv.form(backend),
+        one_step=short_conv.step_form(backend),
+        **({"bias": True} if bias else {}),
+    )
+    return Piece(part=made, params=channels * (size + int(bias)), macs=channels * size)
+
+
+def shift_piece(shift: str, width: int, count: int) -> Piece:
+    """The token shift of `count` projections."""
+    if shift == "none":
+        return NOTHING
+    rank = 2 * count * SHIFT_RANK * width if shift == "lowrank" else 0
+    made = Part(TokenShift, width=width, count=count, lowrank=shift == "lowrank")
+    own = width if shift == "lowrank" else 0
+    return Piece(part=made, params=count * width + own + rank, macs=rank)
+
+
+def strength_piece(width: int, heads: int, most: int) -> Piece:
+    """beta of the delta rule."""
+    made = Part(WriteStrength, width=width, heads=heads, most=most)
+    return Piece(part=made, params=width * heads, macs=width * heads)
+
+
+def in_gate_piece(in_gate: str, width: int, heads: int) -> Piece:
+    """in_gate=sigmoid and in_gate=exp."""
+    if in_gate not in ("sigmoid", "exp"):
+        return NOTHING
+    made = Part(SigmoidGate if in_gate == "sigmoid" else ExpGate, width=width, heads=heads)
+    return Piece(part=made, params=(width + 1) * heads, macs=width * heads)
+
+
+def value_gate_piece(rank: int | None, width: int, heads: int, value_dim: int) -> Piece:
+    """The low-rank gate of the values."""
+    if rank is None:
+        return NOTHING
+    made = Part(ValueGate, width=width, heads=heads, value_dim=value_dim, rank=rank)
+    matrix = rank * (width + heads * value_dim)
+    return Piece(part=made, params=matrix + heads * value_dim, macs=matrix)
+
+
+def length_piece(heads: int) -> Piece:
+    """norm=length."""
+    return Piece(part=Part(LengthGate, heads=heads), params=heads)
+
+
+def blend_piece(width: int, heads: int, value_dim: int) -> Piece:
+    """values=shared."""
+    made = Part(ValueBlend, width=width, heads=heads, value_dim=value_dim)
+    matrix = BLEND_RANK * (width + heads * value_dim)
+    return Piece(part=made, params=matrix + heads * value_dim, macs=matrix)
+
+
+def skip_piece(skip: str, heads: int, value_dim: int, features: int) -> Piece:
+    """What is added to the output beside the read of the state."""
+    if skip == "head":
+        return Piece(part=Part(HeadSkip, heads=heads), params=heads)
+    if skip == "channel":
+        return Piece(part=Part(ChannelSkip, heads=heads, value_dim=value_dim), params=heads * value_dim)
+    if skip == "bonus":
+        return Piece(part=Part(Bonus, heads=heads, features=features), params=heads * features)
+    return NOTHING
+
+
+def output_piece(
+    out_norm: str,
+    out_gate: str,
+    gate_rank: int | None,
+    width: int,
+    heads: int,
+    value_dim: int,
+    backend: Backend,
+) -> Piece:
+    """Norm, gate and output projection."""
+    inner = heads * value_dim
+    norms: dict[str, tuple[Part | None, int]] = {
+        "rms": (norm_part(value_dim, backend), value_dim),
+        "joint": (norm_part(inner, backend), inner),
+        "gated": (norm_part(inner, backend), inner),
+        "simple": (Part(SimpleNorm), 0),
+        "group": (Part(GroupNorm, heads=heads, value_dim=value_dim), 2 * inner),
+        "none": (None, 0),
+    }
+    norm, weights = norms[out_norm]
+    macs = width * inner
+    bias = 0
+    others: dict[str, int | bool] = {}
+    if out_gate != "none" and gate_rank is not None:
+        macs += gate_rank * (width + inner)
+        bias = inner
+        others["rank"] = gate_rank
+    elif out_gate != "none":
+        macs += width * inner
+    if out_norm in ("joint", "simple"):
+        others["joint"] = True
+    made = Part(
+        GatedOutput if out_norm == "gated" else NormedOutput,
+        width=width,
+        heads=heads,
+        value_dim=value_dim,
+        norm=norm,
+        activation=GATES[out_gate],
+        **others,
+    )
+    return Piece(part=made, params=macs + weights + bias, macs=macs)
