@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution over the last `size` tokens of each channel, without a bias."""
+    """Depthwise causal convolution over the last `size` tokens of each channel."""
 
     def __init__(
         self,
@@ -20,12 +20,14 @@ class ShortConvolution(nn.Module):
         activation: Literal["none", "silu"],
         operation: Callable[..., tuple[Tensor, Tensor]],
         one_step: Callable[..., tuple[Tensor, Tensor]],
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.activation = activation
         self.operation = operation
         self.one_step = one_step
         self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-1, 1) / math.sqrt(size))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The last `size` - 1 inputs [B, D, W-1], which are zeros before the first token."""
@@ -33,11 +35,11 @@ class ShortConvolution(nn.Module):
         return torch.zeros(batch, channels, size - 1, device=device, dtype=dtype)
 
     def forward(self, x_BTD: Tensor, state_BDW: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.operation(x_BTD, self.weight, None, self.activation, state_BDW)
+        return self.operation(x_BTD, self.weight, self.bias, self.activation, state_BDW)
 
     def step(self, x_BD: Tensor, state_BDW: Tensor) -> Tensor:
         """One token. The state is brought up to date in place."""
-        y_BD, after_BDW = self.one_step(x_BD, self.weight, None, self.activation, state_BDW)
+        y_BD, after_BDW = self.one_step(x_BD, self.weight, self.bias, self.activation, state_BDW)
         if after_BDW is not state_BDW:
             state_BDW.copy_(after_BDW)
         return y_BD
