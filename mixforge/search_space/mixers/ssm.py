@@ -47,6 +47,9 @@ from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 from mixforge.search_space.parts.state_space import DiagonalScan, Selection, SelectiveScan, StateSpace
 
+# Vectors of two numbers pass near zero so often that rounding the weights to bfloat16 moves outputs by a fifth.
+LEAST_DIRECTIONS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Ssm(Mixer):
@@ -78,9 +81,7 @@ class Ssm(Mixer):
 
     def why_illegal(self, width: int) -> str | None:
         if self.rule == "s4d" and self.poles == "complex" and self.state % 2 != 0:
-            return (
-                f"state {self.state} is no number of conjugate pairs (mixer ssm); say an even state or poles=real"
-            )
+            return f"state {self.state} is no number of conjugate pairs (mixer ssm); say an even state or poles=real"
         if self.fixed_point == "none":
             return None
         if self.rule == "s4d":
@@ -89,6 +90,11 @@ class Ssm(Mixer):
             return (
                 f"norm={self.norm} and fixed_point={self.fixed_point} exclude each other, as a fixed point puts B and "
                 "C to length 1 itself (mixer ssm); leave norm out"
+            )
+        if self.state < LEAST_DIRECTIONS:
+            return (
+                f"fixed_point={self.fixed_point} puts B and C to length 1, whose direction jumps where they are of only "
+                f"{self.state} numbers (mixer ssm); say state={LEAST_DIRECTIONS} or more"
             )
         inner = self.inner(width)
         if str(self.fixed_point).startswith("kron") and kron_factors(inner)[0] == 1:

@@ -89,9 +89,7 @@ class SelectiveScan(StateSpace):
     def step(self, u_BF: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         part = self.selection
         dt_BF, b_BN, c_BN = part(u_BF)
-        y_BF, after = selective_scan_step(
-            u_BF, dt_BF, part.rates(), b_BN, c_BN, part.skip, state["hidden"]
-        )
+        y_BF, after = selective_scan_step(u_BF, dt_BF, part.rates(), b_BN, c_BN, part.skip, state["hidden"])
         if after is not state["hidden"]:
             state["hidden"].copy_(after)
         return y_BF, None
