@@ -74,7 +74,7 @@ def diagonal_ssm_torch(
     carried_DFB = product_of(c[None], turned_BDPN).permute(1, 2, 3, 0).flatten(1, 2)
     y_DTB = y_DTB + torch.bmm(signs_of(read_DTF, frequency_DP), carried_DFB)
     write_DFT = powers_DPTN.flip(2).transpose(2, 3).flatten(1, 2)
-    written_BDPN = torch.bmm(write_DFT, x_DTB).permute(2, 0, 1).unflatten(2, c.shape[1:])
+    written_BDPN = torch.unflatten(torch.bmm(write_DFT, x_DTB).permute(2, 0, 1), 2, c.shape[1:])
     last = powers_DPTN[:, :, -1]
     after = written_BDPN + product_of(last[None], turned_BDPN)
     return y_DTB.permute(2, 1, 0).to(x_BTD.dtype), after
@@ -97,16 +97,16 @@ def diagonal_ssm_triton(
     if frequency_DP is None:
         first = None if state_BDPN is None else state_BDPN[..., 0].flatten(1)
         h, after = gated_scan.form("triton")(rate, x, first)
-        h_BTDPN = h.unflatten(2, rate_DP.shape)[..., None]
-        after = after.unflatten(1, rate_DP.shape)[..., None]
+        h_BTDPN = torch.unflatten(h, 2, rate_DP.shape)[..., None]
+        after = torch.unflatten(after, 1, rate_DP.shape)[..., None]
     else:
         phase = frequency_DP.to(dtype).flatten().expand(shape)
         first = None if state_BDPN is None else state_BDPN.flatten(1, 2).transpose(1, 2)
         h, after = gated_scan_complex.form("triton")(
             rate, phase, torch.stack([x, torch.zeros_like(x)], 2), first
         )
-        h_BTDPN = h.transpose(2, 3).unflatten(2, rate_DP.shape)
-        after = after.transpose(1, 2).unflatten(1, rate_DP.shape)
+        h_BTDPN = torch.unflatten(h.transpose(2, 3), 2, rate_DP.shape)
+        after = torch.unflatten(after.transpose(1, 2), 1, rate_DP.shape)
     return read_out(c_DPN, h_BTDPN).to(x_BTD.dtype), None if state_BDPN is None else after
 
 
@@ -160,7 +160,7 @@ def signs_of(flat: Tensor, frequency_DP: Tensor | None) -> Tensor:
     """Planes [..., P*N] as factors of a product of which the real part is asked for."""
     if frequency_DP is None:
         return flat
-    return (flat.unflatten(-1, (-1, 2)) * flat.new_tensor([1.0, -1.0])).flatten(-2)
+    return (torch.unflatten(flat, -1, (-1, 2)) * flat.new_tensor([1.0, -1.0])).flatten(-2)
 
 
 def read_out(c_DPN: Tensor, h: Tensor) -> Tensor:

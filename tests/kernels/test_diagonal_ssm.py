@@ -44,7 +44,10 @@ def test_fast_form_and_its_gradients_are_the_loops(is_complex: bool, length: int
 @torch.no_grad()
 def test_pieces_and_steps_are_the_whole(is_complex: bool) -> None:
     x_BTD, rate, frequency, c, state = arguments(is_complex)
-    assert x_BTD is not None and rate is not None and c is not None and state is not None
+    assert x_BTD is not None
+    assert rate is not None
+    assert c is not None
+    assert state is not None
     none, _ = diagonal_ssm_torch(x_BTD, rate, frequency, c)
     whole, _ = diagonal_ssm_torch(x_BTD, rate, frequency, c, torch.zeros_like(state))
     torch.testing.assert_close(none, whole)

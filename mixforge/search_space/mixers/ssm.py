@@ -126,18 +126,14 @@ class Ssm(Mixer):
         inner, states, rank = self.inner(width), self.state, step_rank(width)
         taps = self.conv if isinstance(self.conv, int) and self.gate != "glu" else 0
         vectors = inner if taps > 0 else 0
-        if self.gate == "glu":
-            matrices = 2 * width * inner
-        else:
-            matrices = width * inner * (3 if self.gate == "silu" else 2)
+        matrices = width * inner * (3 if self.gate == "silu" else 2)
         state = 4 * inner * states
+        scans = inner * states
         if self.rule == "s4d":
             vectors += inner * (2 * states + 2)
-            scans = inner * states
         else:
             matrices += inner * (2 * rank + 2 * states)
             vectors += inner * (states + 2) + (rank + 2 * states if self.norm == "dt_b_c" else 0)
-            scans = inner * states
         if self.iterations() > 0:
             mixing, products, more = self._mixing(inner)
             mixing += 2 * inner * states

@@ -71,7 +71,7 @@ def unit_rows(values: Tensor, size: int) -> Tensor:
     """R R^T with rows of unit length [M, size, size], of R's upper triangle [M, size (size + 1) / 2]."""
     row, column = torch.triu_indices(size, size, device=values.device)
     upper = values.new_zeros(values.shape[0], size * size)
-    upper = upper.index_copy(1, row * size + column, values).unflatten(1, (size, size))
+    upper = upper.index_copy(1, row * size + column, values).reshape(-1, size, size)
     return F.normalize(torch.bmm(upper, upper.transpose(1, 2)), dim=-1, eps=1e-5)
 
 

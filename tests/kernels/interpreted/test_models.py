@@ -21,6 +21,9 @@ MIXERS = [
     "based(key_dim=4)",
     "rglru",
     "conv",
+    "ssm(state=4, expand=1)",
+    "ssm(rule=s4d, gate=glu, state=4)",
+    "hgrn",
 ]
 
 
