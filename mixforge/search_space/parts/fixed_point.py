@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mixforge.kernels.selective_scan import selective_scan_step
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.predecessor import shifted
 from mixforge.search_space.parts.state_space import Selection, StateSpace, zero_state
 
 
@@ -156,8 +157,3 @@ class FixedPointScan(StateSpace):
             F.normalize(exact(b) + b_fed, dim=-1, eps=1e-5),
             F.normalize(exact(c) + c_fed, dim=-1, eps=1e-5),
         )
-
-
-def shifted(y_BTF: Tensor, past_BF: Tensor) -> Tensor:
-    """Each token's predecessor, that of the first being `past_BF`."""
-    return torch.cat([past_BF[:, None], y_BTF[:, :-1]], 1)
