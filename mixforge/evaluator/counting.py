@@ -1,7 +1,8 @@
 """Counters that check the formulas: the truth of a cost is the mixer's own `cost`, and these are the witnesses.
 
 Both count matmul FLOPs of a forward pass, two for each multiply-add. Neither sees element-wise work. torch's counter
-lacks a formula for fused attention on a CPU and fvcore one for fused attention anywhere, so they are given here;
+lacks a formula for fused attention and for an LSTM on a CPU and fvcore one for fused attention anywhere, so they are
+given here;
 neither halves causal attention. fvcore sees nothing inside a custom autograd function; torch's counter does.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,10 @@ def count_params(model: nn.Module) -> int:
 @torch.no_grad()
 def count_flops(model: nn.Module, tokens_BT: Tensor) -> int:
     """FLOPs of `model(tokens_BT)` as torch's counter sees the operations that run."""
-    formula = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    formula: dict[Any, Callable[..., int]] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten.mkldnn_rnn_layer: _lstm_flops,
+    }
     counter = FlopCounterMode(display=False, custom_mapping=formula)
     with counter:
         model(tokens_BT)
@@ -68,6 +74,16 @@ def _attention_flops(query: object, key: object, value: object, *args: object, *
     assert isinstance(key, list | tuple | torch.Size)
     assert isinstance(value, list | tuple | torch.Size)
     return 2 * _attention_products(tuple(query), tuple(key), tuple(value))
+
+
+def _lstm_flops(
+    given: object, from_input: object, from_output: object, *args: object, **kwargs: object
+) -> int:
+    """Shapes of x [T, B, D] and of the weights [4H, D] and [4H, H]."""
+    assert isinstance(given, list | tuple | torch.Size)
+    assert isinstance(from_input, list | tuple | torch.Size)
+    assert isinstance(from_output, list | tuple | torch.Size)
+    return 2 * math.prod(given[:2]) * (math.prod(from_input) + math.prod(from_output))
 
 
 def _traced_attention(inputs: list[object], outputs: list[object]) -> int:

@@ -155,9 +155,23 @@ def sdpa_cpu(
     return sdpa_flop_count(query, (*heads, *key[2:]), (*heads, *value[2:]))
 
 
+def lstm_cpu(
+    given: tuple[int, ...],
+    from_input: tuple[int, ...],
+    from_output: tuple[int, ...],
+    *_: object,
+    **__: object,
+) -> int:
+    """The fused LSTM of a CPU, which torch's counter does not know: x [T, B, D], weights [4H, D] and [4H, H]."""
+    return 2 * given[0] * given[1] * from_input[0] * (from_input[1] + from_output[1])
+
+
 def counted_flops(module: TokenMixer, mixer: Mixer, length: int) -> int:
-    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={operation: sdpa_cpu}) as counter:
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_cpu,
+        torch.ops.aten.mkldnn_rnn_layer: lstm_cpu,
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         module(inputs(length, torch.float32)[:1], None, at(mixer, 0, length, torch.float32, batch=1))
     return counter.get_total_flops()
 

@@ -187,7 +187,7 @@ def test_the_stages_of_forward_can_be_called_one_by_one() -> None:
 
 def test_catalogue_lists_the_folder_in_order() -> None:
     assert list(CATALOGUE) == sorted(CATALOGUE)
-    assert {"attn", "conv", "glu", "linear", "mlp", "rglru", "static"} <= set(CATALOGUE)
+    assert {"attn", "conv", "glu", "linear", "mlp", "rec", "static"} <= set(CATALOGUE)
     for word, mixer in CATALOGUE.items():
         assert mixer.word() == word
         assert isinstance(mixer().build(64, "torch"), Part)

@@ -25,6 +25,9 @@ MIXERS = [
     "latte",
     "rglru",
     "conv",
+    "ssm(state=4, expand=1)",
+    "ssm(rule=s4d, gate=glu, state=4)",
+    "hgrn",
 ]
 
 
