@@ -70,8 +70,3 @@ class ClampedSwiglu(nn.Module):
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         gate = gate.clamp(max=self.limit)
         return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-self.limit, self.limit) + 1)
-
-
-def identity(x: Tensor) -> Tensor:
-    """x."""
-    return x
