@@ -119,8 +119,9 @@ class DeltaRule(Rule):
         across = w.mT.contiguous()
         inner, keys = gates.mask_(q @ across), gates.mask_(k @ across)
         unit = torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
-        # The solver reads what is below the diagonal, and takes the diagonal for ones.
-        inverse = torch.linalg.solve_triangular(keys, unit, upper=False, unitriangular=True)
+        # The solver reads what is below the diagonal, and takes the diagonal for ones. From the right, where rows
+        # are columns to LAPACK, it takes half of the time that it takes from the left.
+        inverse = torch.linalg.solve_triangular(keys, unit, upper=False, left=False, unitriangular=True)
         states = state.new_empty(len(q) + 1, *state.shape)
         states[0] = gates.enter(state)
         y = torch.empty_like(x)
