@@ -46,7 +46,7 @@ CHANNEL_FLOOR = -5.0
 CHUNK = 32
 CHANNEL_CHUNK = 16
 # Token-heads that are worked on at a time, so that what passes between operations stays in a core's cache.
-SLAB = 16384
+SLAB = 4096
 
 
 def chunked_linear_reference(
