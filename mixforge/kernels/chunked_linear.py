@@ -312,17 +312,6 @@ def chunk_size(length: int, longest: int) -> int:
     return min(longest, -(-length // 16) * 16)
 
 
-def cut(x: Tensor, size: int, heads: int) -> Tensor:
-    """[B, T, H, *] in chunks [C, B, heads, size, *]: the time padded with zeros, each head repeated in place.
-
-    A padded token neither decays nor writes.
-    """
-    batch, length, own, dim = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, -length % size)) if length % size else x
-    x = x.reshape(batch, -1, size, own, 1, dim).expand(-1, -1, -1, -1, heads // own, -1)
-    return x.permute(1, 0, 3, 4, 2, 5).contiguous().view(-1, batch, heads, size, dim)
-
-
 def form(backend: str, rule: str, decay: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The narrowest form that runs one rule (add, delta) and decay (none, head, scalar, channel).
 
