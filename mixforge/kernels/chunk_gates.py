@@ -11,8 +11,8 @@ No decay has the lower triangle of X Y^T and nothing else. Scalar decays multipl
 Channel decays need no pairs: rows(X) = X e^(G - g') and columns(Y) = Y e^(g' - G) are scaled once, and their
 product is the gram. The states are then held as e^(g') S, so that what reads them are rows(X) themselves.
 
-Tensors are [C, B, G, L, *]: chunks, batch, heads, rows of a chunk. Log decays are [C, B, G, L, 1 or K], or
-with a batch of 1 where every sequence has the same.
+Tensors are [C, B, G, R, L, *]: chunks, batch, heads, roles (such as q and k, which are scaled alike), rows of a
+chunk. Log decays are [C, B, G, 1, L, 1 or K], or with a batch of 1 where every sequence has the same.
 
 Source: Yang et al. 2023 (arXiv 2312.06635, section 4). Departures: the exponents of scalar decays are
 differences that are cut before the exponential; channel decays take the chunk's first row as their anchor.
@@ -30,7 +30,7 @@ from torch import Tensor
 # denormal numbers, on which a CPU is up to eighty times slower.
 FLOOR = -60.0
 
-Pairs = Sequence[tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
 
 
 class Gates(ABC):
@@ -50,7 +50,7 @@ class Gates(ABC):
 
     @abstractmethod
     def mask_(self, products: Tensor) -> Tensor:
-        """The products of rows and columns, [C, B, G, L, L], made a gram in place."""
+        """The products of rows and columns, [C * B * G, R * L, L], made grams in place."""
 
     @abstractmethod
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -65,12 +65,12 @@ class Gates(ABC):
         """The state before the first chunk, as the chunk reads it. May return the state itself."""
 
     @abstractmethod
-    def keep(self, chunk: int) -> Tensor | None:
-        """The factor of the state over one whole chunk, [B, G, K or 1, 1]; None for one."""
+    def keeps(self, chunks: int) -> Sequence[Tensor | None]:
+        """For each chunk, the factor of the state over all of it, [B, G, K or 1, 1]; None for one."""
 
     @abstractmethod
-    def log_grad(self, rows: Pairs, columns: Pairs, states: Tensor, dstates: Tensor) -> Tensor | None:
-        """Gradient of the log decays, from pairs (x, dx) of rows and columns and from the states."""
+    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        """Fills `out` with the gradient of the log decays, from (x, dx) of rows and columns and from the states."""
 
 
 class PlainGates(Gates):
@@ -86,7 +86,7 @@ class PlainGates(Gates):
         return out.copy_(x)
 
     def mask_(self, products: Tensor) -> Tensor:
-        return products.tril_()
+        return tril_(products)
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x
@@ -97,15 +97,15 @@ class PlainGates(Gates):
     def enter(self, state: Tensor) -> Tensor:
         return state
 
-    def keep(self, chunk: int) -> Tensor | None:
-        return None
+    def keeps(self, chunks: int) -> Sequence[Tensor | None]:
+        return [None] * chunks
 
-    def log_grad(self, rows: Pairs, columns: Pairs, states: Tensor, dstates: Tensor) -> Tensor | None:
-        return None
+    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        raise AssertionError("there is no decay to have a gradient")
 
 
 class ScalarGates(Gates):
-    """One decay for all key channels of a token: log decays [C, B or 1, G, L, 1], of any size."""
+    """One decay for all key channels of a token: log decays [C, B or 1, G, 1, L, 1], of any size."""
 
     def __init__(self, log: Tensor | None) -> None:
         assert log is not None
@@ -129,7 +129,9 @@ class ScalarGates(Gates):
         return out.copy_(x)
 
     def mask_(self, products: Tensor) -> Tensor:
-        return products.mul_(self.pairs)
+        chunks, _, heads, _, size, _ = self.pairs.shape
+        products.view(chunks, -1, heads, products.shape[1] // size, size, size).mul_(self.pairs)
+        return products
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mul(x, self.read, out=out)
@@ -140,17 +142,17 @@ class ScalarGates(Gates):
     def enter(self, state: Tensor) -> Tensor:
         return state
 
-    def keep(self, chunk: int) -> Tensor | None:
-        return self.read[chunk, ..., -1:, :]
+    def keeps(self, chunks: int) -> Sequence[Tensor | None]:
+        return self.read[:, :, :, 0, -1:, :].unbind()
 
-    def log_grad(self, rows: Pairs, columns: Pairs, states: Tensor, dstates: Tensor) -> Tensor | None:
+    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         d = total_grad(rows, columns).sum(-1, keepdim=True)
-        d[..., -1, :] += (states[1:] * dstates[1:]).sum((-2, -1))[..., None]
-        return d.flip(-2).cumsum(-2).flip(-2).sum_to_size(self.shape)
+        d[..., -1, :] += (states[1:] * dstates[1:]).sum((-2, -1))[..., None, None]
+        out.copy_(d.flip(-2).cumsum(-2).flip(-2).sum_to_size(self.shape))
 
 
 class ChannelGates(Gates):
-    """A decay for each key channel of a token: log decays [C, B, G, L, K], chunks of at most 16 rows.
+    """A decay for each key channel of a token: log decays [C, B, G, 1, L, K], chunks of at most 16 rows.
 
     With log decays of at least -5, 15 of them from the first row to the last, no power passes e^75, which is
     inside the range of float32.
@@ -163,9 +165,9 @@ class ChannelGates(Gates):
         total = torch.empty(log.shape, dtype=log.dtype, device=log.device)
         torch.cumsum(log, -2, out=total)
         total -= first
-        last = total[..., -1, :, None].clone()
-        last[:-1] += first[1:].mT
-        self.first, self.kept = first[0].mT.exp(), last.exp_()
+        last = total[..., 0, -1, :, None].clone()
+        last[:-1] += first[1:, :, :, 0].mT
+        self.first, self.kept = first[0, :, :, 0].mT.exp(), last.exp_()
         self.right = (-total).exp_()
         self.left = total.exp_()
 
@@ -176,38 +178,42 @@ class ChannelGates(Gates):
         return torch.mul(x, self.right, out=out)
 
     def mask_(self, products: Tensor) -> Tensor:
-        return products.tril_()
+        return tril_(products)
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x
 
     def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, self.kept.mT, out=out)
+        return torch.mul(x, self.kept.mT.unsqueeze(3), out=out)
 
     def enter(self, state: Tensor) -> Tensor:
         return state * self.first
 
-    def keep(self, chunk: int) -> Tensor | None:
-        return self.kept[chunk]
+    def keeps(self, chunks: int) -> Sequence[Tensor | None]:
+        return self.kept.unbind()
 
-    def log_grad(self, rows: Pairs, columns: Pairs, states: Tensor, dstates: Tensor) -> Tensor | None:
+    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         d = total_grad(rows, columns)
-        ends = torch.linalg.vecdot(states, dstates)[..., None, :]
+        ends = torch.linalg.vecdot(states, dstates)[..., None, None, :]
         later = torch.ones(d.shape[-2], d.shape[-2], dtype=d.dtype, device=d.device).triu_()
         later[0] = 0
-        flat = d.flatten(0, 2)
+        flat = d.flatten(0, 3)
         d = torch.bmm(later.expand(len(flat), -1, -1), flat).view_as(d)
-        d[..., 1:, :] += ends[1:]
-        d[..., :1, :] = ends[:-1]
-        return d
+        torch.add(d[..., 1:, :], ends[1:], out=out[..., 1:, :])
+        out[..., :1, :] = ends[:-1]
 
 
-def total_grad(rows: Pairs, columns: Pairs) -> Tensor:
+def total_grad(rows: Pair, columns: Pair) -> Tensor:
     """Gradient of G, for each row and channel."""
-    x, dx = rows[0]
-    d = x * dx
-    for x, dx in rows[1:]:
+    (first, *others), (dfirst, *dothers) = (z.chunk(z.shape[3], 3) for z in rows)
+    d = first * dfirst
+    for x, dx in zip(others, dothers, strict=True):
         d.addcmul_(x, dx)
-    for x, dx in columns:
-        d.addcmul_(x, dx, value=-1)
-    return d
+    return d.addcmul_(*columns, value=-1)
+
+
+def tril_(products: Tensor) -> Tensor:
+    """The lower triangle of each of the square matrices below one another in [*, R * L, L], in place."""
+    size = products.shape[2]
+    products.view(-1, size, size).tril_()
+    return products

@@ -27,34 +27,31 @@ from torch import Tensor
 
 from mixforge.kernels.chunk_gates import Gates
 
-# The adjoints' arguments without a gradient come back as None.
-Gradients = tuple[Tensor | None, ...]
+# q, k, v, log decays and beta, or their gradients.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Rule(ABC):
-    """One rule over the chunks of a slab, and its adjoint. Tensors are [C, B, G, L, *], views of any strides."""
+    """One rule over the chunks of a slab, and its adjoint. Tensors are [C, B, G, 1, L, *], views of any strides."""
 
     @staticmethod
     @abstractmethod
     def forward(
-        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """o, the state after the last chunk, [B, G, K, V], and what `backward` needs."""
+        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor, o: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Fills o. Returns the state after the last chunk, [B, G, K, V], and what `backward` needs."""
 
     @staticmethod
     @abstractmethod
     def backward(
         gates: Gates,
         made: tuple[Tensor, ...],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor | None,
+        inputs: Inputs,
         do: Tensor,
         dstate: Tensor,
-        decays: bool,
-    ) -> Gradients:
-        """Gradients of q, k, v, log decays where `decays`, beta and the state."""
+        grads: Inputs,
+    ) -> Tensor:
+        """Fills the gradients, that of the log decays where it is not None. Returns that of the state."""
 
 
 class AddRule(Rule):
@@ -62,131 +59,157 @@ class AddRule(Rule):
 
     @staticmethod
     def forward(
-        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor, o: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         q, w, y = gates.rows(q, space(q)), gates.columns(k, space(k)), v.contiguous()
-        inner = gates.mask_(q @ w.mT)
+        q_, w_, y_ = matrices(q), matrices(w), matrices(y)
+        inner = gates.mask_(torch.bmm(q_, w_.mT))
+        gates.reading(q, q)
+        gates.writing(w, w)
         states = state.new_empty(len(q) + 1, *state.shape)
+        before, after = neighbours(states)
         states[0] = gates.enter(state)
-        torch.matmul(gates.writing(w, w).mT, y, out=states[1:])
-        for chunk in range(len(q)):
-            add_kept(gates.keep(chunk), states[chunk], states[chunk + 1])
-        o = add_products(gates.reading(q, q) @ states[:-1], inner, y)
-        return o, states[-1], (inner, states)
+        torch.bmm(w_.mT, y_, out=after)
+        each = states.unbind()
+        for chunk, keep in enumerate(gates.keeps(len(q))):
+            add_kept(keep, each[chunk], each[chunk + 1])
+        o.copy_(add_product(torch.bmm(q_, before), inner, y_).view_as(y))
+        return each[-1], (inner, states)
 
     @staticmethod
     def backward(
         gates: Gates,
         made: tuple[Tensor, ...],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor | None,
+        inputs: Inputs,
         do: Tensor,
         dstate: Tensor,
-        decays: bool,
-    ) -> Gradients:
+        grads: Inputs,
+    ) -> Tensor:
         inner, states = made
+        q, k, v, _, _ = inputs
+        into_q, into_k, into_v, into_log, _ = grads
         q, w = gates.rows(q, space(q)), gates.columns(k, space(k))
         y, do = v.contiguous(), space(do).copy_(do)
-        dinner = gates.mask_(do @ y.mT)
-        dv = inner.mT @ do
-        do = gates.reading(do, do)
+        q_, w_, y_, do_ = matrices(q), matrices(w), matrices(y), matrices(do)
+        dinner = gates.mask_(torch.bmm(do_, y_.mT))
+        dv = torch.bmm(inner.mT, do_)
+        gates.reading(do, do)
         dstates = torch.empty_like(states)
+        dbefore, dafter = neighbours(dstates)
         dstates[-1] = dstate
-        torch.matmul(q.mT, do, out=dstates[:-1])
+        torch.bmm(q_.mT, do_, out=dbefore)
+        each, keeps = dstates.unbind(), gates.keeps(len(q))
         for chunk in reversed(range(len(q))):
-            add_kept(gates.keep(chunk), dstates[chunk + 1], dstates[chunk])
-        add_products(dv, gates.writing(w), dstates[1:])
-        dq = add_products(do @ states[:-1].mT, dinner, w)
-        dw = y @ dstates[1:].mT
-        dw = add_products(gates.writing(dw, dw), dinner.mT, q)
-        dlog = gates.log_grad([(q, dq)], [(w, dw)], states, dstates) if decays else None
-        return gates.rows(dq, dq), gates.columns(dw, dw), dv, dlog, None, gates.enter(dstates[0])
+            add_kept(keeps[chunk], each[chunk + 1], each[chunk])
+        into_v.copy_(add_product(dv, matrices(gates.writing(w)), dafter).view_as(y))
+        before, _ = neighbours(states)
+        dq_, dw_ = torch.bmm(do_, before.mT), torch.bmm(y_, dafter.mT)
+        dq, dw = dq_.view_as(q), dw_.view_as(w)
+        gates.writing(dw, dw)
+        add_product(dq_, dinner, w_)
+        add_product(dw_, dinner.mT, q_)
+        if into_log is not None:
+            gates.log_grad((q, dq), (w, dw), states, dstates, into_log)
+        gates.rows(dq, into_q)
+        gates.columns(dw, into_k)
+        return gates.enter(each[0])
 
 
 class DeltaRule(Rule):
-    """Rule delta, with step sizes beta [C, B, G, L, 1]."""
+    """Rule delta, with step sizes beta [C, B, G, 1, L, 1].
+
+    In the adjoint the rows of k stand below those of q in one matrix, for both are multiplied by the same.
+    """
 
     @staticmethod
     def forward(
-        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor, o: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         assert beta is not None
         w, x = torch.mul(k, beta, out=space(k)), space(v).copy_(v)
         q, k, w = gates.rows(q, space(q)), gates.rows(k, space(k)), gates.columns(w, w)
-        # Written out: a product with a transpose takes three times that of one without.
-        across = w.mT.contiguous()
-        inner, keys = gates.mask_(q @ across), gates.mask_(k @ across)
-        unit = torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
-        # The solver reads what is below the diagonal, and takes the diagonal for ones.
-        inverse = torch.linalg.solve_triangular(keys, unit, upper=False, unitriangular=True)
+        q_, k_, w_, x_ = matrices(q), matrices(k), matrices(w), matrices(x)
+        inner, keys = gates.mask_(torch.bmm(q_, w_.mT)), gates.mask_(torch.bmm(k_, w_.mT))
+        unit = torch.eye(q.shape[4], dtype=q.dtype, device=q.device)
+        # The solver reads what is below the diagonal, and takes the diagonal for ones. From the right, where the
+        # rows of a tensor are LAPACK's columns, it takes a third of the time that it takes from the left.
+        inverse = torch.linalg.solve_triangular(keys, unit, upper=False, left=False, unitriangular=True)
+        gates.reading(q, q)
+        gates.reading(k, k)
+        gates.writing(w, w)
         states = state.new_empty(len(q) + 1, *state.shape)
+        before, after = neighbours(states)
         states[0] = gates.enter(state)
-        y = torch.empty_like(x)
-        # Batch and heads as one axis, for products that write where the result belongs.
-        parts = (
-            z.flatten(1, 2).unbind() for z in (gates.reading(k, k), gates.writing(w, w).mT, inverse, x, y)
-        )
-        flat = states.flatten(1, 2).unbind()
-        for chunk, (read, write, solve, x_, y_) in enumerate(zip(*parts, strict=True)):
-            torch.baddbmm(x_, read, flat[chunk], alpha=-1, out=x_)
-            torch.bmm(solve, x_, out=y_)
-            torch.bmm(write, y_, out=flat[chunk + 1])
-            add_kept(gates.keep(chunk), states[chunk], states[chunk + 1])
-        o = add_products(gates.reading(q, q) @ states[:-1], inner, y)
-        return o, states[-1], (y, inner, inverse, states)
+        y_ = torch.empty_like(x_)
+        each, keeps = states.unbind(), gates.keeps(len(q))
+        parts = zip(*(z.chunk(len(q)) for z in (k_, w_.mT, inverse, x_, y_, before, after)), strict=True)
+        for chunk, (read, write, solve, x_c, y_c, before_c, after_c) in enumerate(parts):
+            torch.baddbmm(x_c, read, before_c, alpha=-1, out=x_c)
+            torch.bmm(solve, x_c, out=y_c)
+            torch.bmm(write, y_c, out=after_c)
+            add_kept(keeps[chunk], each[chunk], each[chunk + 1])
+        o.copy_(add_product(torch.bmm(q_, before), inner, y_).view_as(x))
+        return each[-1], (y_, inner, inverse, states)
 
     @staticmethod
     def backward(
         gates: Gates,
         made: tuple[Tensor, ...],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor | None,
+        inputs: Inputs,
         do: Tensor,
         dstate: Tensor,
-        decays: bool,
-    ) -> Gradients:
+        grads: Inputs,
+    ) -> Tensor:
+        y_, inner, inverse, states = made
+        q, k, _, _, beta = inputs
+        into_q, into_k, into_v, into_log, into_beta = grads
         assert beta is not None
-        y, inner, inverse, states = made
-        w, do = torch.mul(k, beta, out=space(k)), space(do).copy_(do)
-        q, rows, w = gates.rows(q, space(q)), gates.rows(k, space(k)), gates.columns(w, w)
-        across = y.mT.contiguous()
-        dinner = gates.mask_(do @ across)
-        dy = inner.mT @ do
-        dv = torch.empty_like(dy)
-        do = gates.reading(do, do)
+        assert into_beta is not None
+        rows, w = space(q, 2), torch.mul(k, beta, out=space(k))
+        of_q, of_k = rows.chunk(2, 3)
+        gates.rows(q, of_q)
+        gates.rows(k, of_k)
+        gates.columns(w, w)
+        # Below the adjoint of what q reads stands that of what k reads, which the system has on its other side.
+        down = space(do, 2)
+        down_of_q, down_of_k = down.chunk(2, 3)
+        down_of_q.copy_(do)
+        down_, rows_, w_ = matrices(down), matrices(rows), matrices(w)
+        size = inner.shape[1]
+        dy = torch.bmm(inner.mT, down_[:, :size])
+        dv_ = torch.empty_like(dy)
+        dv = dv_.view(do.shape)
         dstates = torch.empty_like(states)
+        dbefore, dafter = neighbours(dstates)
         dstates[-1] = dstate
-        torch.matmul(q.mT, do, out=dstates[:-1])
-        parts = [
-            z.flatten(1, 2).unbind() for z in (gates.reading(rows).mT, gates.writing(w), inverse.mT, dy, dv)
-        ]
-        dflat = dstates.flatten(1, 2).unbind()
+        each, keeps = dstates.unbind(), gates.keeps(len(q))
+        flat = (matrices(gates.reading(rows)).mT, matrices(gates.writing(w)), inverse.mT, dy, dv_, down_)
+        parts = list(zip(*(z.chunk(len(q)) for z in (*flat, dbefore, dafter)), strict=True))
         for chunk in reversed(range(len(q))):
-            read, write, solve, dy_, dv_ = (part[chunk] for part in parts)
-            torch.baddbmm(dy_, write, dflat[chunk + 1], out=dy_)
-            torch.bmm(solve, dy_, out=dv_)
-            add_kept(gates.keep(chunk), dstates[chunk + 1], dstates[chunk])
-            torch.baddbmm(dflat[chunk], read, dv_, alpha=-1, out=dflat[chunk])
-        dkeys = gates.mask_(dv @ across)
-        dkeys.diagonal(dim1=-2, dim2=-1).zero_()
-        before = states[:-1].mT.contiguous()
-        dq = add_products(do @ before, dinner, w)
-        # The system has these rows on its other side, so the sign turns.
-        drows = dv @ before
-        drows = add_products(gates.reading(drows, drows), dkeys, w, factor=-1, share=-1)
-        dw = y @ dstates[1:].mT
-        dw = add_products(gates.writing(dw, dw), dinner.mT, q)
-        add_products(dw, dkeys.mT, rows, factor=-1)
-        dlog = None
-        if decays:
-            dlog = gates.log_grad([(q, dq), (rows, drows)], [(w, dw)], states, dstates)
-        dq, drows, dw = gates.rows(dq, dq), gates.rows(drows, drows), gates.columns(dw, dw)
-        dbeta = torch.linalg.vecdot(k, dw)[..., None]
-        return dq, drows.addcmul_(dw, beta), dv, dlog, dbeta, gates.enter(dstates[0])
+            read, write, solve, dy_c, dv_c, down_c, before_c, after_c = parts[chunk]
+            torch.baddbmm(dy_c, write, after_c, out=dy_c)
+            torch.bmm(solve, dy_c, out=dv_c)
+            torch.neg(dv[chunk], out=down_of_k[chunk])
+            torch.bmm(read, down_c, out=before_c)
+            add_kept(keeps[chunk], each[chunk + 1], each[chunk])
+        into_v.copy_(dv)
+        dgrams = gates.mask_(torch.bmm(down_, y_.mT))
+        dgrams[:, size:].diagonal(dim1=-2, dim2=-1).zero_()
+        before, _ = neighbours(states)
+        drows_, dw_ = torch.bmm(down_, before.mT), torch.bmm(y_, dafter.mT)
+        drows, dw = drows_.view_as(rows), dw_.view_as(w)
+        gates.reading(drows, drows)
+        gates.writing(dw, dw)
+        add_product(drows_, dgrams, w_)
+        add_product(dw_, dgrams.mT, rows_)
+        if into_log is not None:
+            gates.log_grad((rows, drows), (w, dw), states, dstates, into_log)
+        gates.columns(dw, dw)
+        torch.sum(torch.mul(k, dw, out=w), -1, keepdim=True, out=into_beta)
+        dof_q, dof_k = drows.chunk(2, 3)
+        gates.rows(dof_q, into_q)
+        torch.addcmul(gates.rows(dof_k, dof_k), dw, beta, out=into_k)
+        return gates.enter(each[0])
 
 
 class Chunks(torch.autograd.Function):
@@ -212,8 +235,7 @@ class Chunks(torch.autograd.Function):
         o = space(v)
         kept: list[Tensor] = []
         for q_, k_, v_, log_, beta_, o_ in slabs((q, k, v, log, beta, o), size, count):
-            found, state, made = rule.forward(gates_of(log_), q_, k_, v_, beta_, state)
-            o_.copy_(found)
+            state, made = rule.forward(gates_of(log_), q_, k_, v_, beta_, state, o_)
             if any(ctx.needs_input_grad):
                 kept.extend(made)
         ctx.save_for_backward(q, k, v, log, beta, *kept)
@@ -222,26 +244,24 @@ class Chunks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Tensor, dstate: Tensor) -> Gradients:
+    def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         rule, gates_of, size, count = ctx.how
         inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         decays = ctx.needs_input_grad[3]
         grads = [None if x is None or (x is inputs[3] and not decays) else space(x) for x in inputs]
         parts = list(zip(slabs(inputs, size, count), slabs((do, *grads), size, count), strict=True))
         each = len(kept) // len(parts)
-        for slab, ((q, k, v, log, beta), (do_, *into)) in reversed(list(enumerate(parts))):
+        for slab, (tokens, (do_, *into)) in reversed(list(enumerate(parts))):
             made = kept[each * slab : each * (slab + 1)]
-            *found, dstate = rule.backward(gates_of(log), made, q, k, v, beta, do_, dstate, decays)
-            for grad, value in zip(into, found, strict=True):
-                if value is not None:
-                    grad.copy_(value)
+            dstate = rule.backward(gates_of(tokens[3]), made, tokens, do_, dstate, into)
         return *grads, dstate, None, None, None, None
 
 
 def slabs(tensors: Sequence[Tensor | None], size: int, count: int) -> list[tuple[Any, ...]]:
-    """Views of [B, T, G, *] in chunks, [C, B, G, size, *], and at most `count` of these in each slab."""
+    """Views of [B, T, G, *] in chunks, [C, B, G, 1, size, *], and at most `count` of these in each slab."""
     chunks = [
-        None if x is None else x.view(len(x), -1, size, *x.shape[2:]).permute(1, 0, 3, 2, 4) for x in tensors
+        None if x is None else x.view(len(x), -1, size, *x.shape[2:]).permute(1, 0, 3, 2, 4).unsqueeze(3)
+        for x in tensors
     ]
     total = next(len(x) for x in chunks if x is not None)
     return [tuple(None if x is None else x[i : i + count] for x in chunks) for i in range(0, total, count)]
@@ -255,14 +275,25 @@ def add_kept(keep: Tensor | None, state: Tensor, total: Tensor) -> None:
         total.addcmul_(state, keep)
 
 
-def add_products(total: Tensor, x: Tensor, y: Tensor, *, factor: int = 1, share: int = 1) -> Tensor:
-    """`total` becomes share * total + factor * x @ y, in place."""
-    total_, x_, y_ = (z.flatten(0, -3) for z in (total, x, y))
+def matrices(x: Tensor) -> Tensor:
+    """[C, B, G, R, L, *] as matrices with the rows of all roles below one another, [C * B * G, R * L, *]."""
+    return x.view(-1, x.shape[3] * x.shape[4], x.shape[5])
+
+
+def neighbours(states: Tensor) -> tuple[Tensor, Tensor]:
+    """The states [C + 1, B, G, K, V] before the chunks and after them, each [C * B * G, K, V]."""
+    return states[:-1].flatten(0, 2), states[1:].flatten(0, 2)
+
+
+def add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`total` becomes total + x @ y, in place."""
     # Not `baddbmm_`, which torch's FLOP counter does not count.
-    torch.baddbmm(total_, x_, y_, beta=share, alpha=factor, out=total_)
-    return total
+    return torch.baddbmm(total, x, y, out=total)
 
 
-def space(view: Tensor) -> Tensor:
-    """Room for a contiguous copy."""
-    return torch.empty(view.shape, dtype=view.dtype, device=view.device)
+def space(view: Tensor, roles: int = 1) -> Tensor:
+    """Room for a contiguous copy, or in [C, B, G, 1, L, *] for as many as there are roles."""
+    shape = list(view.shape)
+    if roles > 1:
+        shape[3] = roles
+    return torch.empty(shape, dtype=view.dtype, device=view.device)

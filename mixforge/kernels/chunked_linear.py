@@ -46,7 +46,7 @@ CHANNEL_FLOOR = -5.0
 CHUNK = 32
 CHANNEL_CHUNK = 16
 # Token-heads that are worked on at a time, so that what passes between operations stays in a core's cache.
-SLAB = 16384
+SLAB = 4096
 
 
 def chunked_linear_reference(
@@ -310,17 +310,6 @@ def pad(x: Tensor, size: int, heads: int) -> Tensor:
 def chunk_size(length: int, longest: int) -> int:
     """Rows of a chunk: a multiple of 16, no more than hold the sequence."""
     return min(longest, -(-length // 16) * 16)
-
-
-def cut(x: Tensor, size: int, heads: int) -> Tensor:
-    """[B, T, H, *] in chunks [C, B, heads, size, *]: the time padded with zeros, each head repeated in place.
-
-    A padded token neither decays nor writes.
-    """
-    batch, length, own, dim = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, -length % size)) if length % size else x
-    x = x.reshape(batch, -1, size, own, 1, dim).expand(-1, -1, -1, -1, heads // own, -1)
-    return x.permute(1, 0, 3, 4, 2, 5).contiguous().view(-1, batch, heads, size, dim)
 
 
 def form(backend: str, rule: str, decay: str) -> Callable[..., tuple[Tensor, Tensor]]:
