@@ -24,9 +24,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, cut, first_state
+from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, first_state
 
 
 def twofold_linear_reference(
@@ -127,3 +128,14 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
             "give decay=channel, or build with backend='torch'"
         )
     return FORMS[backend]
+
+
+def cut(x: Tensor, size: int, heads: int) -> Tensor:
+    """[B, T, H, *] in chunks [C, B, heads, size, *]: the time padded with zeros, each head repeated in place.
+
+    A padded token neither decays nor writes.
+    """
+    batch, length, own, dim = x.shape
+    x = F.pad(x, (0, 0, 0, 0, 0, -length % size))
+    x = x.reshape(batch, -1, size, own, 1, dim).expand(-1, -1, -1, -1, heads // own, -1)
+    return x.permute(1, 0, 3, 4, 2, 5).contiguous().view(-1, batch, heads, size, dim)
