@@ -116,15 +116,18 @@ def _cover(row: Mixer, left: dict[Pair, None]) -> None:
 
 
 def _row(base: Mixer, target: Pair, rng: random.Random) -> Mixer | None:
-    """A legal row with the target's values, other genes changed one by one where that stays legal."""
+    """A legal row with the target's values, other genes changed one by one where that stays legal.
+
+    Values are drawn from their domains, so that the mixer's own rule is all there is to ask.
+    """
     row = replace(base, **dict(target))
     names = [name for name in genes(type(base)) if name not in dict(target)]
     rng.shuffle(names)
-    legal = row if why_illegal(row, WIDTH) is None else None
+    legal = row if row.why_illegal(WIDTH) is None else None
     for name in names:
         if rng.random() < 0.5:
             changed = replace(row, **{name: rng.choice(genes(type(base))[name])})
-            if why_illegal(changed, WIDTH) is None:
+            if changed.why_illegal(WIDTH) is None:
                 row = legal = changed
             elif legal is None:
                 row = changed

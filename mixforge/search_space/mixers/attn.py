@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -63,6 +63,21 @@ from mixforge.search_space.parts.attention_scores import (
 )
 from mixforge.search_space.parts.norm import norm_part
 
+# What genes must be where one learned query scans keys and values.
+_SCAN_NEEDS: Mapping[str, GeneValue] = {
+    "pos": "none",
+    "window": "none",
+    "dilation": 1,
+    "sink": "none",
+    "meta": 0,
+    "query_rank": "none",
+    "qk_norm": "none",
+    "score": "softmax",
+    "temper": "none",
+    "forget": "none",
+    "diff": "none",
+    "headmix": "none",
+}
 # Bytes of a number that is kept in float32 in any case.
 EXACT = 4
 
@@ -225,18 +240,13 @@ class Attn(Mixer):
         return self._why_no_cache() or self._why_no_latent() or self._why_no_scores(heads, kv_heads)
 
     def _why_no_scan(self) -> str | None:
-        scanned = ("heads", "head_dim", "query", "bias", "kv_shift", "out_norm", "out_gate")
-        plain = replace(Attn(query="learned", pos="none"), **{name: getattr(self, name) for name in scanned})
         if self.kv in ("own", "shared", "reuse") or self.latent is not None:
-            return (
-                f"query=learned keeps no cache, so it takes no kv={self.kv} (mixer attn); use mha, mqa or gqa"
-            )
-        for gene in fields(self):
-            if gene.name != "kv" and getattr(self, gene.name) != getattr(plain, gene.name):
-                given = f"{gene.name}={getattr(self, gene.name)}"
+            return f"query=learned keeps no cache, so it takes no kv={self.kv} (mixer attn); use mha, mqa or gqa"
+        for name, plain in _SCAN_NEEDS.items():
+            if getattr(self, name) != plain:
                 return (
-                    f"query=learned is a scan of one query over keys and values, so it takes no {given} "
-                    f"(mixer attn); leave {gene.name} at {getattr(plain, gene.name)}"
+                    "query=learned is a scan of one query over keys and values, so it takes no "
+                    f"{name}={getattr(self, name)} (mixer attn); leave {name} at {plain}"
                 )
         return None
 
