@@ -36,6 +36,7 @@ from mixforge.search_space.heads import default_heads, heads_that_divide, shared
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
+from mixforge.search_space.parts.attention_experts import ExpertOutputs, ExpertQueries, Routing
 from mixforge.search_space.parts.attention_heads import (
     Differential,
     GrowingBase,
@@ -62,6 +63,7 @@ from mixforge.search_space.parts.attention_scores import (
     Weigh,
 )
 from mixforge.search_space.parts.norm import norm_part
+from mixforge.search_space.parts.routing import Router
 
 # What genes must be where one learned query scans keys and values.
 _SCAN_NEEDS: Mapping[str, GeneValue] = {
@@ -77,7 +79,20 @@ _SCAN_NEEDS: Mapping[str, GeneValue] = {
     "forget": "none",
     "diff": "none",
     "headmix": "none",
+    "experts": "none",
 }
+# What genes must be where heads are experts.
+_EXPERTS_NEED: Mapping[str, GeneValue] = {
+    "query_rank": "none",
+    "bias": "none",
+    "temper": "none",
+    "forget": "none",
+    "diff": "none",
+    "headmix": "none",
+    "sink": "none",
+}
+# What balances the load of experts that are heads: the rate of arXiv 2101.03961.
+BALANCE = 0.01
 # Bytes of a number that is kept in float32 in any case.
 EXACT = 4
 
@@ -93,6 +108,7 @@ class Attn(Mixer):
     norm. `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of training, and b otherwise;
     of it every `dilation`-th token. `sink`: a learned logit in the denominator, or the first n tokens beside a window.
     `meta`: learned keys and values that every token sees. `rotary`: the share of channels that turn.
+    `experts`: of so many query heads, each token takes `heads`.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -144,6 +160,7 @@ class Attn(Mixer):
     diff: Annotated[str | Form, Choice("none", "full"), Call("shared", Whole(1, 1024))] = "none"
     lambda_init: Annotated[float | None, Real(0, 1)] = None
     headmix: Annotated[str | Form, Choice("none", "static"), Call("dynamic", Whole(1, 64))] = "none"
+    experts: Annotated[str | int, Choice("none"), Whole(2, 4096)] = "none"
     out_norm: Annotated[str, Choice("none", "rms")] = "none"
     out_gate: Annotated[str, Choice("none", "sigmoid")] = "none"
 
@@ -237,11 +254,31 @@ class Attn(Mixer):
             return f"window={self.window} names the longer window first (mixer attn); write the shorter one first"
         if self.dilation > 1 and windows[0] is None:
             return f"dilation={self.dilation} is of a window, and there is none (mixer attn); say window"
+        if isinstance(self.experts, int):
+            return self._why_no_experts(heads, kv_heads, self.experts) or self._why_no_cache()
         return self._why_no_cache() or self._why_no_latent() or self._why_no_scores(heads, kv_heads)
+
+    def _why_no_experts(self, heads: int, kv_heads: int, experts: int) -> str | None:
+        if heads > experts:
+            return f"each token takes heads={heads} of experts={experts} (mixer attn); say fewer heads or more experts"
+        if kv_heads != 1 or self.latent is not None:
+            return f"experts={experts} share one head of keys and values, not kv={self.kv} (mixer attn); use kv=mqa"
+        for name, plain in _EXPERTS_NEED.items():
+            if getattr(self, name) != plain:
+                return (
+                    f"experts={experts} stand in any head's place, so they take no {name}={getattr(self, name)}, "
+                    f"which is of one head (mixer attn); leave {name} at {plain}"
+                )
+        if self.pos in ("alibi", "alibi_rope") or self.qk_norm in ("l2", "rms_all"):
+            given = f"pos={self.pos}" if self.pos in ("alibi", "alibi_rope") else f"qk_norm={self.qk_norm}"
+            return f"experts={experts} stand in any head's place, and {given} differs by head (mixer attn)"
+        return self._why_no_scores(heads, kv_heads)
 
     def _why_no_scan(self) -> str | None:
         if self.kv in ("own", "shared", "reuse") or self.latent is not None:
-            return f"query=learned keeps no cache, so it takes no kv={self.kv} (mixer attn); use mha, mqa or gqa"
+            return (
+                f"query=learned keeps no cache, so it takes no kv={self.kv} (mixer attn); use mha, mqa or gqa"
+            )
         for name, plain in _SCAN_NEEDS.items():
             if getattr(self, name) != plain:
                 return (
@@ -330,8 +367,10 @@ class Attn(Mixer):
         if self.kv in ("own", "shared"):
             raise ValueError(f"attn(kv={self.kv}) has no heads to give away; give it no factor inside '|'")
         heads, _, head_dim = self.sizes(width)
+        experts = self.experts if isinstance(self.experts, str) else shared_heads("attn", self.experts, share)
         # gqa(n) says how many key/value heads this branch has, so the share leaves it as it is.
-        return replace(self, heads=shared_heads("attn", heads, share), head_dim=head_dim).canonical(width)
+        part = replace(self, heads=shared_heads("attn", heads, share), head_dim=head_dim, experts=experts)
+        return part.canonical(width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         gene = self.canonical(width)
@@ -377,7 +416,9 @@ class Attn(Mixer):
         if self.latent is None and self.kv != "shared":
             vectors += {"none": 0, "rms": head_dim, "rms_all": inner, "l2": 0}[self.qk_norm]
         channels = heads * head_dim
-        matrices += [(channels, width), (width, channels if self.out_gate == "sigmoid" else 0)]
+        experts = self.experts if isinstance(self.experts, int) else 0
+        matrices += [(experts * head_dim if experts else channels, width), (width, experts)]
+        matrices += [(width, channels if self.out_gate == "sigmoid" else 0)]
         vectors += width * (self.bias == "all") + head_dim * (self.out_norm == "rms")
         vectors += 0 if self.diff == "none" else 6 * head_dim
         turning = 1 if self.latent is not None else kv_heads
@@ -400,6 +441,8 @@ class Attn(Mixer):
         channels = heads * self._key_dim(width)
         matrices, bias = self._projection(width, channels)
         vectors = {"none": 0, "rms": head_dim, "rms_all": channels, "l2": heads}[self.qk_norm]
+        if isinstance(self.experts, int):
+            matrices = [(width, self.experts * head_dim)]
         if isinstance(self.query_rank, int):
             matrices = [(width, self.query_rank), (self.query_rank, channels)]
             vectors += self.query_rank
@@ -480,13 +523,34 @@ class Attn(Mixer):
             scores=gene._scores(width, backend),
             output=output,
             forget=Part(ForgetGate, width=width, heads=heads) if gene.forget == "head" else None,
+            routing=gene._routing(width),
             meta=gene.meta,
         )
 
+    def _routing(self, width: int) -> Part | None:
+        if not isinstance(self.experts, int):
+            return None
+        router = Part(
+            Router,
+            width=width,
+            experts=self.experts,
+            top_k=self.sizes(width)[0],
+            score="softmax",
+            renorm=True,
+            scale=1.0,
+            groups=None,
+            balance="loss",
+            rate=BALANCE,
+            logit_bias=False,
+        )
+        return Part(Routing, router=router)
+
     def _queries(self, width: int, backend: Backend) -> Part:
-        heads, _, _ = self.sizes(width)
+        heads, _, head_dim = self.sizes(width)
         channels = heads * self._key_dim(width)
         query = self._linear(width, channels)
+        if isinstance(self.experts, int):
+            query = Part(ExpertQueries, width=width, experts=self.experts, head_dim=head_dim)
         if isinstance(self.query_rank, int):
             query = Part(
                 LowRank,
@@ -608,12 +672,15 @@ class Attn(Mixer):
             start = 0.2 if self.lambda_init is None else self.lambda_init
             norm = norm_part(2 * head_dim, backend)
             difference = Part(Differential, head_dim=head_dim, start=start, norm=norm)
+        channels, biased = heads * head_dim, self.bias == "all"
+        gate = Part(nn.Linear, in_features=width, out_features=channels, bias=False)
+        out = Part(nn.Linear, in_features=channels, out_features=width, bias=biased)
+        if isinstance(self.experts, int):
+            out = Part(ExpertOutputs, width=width, experts=self.experts, head_dim=head_dim)
         return Part(
             Output,
-            width=width,
-            channels=heads * head_dim,
-            gated=self.out_gate == "sigmoid",
-            bias=self.bias == "all",
+            gate=gate if self.out_gate == "sigmoid" else None,
             difference=difference,
             norm=norm_part(head_dim, backend) if self.out_norm == "rms" else None,
+            out=out,
         )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.attention_experts import Route, Routing
 from mixforge.search_space.parts.attention_heads import Output, Queries
 from mixforge.search_space.parts.attention_memory import Memory
 from mixforge.search_space.parts.attention_mix import HeadMix
@@ -31,6 +32,7 @@ class Attention(TokenMixer):
         scores: Fused | Biased | Scored,
         output: Output,
         forget: ForgetGate | None,
+        routing: Routing | None,
         meta: int,
     ) -> None:
         super().__init__()
@@ -41,6 +43,7 @@ class Attention(TokenMixer):
         self.scores = scores
         self.output = output
         self.forget = forget
+        self.routing = routing
         self.meta = meta
         self.learned = nn.ParameterDict(
             {name: torch.randn(heads, meta, channels) for name, (heads, channels) in memory.kept().items()}
@@ -83,8 +86,9 @@ class Attention(TokenMixer):
         k_BHSK, v_BHSV = self.memory.read(self.behind_learned(entries), self.late(x_BTD, key_S), at)
         k_BHSK, v_BHSV = self.prepared(k_BHSK, v_BHSV, key_S, at)
         sight = Sight(at.positions_T, key_S, self.pattern, entries, present, mix, self.meta)
-        o_BHTV = self.scores(self.ask(x_BTD, angle, at), k_BHSK, v_BHSV, sight)
-        return self.output(o_BHTV, x_BTD), state
+        route = None if self.routing is None else self.routing(x_BTD)
+        o_BHTV = self.scores(self.ask(x_BTD, angle, at, route), k_BHSK, v_BHSV, sight)
+        return self.output(o_BHTV, x_BTD, route), state
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         x_BTD = x_BD[:, None]
@@ -99,9 +103,10 @@ class Attention(TokenMixer):
         k_BHSK, v_BHSV = self.memory.read_step(self.behind_learned(entries), self.late(x_BTD, key_S), at)
         k_BHSK, v_BHSV = self.prepared(k_BHSK, v_BHSV, key_S, at)
         sight = Sight(at.positions_T, key_S, self.pattern, entries, present, mix, self.meta)
-        q_BHTK = self.memory.absorb(self.ask(x_BTD, angle, at))
+        route = None if self.routing is None else self.routing(x_BTD)
+        q_BHTK = self.memory.absorb(self.ask(x_BTD, angle, at, route))
         o_BHTV = self.memory.release(self.scores.step(q_BHTK, k_BHSK, v_BHSV, sight))
-        return self.output(o_BHTV, x_BTD)[:, 0], state
+        return self.output(o_BHTV, x_BTD, route)[:, 0], state
 
     def present(
         self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
@@ -115,9 +120,9 @@ class Attention(TokenMixer):
             entries = {**entries, **kept}
         return entries, mix
 
-    def ask(self, x_BTD: Tensor, angle: Tensor | None, at: Pass) -> Tensor:
+    def ask(self, x_BTD: Tensor, angle: Tensor | None, at: Pass, route: Route | None) -> Tensor:
         """Queries [B, H, T, K]."""
-        q_BHTK: Tensor = self.queries(x_BTD, angle, self.pattern.visible(at.positions_T))
+        q_BHTK: Tensor = self.queries(x_BTD, angle, self.pattern.visible(at.positions_T), route)
         return self.position.scaled(q_BHTK, at.positions_T[-1] - at.positions_T, 1)
 
     def late(self, x_BTD: Tensor, key_S: Tensor) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.attention_experts import Route
 from mixforge.search_space.parts.attention_position import turned
 from mixforge.search_space.parts.layer import split_heads
 
@@ -105,8 +106,9 @@ class Queries(nn.Module):
         self.query_norm = query_norm
         self.temper = temper
 
-    def forward(self, x_BTD: Tensor, angle: Tensor | None, visible_T: Tensor) -> Tensor:
-        q_BTHK = normalised(self.query(x_BTD), self.heads, self.query_norm, self.whole)
+    def forward(self, x_BTD: Tensor, angle: Tensor | None, visible_T: Tensor, route: Route | None) -> Tensor:
+        q_BTF = self.query(x_BTD) if route is None else self.query(x_BTD, route)
+        q_BTHK = normalised(q_BTF, self.heads, self.query_norm, self.whole)
         q_BHTK = turned(q_BTHK, angle).transpose(1, 2)
         return q_BHTK if self.temper is None else self.temper(q_BHTK, visible_T)
 
@@ -151,21 +153,15 @@ class Output(nn.Module):
     """The heads' outputs [B, H, T, V] normalised, gated by sigmoid(W_g x), and projected."""
 
     def __init__(
-        self,
-        width: int,
-        channels: int,
-        gated: bool,
-        bias: bool,
-        difference: Differential | None,
-        norm: nn.Module | None,
+        self, gate: nn.Module | None, difference: Differential | None, norm: nn.Module | None, out: nn.Module
     ) -> None:
         super().__init__()
         self.difference = difference
         self.norm = norm
-        self.gate = nn.Linear(width, channels, bias=False) if gated else None
-        self.out = nn.Linear(channels, width, bias=bias)
+        self.gate = gate
+        self.out = out
 
-    def forward(self, o_BHTV: Tensor, x_BTD: Tensor) -> Tensor:
+    def forward(self, o_BHTV: Tensor, x_BTD: Tensor, route: Route | None = None) -> Tensor:
         if self.difference is not None:
             o_BHTV = self.difference(o_BHTV)
         if self.norm is not None:
@@ -173,5 +169,5 @@ class Output(nn.Module):
         o_BTF = o_BHTV.transpose(1, 2).flatten(2)
         if self.gate is not None:
             o_BTF = o_BTF * torch.sigmoid(self.gate(x_BTD))
-        y: Tensor = self.out(o_BTF)
+        y: Tensor = self.out(o_BTF) if route is None else self.out(o_BTF, route)
         return y
