@@ -27,43 +27,24 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
-from torch import nn
-
-from mixforge.kernels import attention, softmax_scan
-from mixforge.kernels.softmax_scan import scan_flops
+from mixforge.kernels import softmax_scan
+from mixforge.search_space.attention_cost import count_weights, score_flops, state_bytes_of
+from mixforge.search_space.attention_parts import (
+    memory_part,
+    output_part,
+    pattern_part,
+    position_part,
+    queries_part,
+    routing_part,
+    scores_part,
+)
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
-from mixforge.search_space.parts.attention_experts import ExpertOutputs, ExpertQueries, Routing
-from mixforge.search_space.parts.attention_heads import (
-    Differential,
-    GrowingBase,
-    LowRank,
-    Output,
-    Queries,
-    ScaledUnit,
-    TwoMaps,
-    Unit,
-)
-from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues, Latents, ReusedKeys, TokenShift
-from mixforge.search_space.parts.attention_mix import DynamicMix, StaticMix
-from mixforge.search_space.parts.attention_pattern import EveryToken, Window, fused_pairs
-from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
 from mixforge.search_space.parts.attention_scan import LearnedQuery
-from mixforge.search_space.parts.attention_scores import (
-    Biased,
-    ForgetGate,
-    Fused,
-    Relative,
-    Scored,
-    Slopes,
-    Terms,
-    Weigh,
-)
-from mixforge.search_space.parts.norm import norm_part
-from mixforge.search_space.parts.routing import Router
+from mixforge.search_space.parts.attention_scores import ForgetGate
 
 # What genes must be where one learned query scans keys and values.
 _SCAN_NEEDS: Mapping[str, GeneValue] = {
@@ -91,10 +72,6 @@ _EXPERTS_NEED: Mapping[str, GeneValue] = {
     "headmix": "none",
     "sink": "none",
 }
-# What balances the load of experts that are heads: the rate of arXiv 2101.03961.
-BALANCE = 0.01
-# Bytes of a number that is kept in float32 in any case.
-EXACT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,8 +351,8 @@ class Attn(Mixer):
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         gene = self.canonical(width)
-        matrices, reading, vectors = gene._weights(width)
-        kept, carried = gene._state(width, itemsize)
+        matrices, reading, vectors = count_weights(gene, width)
+        kept, carried = state_bytes_of(gene, width, itemsize)
         window, _ = gene.windows
         span = length if window is None else gene.first + (window - 1) * gene.dilation + 1
         held = 0 if gene.query == "learned" else min(length, span) * kept
@@ -383,7 +360,7 @@ class Attn(Mixer):
             length * math.prod(shape) for loan in gene.borrows(width).values() for shape in loan.shapes
         )
         params = sum(map(math.prod, matrices + reading)) + vectors
-        flops = 2 * length * sum(map(math.prod, matrices)) + gene._score_flops(width, length)
+        flops = 2 * length * sum(map(math.prod, matrices)) + score_flops(gene, width, length)
         return Cost(
             params=params,
             # Keys and values that are made when they are read are made of the learned entries as well.
@@ -392,109 +369,13 @@ class Attn(Mixer):
             decode_bytes=params * itemsize + held + 2 * carried + (lent * itemsize) + (kept if held else 0),
         )
 
-    def _weights(self, width: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:
-        """Matrices that every token meets; those that every entry meets when it is read; how many other weights."""
-        heads, kv_heads, head_dim = self.sizes(width)
-        matrices, vectors = self._query_weights(width)
-        reading: list[tuple[int, int]] = []
-        inner = kv_heads * head_dim
-        shifts = 0 if self.kv_shift == "none" else kv_heads
-        biased = self.bias != "none"
-        if self.latent is not None:
-            rank, rope_dim = self.latent
-            matrices += [(width, rank + rope_dim)]
-            reading += [(rank, 2 * heads * head_dim)]
-            vectors += rank + self.meta * (rank + rope_dim)
-        elif self.kv == "reuse":
-            matrices += [(width, inner), (width, shifts)]
-            reading += [(head_dim, head_dim)]
-            vectors += head_dim + (biased + self.meta) * inner
-        elif self.kv != "shared":
-            keys, key_bias = self._projection(width, inner)
-            matrices += [*keys, (width, inner), (width, 2 * shifts)]
-            vectors += biased * (key_bias + inner) + 2 * self.meta * inner
-        if self.latent is None and self.kv != "shared":
-            vectors += {"none": 0, "rms": head_dim, "rms_all": inner, "l2": 0}[self.qk_norm]
-        channels = heads * head_dim
-        experts = self.experts if isinstance(self.experts, int) else 0
-        matrices += [(experts * head_dim if experts else channels, width), (width, experts)]
-        matrices += [(width, channels if self.out_gate == "sigmoid" else 0)]
-        vectors += width * (self.bias == "all") + head_dim * (self.out_norm == "rms")
-        vectors += 0 if self.diff == "none" else 6 * head_dim
-        turning = 1 if self.latent is not None else kv_heads
-        matrices += [(width, heads * (self.forget == "head")), (width, turning * (self.pos == "carope"))]
-        vectors += heads * ((self.forget == "head") + (self.sink == "learned"))
-        vectors += turning * int(self.turning(width)) // 2 * (self.pos == "lrpe")
-        if self.clip is not None:
-            vectors += (self.clip + 1) * (head_dim + self._value_dim(width))
-        if isinstance(self.headmix, Form):
-            rank = int(self.headmix.arguments[0])
-            hidden = 2 * heads * rank
-            matrices += [(width, 4 * hidden), (4 * hidden, 2 * rank * heads), (width, 4 * heads)]
-        vectors += 2 * heads * heads * (self.headmix == "static")
-        return matrices, reading, vectors
-
-    def _query_weights(self, width: int) -> tuple[list[tuple[int, int]], int]:
-        heads, _, head_dim = self.sizes(width)
-        if self.query == "learned":
-            return [], heads * head_dim
-        channels = heads * self._key_dim(width)
-        matrices, bias = self._projection(width, channels)
-        vectors = {"none": 0, "rms": head_dim, "rms_all": channels, "l2": heads}[self.qk_norm]
-        if isinstance(self.experts, int):
-            matrices = [(width, self.experts * head_dim)]
-        if isinstance(self.query_rank, int):
-            matrices = [(width, self.query_rank), (self.query_rank, channels)]
-            vectors += self.query_rank
-        return matrices, vectors + bias * (self.bias != "none") + heads * (self.temper == "ssmax")
-
-    def _projection(self, width: int, channels: int) -> tuple[list[tuple[int, int]], int]:
-        """Matrices and bias that make queries or keys of two maps."""
-        if not isinstance(self.diff, Form):
-            return [(width, channels)], channels
-        rank = int(self.diff.arguments[0])
-        return [(width, channels // 2), (width, 2 * rank), (rank, channels)], channels // 2
-
-    def _key_dim(self, width: int) -> int:
+    def key_dim(self, width: int) -> int:
+        """Channels of a query and of a key."""
         return self.sizes(width)[2] + (0 if self.latent is None else self.latent[1])
 
-    def _value_dim(self, width: int) -> int:
+    def value_dim(self, width: int) -> int:
+        """Channels of a value; two heads' side by side in differential attention."""
         return self.sizes(width)[2] * (1 if self.diff == "none" else 2)
-
-    def _score_flops(self, width: int, length: int) -> int:
-        """Of queries times keys and of weights times values, masked pairs included, and of what changes them."""
-        heads, _, head_dim = self.sizes(width)
-        if self.query == "learned":
-            return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
-        seen = length + self.meta
-        pairs = length * (seen + (self.sink == "learned" and self.scores == "biased"))
-        if self.scores == "fused":
-            pairs = fused_pairs(length, self.windows[0], self.dilation, self.first)
-        both = heads * (self._key_dim(width) + self._value_dim(width))
-        flops = 2 * pairs * both
-        if self.clip is not None:
-            flops += 2 * length * (self.clip + 1) * both
-        if isinstance(self.headmix, Form):
-            # Before and after the weighing, by the query and by the key, into the rank and out of it.
-            flops += 8 * 2 * pairs * heads * int(self.headmix.arguments[0])
-        return flops + 2 * 2 * pairs * heads * heads * (self.headmix == "static")
-
-    def _state(self, width: int, itemsize: int) -> tuple[int, int]:
-        """Bytes that are kept of each token, and bytes that are carried from token to token."""
-        heads, kv_heads, head_dim = self.sizes(width)
-        inner = kv_heads * head_dim
-        entries = {"shared": 0, "reuse": inner}.get(str(self.kv), 2 * inner)
-        if self.latent is not None:
-            entries = sum(self.latent)
-        if isinstance(self.headmix, Form):
-            entries += 2 * (2 * int(self.headmix.arguments[0]) + 1) * heads
-        forgets = self.forget == "head"
-        carried = 0 if self.kv_shift == "none" else (1 if self.kv == "reuse" else 2) * inner * itemsize
-        if self.pos == "carope":
-            carried += (1 if self.latent is not None else kv_heads) * int(self.turning(width)) // 2 * EXACT
-        if self.query == "learned":
-            return 0, carried + heads * (head_dim + 2) * EXACT
-        return entries * itemsize + heads * EXACT * forgets, carried + heads * EXACT * forgets
 
     def build(self, width: int, backend: Backend) -> Part:
         gene = self.canonical(width)
@@ -504,183 +385,25 @@ class Attn(Mixer):
                 "attn with a score other than softmax, with headmix or with relative positions has no form for "
                 "backend='triton'; use backend='torch'"
             )
-        output = gene._output(width, backend)
+        output = output_part(gene, width, backend)
         if gene.query == "learned":
             return Part(
                 LearnedQuery,
                 heads=heads,
                 head_dim=head_dim,
-                memory=gene._memory(width, backend),
+                memory=memory_part(gene, width, backend),
                 output=output,
                 operation=softmax_scan.form(backend),
             )
         return Part(
             Attention,
-            queries=gene._queries(width, backend),
-            memory=gene._memory(width, backend),
-            position=gene._position(width),
-            pattern=gene._pattern(backend),
-            scores=gene._scores(width, backend),
+            queries=queries_part(gene, width, backend),
+            memory=memory_part(gene, width, backend),
+            position=position_part(gene, width),
+            pattern=pattern_part(gene, backend),
+            scores=scores_part(gene, width, backend),
             output=output,
             forget=Part(ForgetGate, width=width, heads=heads) if gene.forget == "head" else None,
-            routing=gene._routing(width),
+            routing=routing_part(gene, width),
             meta=gene.meta,
-        )
-
-    def _routing(self, width: int) -> Part | None:
-        if not isinstance(self.experts, int):
-            return None
-        router = Part(
-            Router,
-            width=width,
-            experts=self.experts,
-            top_k=self.sizes(width)[0],
-            score="softmax",
-            renorm=True,
-            scale=1.0,
-            groups=None,
-            balance="loss",
-            rate=BALANCE,
-            logit_bias=False,
-        )
-        return Part(Routing, router=router)
-
-    def _queries(self, width: int, backend: Backend) -> Part:
-        heads, _, head_dim = self.sizes(width)
-        channels = heads * self._key_dim(width)
-        query = self._linear(width, channels)
-        if isinstance(self.experts, int):
-            query = Part(ExpertQueries, width=width, experts=self.experts, head_dim=head_dim)
-        if isinstance(self.query_rank, int):
-            query = Part(
-                LowRank,
-                width=width,
-                rank=self.query_rank,
-                channels=channels,
-                bias=self.bias != "none",
-                norm=norm_part(self.query_rank, backend),
-            )
-        norm = Part(ScaledUnit, heads=heads) if self.qk_norm == "l2" else self._norm(width, heads, backend)
-        return Part(
-            Queries,
-            heads=heads,
-            query=query,
-            query_norm=norm,
-            whole=self.qk_norm == "rms_all",
-            temper=Part(GrowingBase, heads=heads) if self.temper == "ssmax" else None,
-        )
-
-    def _linear(self, width: int, channels: int) -> Part:
-        """What makes queries or keys of the input."""
-        biased = self.bias != "none"
-        if isinstance(self.diff, Form):
-            rank = int(self.diff.arguments[0])
-            return Part(TwoMaps, width=width, rank=rank, channels=channels // 2, bias=biased)
-        return Part(nn.Linear, in_features=width, out_features=channels, bias=biased)
-
-    def _norm(self, width: int, heads: int, backend: Backend) -> Part | None:
-        """Of queries or keys of so many heads."""
-        head_dim = self.sizes(width)[2]
-        if self.qk_norm in ("rms", "rms_all"):
-            return norm_part(head_dim * (heads if self.qk_norm == "rms_all" else 1), backend)
-        return Part(Unit) if self.qk_norm == "l2" else None
-
-    def _memory(self, width: int, backend: Backend) -> Part:
-        heads, kv_heads, head_dim = self.sizes(width)
-        if self.kv == "shared":
-            return Part(Borrowed)
-        if self.latent is not None:
-            rank, rope_dim = self.latent
-            norm = norm_part(rank, backend)
-            return Part(
-                Latents, width=width, heads=heads, head_dim=head_dim, rank=rank, rope_dim=rope_dim, norm=norm
-            )
-        shift = Part(TokenShift, width=width, heads=kv_heads) if self.kv_shift == "token" else None
-        key, key_norm = self._linear(width, kv_heads * head_dim), self._norm(width, kv_heads, backend)
-        if self.kv == "reuse":
-            return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
-        return Part(
-            KeysValues,
-            heads=kv_heads,
-            head_dim=head_dim,
-            key=key,
-            value=Part(
-                nn.Linear, in_features=width, out_features=kv_heads * head_dim, bias=self.bias != "none"
-            ),
-            key_norm=key_norm,
-            whole=self.qk_norm == "rms_all",
-            key_shift=shift,
-            value_shift=shift,
-            publishes=self.kv == "own",
-        )
-
-    def _position(self, width: int) -> Part:
-        if not self.turns:
-            return Part(Nowhere)
-        channels = int(self.turning(width))
-        heads = 1 if self.latent is not None else self.sizes(width)[1]
-        if self.pos == "lrpe":
-            return Part(LearnedRotary, channels=channels, heads=heads, theta=self.theta)
-        if self.pos == "carope":
-            return Part(ContextRotary, width=width, channels=channels, heads=heads)
-        return Part(Rotary, channels=channels, theta=self.theta, scales=self.pos == "xpos")
-
-    def _pattern(self, backend: Backend) -> Part:
-        window, shorter = self.windows
-        if window is None:
-            return Part(EveryToken, operation=attention.form(backend))
-        return Part(
-            Window,
-            window=window,
-            dilation=self.dilation,
-            first=self.first,
-            shorter=shorter,
-            operation=attention.window_form(backend),
-            masked=attention.masked_form(backend),
-        )
-
-    def _scores(self, width: int, backend: Backend) -> Part:
-        heads, _, _ = self.sizes(width)
-        scale = self._key_dim(width) ** -0.5
-        if self.scores == "fused":
-            return Part(Fused, scale=scale)
-        slopes = (
-            Part(Slopes, heads=heads, balanced=self.pos == "alibi_rope")
-            if self.pos in ("alibi", "alibi_rope")
-            else None
-        )
-        terms = Part(Terms, forgets=self.forget == "head", slopes=slopes)
-        sinks = heads if self.sink == "learned" else 0
-        if self.scores == "biased":
-            return Part(
-                Biased, scale=scale, terms=terms, sinks=sinks, operation=attention.masked_form(backend)
-            )
-        mix: Part | None = None
-        if isinstance(self.headmix, Form):
-            mix = Part(DynamicMix, width=width, heads=heads, rank=int(self.headmix.arguments[0]))
-        elif self.headmix == "static":
-            mix = Part(StaticMix, heads=heads)
-        dims = {"key_dim": self._key_dim(width), "value_dim": self._value_dim(width)}
-        relative = None if self.clip is None else Part(Relative, clip=self.clip, **dims)
-        weigh = Part(Weigh, score=self.score, sinks=sinks)
-        return Part(Scored, scale=scale, terms=terms, weigh=weigh, relative=relative, mix=mix)
-
-    def _output(self, width: int, backend: Backend) -> Part:
-        heads, _, head_dim = self.sizes(width)
-        difference = None
-        if self.diff != "none":
-            start = 0.2 if self.lambda_init is None else self.lambda_init
-            norm = norm_part(2 * head_dim, backend)
-            difference = Part(Differential, head_dim=head_dim, start=start, norm=norm)
-        channels, biased = heads * head_dim, self.bias == "all"
-        gate = Part(nn.Linear, in_features=width, out_features=channels, bias=False)
-        out = Part(nn.Linear, in_features=channels, out_features=width, bias=biased)
-        if isinstance(self.experts, int):
-            out = Part(ExpertOutputs, width=width, experts=self.experts, head_dim=head_dim)
-        return Part(
-            Output,
-            gate=gate if self.out_gate == "sigmoid" else None,
-            difference=difference,
-            norm=norm_part(head_dim, backend) if self.out_norm == "rms" else None,
-            out=out,
         )

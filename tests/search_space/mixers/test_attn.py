@@ -11,6 +11,7 @@ from torch import Tensor
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.attn import Attn
 from mixforge.search_space.parts.layer import Pass
+from mixforge.search_space.presets import preset
 
 WIDTH, LENGTH = 24, 41
 
@@ -125,3 +126,56 @@ def test_one_canonical_form_for_one_model() -> None:
     assert Attn(heads=4, kv=Form("gqa", (4,)), head_dim=32).canonical(128) == Attn()
     assert Attn(heads=1, kv="mqa").canonical(32) == Attn()
     assert Attn(heads=4, kv=Form("gqa", (1,))).canonical(64) == Attn(heads=4, kv="mqa")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "expected"),
+    [
+        (Attn(sink=Form("tokens", (4,))), Attn()),
+        (Attn(pos="none", theta=5.0, rotary=0.5), Attn(pos="none")),
+        (Attn(pos="alibi", theta=5.0), Attn(pos="alibi")),
+        (Attn(lambda_init=0.5), Attn()),
+        (Attn(heads=4, diff="full", out_norm="rms"), Attn(heads=4, diff="full")),
+        (Attn(kv="shared", kv_shift="token"), Attn(kv="shared")),
+        (Attn(kv=Form("mla", (32, 8)), rotary=0.5), Attn(kv=Form("mla", (32, 8)))),
+    ],
+    ids=str,
+)
+def test_genes_without_effect_are_dropped(mixer: Attn, expected: Attn) -> None:
+    assert mixer.canonical(128) == expected.canonical(128)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "words"),
+    [
+        (Attn(kv=Form("mla", (8, 3))), "say an even rope_dim, or pos=none"),
+        (Attn(kv=Form("mla", (8, 4)), qk_norm="rms"), "takes no qk_norm=rms"),
+        (Attn(kv=Form("mla", (8, 4)), pos=Form("relative", (4,))), "takes no pos=relative(4)"),
+        (Attn(dilation=2), "dilation=2 is of a window"),
+        (Attn(kv="own", pos="lrpe"), "needs the same turn in every layer"),
+        (Attn(kv="shared", meta=2), "say it at kv=own"),
+        (Attn(kv="reuse", pos="carope"), "use rope"),
+        (Attn(score="relu", sink="learned"), "no denominator for sink=learned"),
+        (Attn(meta=2, pos="xpos"), "meta=2 tokens have none"),
+        (Attn(heads=3, diff="full"), "diff=full pairs heads"),
+        (Attn(heads=4, diff=Form("shared", (2,)), query_rank=8), "no query_rank=8"),
+        (Attn(heads=1, headmix="static"), "say more heads"),
+    ],
+)
+def test_genes_that_do_not_go_together_are_named_with_the_way_out(mixer: Attn, words: str) -> None:
+    reason = mixer.why_illegal(WIDTH)
+    assert reason is not None
+    assert words in reason
+
+
+def test_published_architectures_read_as_their_papers() -> None:
+    texts = {
+        "fox_pro": "lm(12 * (fox_pro + swiglu), width=512)",
+        "aaren": "lm(6 * (aaren + mlp), width=256)",
+        "composite": "lm(8 * (attn(kv=gqa(2), theta=500000) + 2 * swiglu(expand=4)), width=512)",
+        "mobilellm_ls": "lm(20 * (2 @ (attn(heads=6, kv=gqa(2)) + swiglu)), width=288)",
+        "mfa_kr": "lm(12 * (attn(head_dim=128, kv=reuse, query_rank=256) + swiglu), width=512)",
+        "diff": "lm(12 * (attn(diff=full) + swiglu), width=512)",
+        "swat": "lm(12 * (attn(window=1024, pos=alibi_rope, score=sigmoid) + swiglu), width=512)",
+    }
+    assert {name: str(preset(name, "small")) for name in texts} == texts

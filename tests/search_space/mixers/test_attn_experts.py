@@ -7,7 +7,8 @@ import torch
 from attention_oracle import WIDTH, agree, attention, built, rope, split, tokens
 from torch import Tensor
 
-from mixforge.search_space.mixers.attn import BALANCE, Attn
+from mixforge.search_space.attention_parts import BALANCE
+from mixforge.search_space.mixers.attn import Attn
 from mixforge.search_space.parts.layer import Pass
 
 

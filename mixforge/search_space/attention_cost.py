@@ -1,0 +1,118 @@
+"""What attention costs by the genes of `attn`: its weights, the products that it takes, the bytes that it keeps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mixforge.kernels.softmax_scan import scan_flops
+from mixforge.search_space.genes import Form
+from mixforge.search_space.parts.attention_pattern import fused_pairs
+
+if TYPE_CHECKING:
+    from mixforge.search_space.mixers.attn import Attn
+
+# Bytes of a number that is kept in float32 in any case.
+EXACT = 4
+
+
+def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:
+    """Matrices that every token meets; those that every entry meets when it is read; how many other weights."""
+    heads, kv_heads, head_dim = gene.sizes(width)
+    matrices, vectors = query_weights(gene, width)
+    reading: list[tuple[int, int]] = []
+    inner = kv_heads * head_dim
+    shifts = 0 if gene.kv_shift == "none" else kv_heads
+    biased = gene.bias != "none"
+    if gene.latent is not None:
+        rank, rope_dim = gene.latent
+        matrices += [(width, rank + rope_dim)]
+        reading += [(rank, 2 * heads * head_dim)]
+        vectors += rank + gene.meta * (rank + rope_dim)
+    elif gene.kv == "reuse":
+        matrices += [(width, inner), (width, shifts)]
+        reading += [(head_dim, head_dim)]
+        vectors += head_dim + (biased + gene.meta) * inner
+    elif gene.kv != "shared":
+        keys, key_bias = projection(gene, width, inner)
+        matrices += [*keys, (width, inner), (width, 2 * shifts)]
+        vectors += biased * (key_bias + inner) + 2 * gene.meta * inner
+    if gene.latent is None and gene.kv != "shared":
+        vectors += {"none": 0, "rms": head_dim, "rms_all": inner, "l2": 0}[gene.qk_norm]
+    channels = heads * head_dim
+    experts = gene.experts if isinstance(gene.experts, int) else 0
+    matrices += [(experts * head_dim if experts else channels, width), (width, experts)]
+    matrices += [(width, channels if gene.out_gate == "sigmoid" else 0)]
+    vectors += width * (gene.bias == "all") + head_dim * (gene.out_norm == "rms")
+    vectors += 0 if gene.diff == "none" else 6 * head_dim
+    turning = 1 if gene.latent is not None else kv_heads
+    matrices += [(width, heads * (gene.forget == "head")), (width, turning * (gene.pos == "carope"))]
+    vectors += heads * ((gene.forget == "head") + (gene.sink == "learned"))
+    vectors += turning * int(gene.turning(width)) // 2 * (gene.pos == "lrpe")
+    if gene.clip is not None:
+        vectors += (gene.clip + 1) * (head_dim + gene.value_dim(width))
+    if isinstance(gene.headmix, Form):
+        rank = int(gene.headmix.arguments[0])
+        hidden = 2 * heads * rank
+        matrices += [(width, 4 * hidden), (4 * hidden, 2 * rank * heads), (width, 4 * heads)]
+    vectors += 2 * heads * heads * (gene.headmix == "static")
+    return matrices, reading, vectors
+
+
+def query_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], int]:
+    heads, _, head_dim = gene.sizes(width)
+    if gene.query == "learned":
+        return [], heads * head_dim
+    channels = heads * gene.key_dim(width)
+    matrices, bias = projection(gene, width, channels)
+    vectors = {"none": 0, "rms": head_dim, "rms_all": channels, "l2": heads}[gene.qk_norm]
+    if isinstance(gene.experts, int):
+        matrices = [(width, gene.experts * head_dim)]
+    if isinstance(gene.query_rank, int):
+        matrices = [(width, gene.query_rank), (gene.query_rank, channels)]
+        vectors += gene.query_rank
+    return matrices, vectors + bias * (gene.bias != "none") + heads * (gene.temper == "ssmax")
+
+
+def projection(gene: Attn, width: int, channels: int) -> tuple[list[tuple[int, int]], int]:
+    """Matrices and bias that make queries or keys of two maps."""
+    if not isinstance(gene.diff, Form):
+        return [(width, channels)], channels
+    rank = int(gene.diff.arguments[0])
+    return [(width, channels // 2), (width, 2 * rank), (rank, channels)], channels // 2
+
+
+def score_flops(gene: Attn, width: int, length: int) -> int:
+    """Of queries times keys and of weights times values, masked pairs included, and of what changes them."""
+    heads, _, head_dim = gene.sizes(width)
+    if gene.query == "learned":
+        return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
+    seen = length + gene.meta
+    pairs = length * (seen + (gene.sink == "learned" and gene.scores == "biased"))
+    if gene.scores == "fused":
+        pairs = fused_pairs(length, gene.windows[0], gene.dilation, gene.first)
+    both = heads * (gene.key_dim(width) + gene.value_dim(width))
+    flops = 2 * pairs * both
+    if gene.clip is not None:
+        flops += 2 * length * (gene.clip + 1) * both
+    if isinstance(gene.headmix, Form):
+        # Before and after the weighing, by the query and by the key, into the rank and out of it.
+        flops += 8 * 2 * pairs * heads * int(gene.headmix.arguments[0])
+    return flops + 2 * 2 * pairs * heads * heads * (gene.headmix == "static")
+
+
+def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that are kept of each token, and bytes that are carried from token to token."""
+    heads, kv_heads, head_dim = gene.sizes(width)
+    inner = kv_heads * head_dim
+    entries = {"shared": 0, "reuse": inner}.get(str(gene.kv), 2 * inner)
+    if gene.latent is not None:
+        entries = sum(gene.latent)
+    if isinstance(gene.headmix, Form):
+        entries += 2 * (2 * int(gene.headmix.arguments[0]) + 1) * heads
+    forgets = gene.forget == "head"
+    carried = 0 if gene.kv_shift == "none" else (1 if gene.kv == "reuse" else 2) * inner * itemsize
+    if gene.pos == "carope":
+        carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * EXACT
+    if gene.query == "learned":
+        return 0, carried + heads * (head_dim + 2) * EXACT
+    return entries * itemsize + heads * EXACT * forgets, carried + heads * EXACT * forgets

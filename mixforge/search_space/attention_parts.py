@@ -1,0 +1,204 @@
+"""The parts that the genes of `attn` name: queries, memory, position, pattern, scores and output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from mixforge.kernels import attention
+from mixforge.search_space.genes import Form
+from mixforge.search_space.mixer import Backend
+from mixforge.search_space.part import Part
+from mixforge.search_space.parts.attention_experts import ExpertOutputs, ExpertQueries, Routing
+from mixforge.search_space.parts.attention_heads import (
+    Differential,
+    GrowingBase,
+    LowRank,
+    Output,
+    Queries,
+    ScaledUnit,
+    TwoMaps,
+    Unit,
+)
+from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues, Latents, ReusedKeys, TokenShift
+from mixforge.search_space.parts.attention_mix import DynamicMix, StaticMix
+from mixforge.search_space.parts.attention_pattern import EveryToken, Window
+from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
+from mixforge.search_space.parts.attention_scores import Biased, Fused, Relative, Scored, Slopes, Terms, Weigh
+from mixforge.search_space.parts.norm import norm_part
+from mixforge.search_space.parts.routing import Router
+
+if TYPE_CHECKING:
+    from mixforge.search_space.mixers.attn import Attn
+
+# What balances the load of experts that are heads: the rate of arXiv 2101.03961.
+BALANCE = 0.01
+
+
+def routing_part(gene: Attn, width: int) -> Part | None:
+    if not isinstance(gene.experts, int):
+        return None
+    router = Part(
+        Router,
+        width=width,
+        experts=gene.experts,
+        top_k=gene.sizes(width)[0],
+        score="softmax",
+        renorm=True,
+        scale=1.0,
+        groups=None,
+        balance="loss",
+        rate=BALANCE,
+        logit_bias=False,
+    )
+    return Part(Routing, router=router)
+
+
+def queries_part(gene: Attn, width: int, backend: Backend) -> Part:
+    heads, _, head_dim = gene.sizes(width)
+    channels = heads * gene.key_dim(width)
+    query = linear_part(gene, width, channels)
+    if isinstance(gene.experts, int):
+        query = Part(ExpertQueries, width=width, experts=gene.experts, head_dim=head_dim)
+    if isinstance(gene.query_rank, int):
+        query = Part(
+            LowRank,
+            width=width,
+            rank=gene.query_rank,
+            channels=channels,
+            bias=gene.bias != "none",
+            norm=norm_part(gene.query_rank, backend),
+        )
+    norm = (
+        Part(ScaledUnit, heads=heads) if gene.qk_norm == "l2" else qk_norm_part(gene, width, heads, backend)
+    )
+    return Part(
+        Queries,
+        heads=heads,
+        query=query,
+        query_norm=norm,
+        whole=gene.qk_norm == "rms_all",
+        temper=Part(GrowingBase, heads=heads) if gene.temper == "ssmax" else None,
+    )
+
+
+def linear_part(gene: Attn, width: int, channels: int) -> Part:
+    """What makes queries or keys of the input."""
+    biased = gene.bias != "none"
+    if isinstance(gene.diff, Form):
+        rank = int(gene.diff.arguments[0])
+        return Part(TwoMaps, width=width, rank=rank, channels=channels // 2, bias=biased)
+    return Part(nn.Linear, in_features=width, out_features=channels, bias=biased)
+
+
+def qk_norm_part(gene: Attn, width: int, heads: int, backend: Backend) -> Part | None:
+    """Of queries or keys of so many heads."""
+    head_dim = gene.sizes(width)[2]
+    if gene.qk_norm in ("rms", "rms_all"):
+        return norm_part(head_dim * (heads if gene.qk_norm == "rms_all" else 1), backend)
+    return Part(Unit) if gene.qk_norm == "l2" else None
+
+
+def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
+    heads, kv_heads, head_dim = gene.sizes(width)
+    if gene.kv == "shared":
+        return Part(Borrowed)
+    if gene.latent is not None:
+        rank, rope_dim = gene.latent
+        norm = norm_part(rank, backend)
+        return Part(
+            Latents, width=width, heads=heads, head_dim=head_dim, rank=rank, rope_dim=rope_dim, norm=norm
+        )
+    shift = Part(TokenShift, width=width, heads=kv_heads) if gene.kv_shift == "token" else None
+    key, key_norm = (
+        linear_part(gene, width, kv_heads * head_dim),
+        qk_norm_part(gene, width, kv_heads, backend),
+    )
+    if gene.kv == "reuse":
+        return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
+    return Part(
+        KeysValues,
+        heads=kv_heads,
+        head_dim=head_dim,
+        key=key,
+        value=Part(nn.Linear, in_features=width, out_features=kv_heads * head_dim, bias=gene.bias != "none"),
+        key_norm=key_norm,
+        whole=gene.qk_norm == "rms_all",
+        key_shift=shift,
+        value_shift=shift,
+        publishes=gene.kv == "own",
+    )
+
+
+def position_part(gene: Attn, width: int) -> Part:
+    if not gene.turns:
+        return Part(Nowhere)
+    channels = int(gene.turning(width))
+    heads = 1 if gene.latent is not None else gene.sizes(width)[1]
+    if gene.pos == "lrpe":
+        return Part(LearnedRotary, channels=channels, heads=heads, theta=gene.theta)
+    if gene.pos == "carope":
+        return Part(ContextRotary, width=width, channels=channels, heads=heads)
+    return Part(Rotary, channels=channels, theta=gene.theta, scales=gene.pos == "xpos")
+
+
+def pattern_part(gene: Attn, backend: Backend) -> Part:
+    window, shorter = gene.windows
+    if window is None:
+        return Part(EveryToken, operation=attention.form(backend))
+    return Part(
+        Window,
+        window=window,
+        dilation=gene.dilation,
+        first=gene.first,
+        shorter=shorter,
+        operation=attention.window_form(backend),
+        masked=attention.masked_form(backend),
+    )
+
+
+def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
+    heads, _, _ = gene.sizes(width)
+    scale = gene.key_dim(width) ** -0.5
+    if gene.scores == "fused":
+        return Part(Fused, scale=scale)
+    slopes = (
+        Part(Slopes, heads=heads, balanced=gene.pos == "alibi_rope")
+        if gene.pos in ("alibi", "alibi_rope")
+        else None
+    )
+    terms = Part(Terms, forgets=gene.forget == "head", slopes=slopes)
+    sinks = heads if gene.sink == "learned" else 0
+    if gene.scores == "biased":
+        return Part(Biased, scale=scale, terms=terms, sinks=sinks, operation=attention.masked_form(backend))
+    mix: Part | None = None
+    if isinstance(gene.headmix, Form):
+        mix = Part(DynamicMix, width=width, heads=heads, rank=int(gene.headmix.arguments[0]))
+    elif gene.headmix == "static":
+        mix = Part(StaticMix, heads=heads)
+    dims = {"key_dim": gene.key_dim(width), "value_dim": gene.value_dim(width)}
+    relative = None if gene.clip is None else Part(Relative, clip=gene.clip, **dims)
+    weigh = Part(Weigh, score=gene.score, sinks=sinks)
+    return Part(Scored, scale=scale, terms=terms, weigh=weigh, relative=relative, mix=mix)
+
+
+def output_part(gene: Attn, width: int, backend: Backend) -> Part:
+    heads, _, head_dim = gene.sizes(width)
+    difference = None
+    if gene.diff != "none":
+        start = 0.2 if gene.lambda_init is None else gene.lambda_init
+        norm = norm_part(2 * head_dim, backend)
+        difference = Part(Differential, head_dim=head_dim, start=start, norm=norm)
+    channels, biased = heads * head_dim, gene.bias == "all"
+    gate = Part(nn.Linear, in_features=width, out_features=channels, bias=False)
+    out = Part(nn.Linear, in_features=channels, out_features=width, bias=biased)
+    if isinstance(gene.experts, int):
+        out = Part(ExpertOutputs, width=width, experts=gene.experts, head_dim=head_dim)
+    return Part(
+        Output,
+        gate=gate if gene.out_gate == "sigmoid" else None,
+        difference=difference,
+        norm=norm_part(head_dim, backend) if gene.out_norm == "rms" else None,
+        out=out,
+    )
