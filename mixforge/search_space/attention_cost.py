@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from mixforge.kernels.softmax_scan import scan_flops
 from mixforge.search_space.genes import Form
-from mixforge.search_space.parts.attention_pattern import fused_pairs
+from mixforge.search_space.parts.attention_blocks import block_pairs
+from mixforge.search_space.parts.attention_pattern import block_size, fused_pairs
 
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
@@ -86,14 +87,16 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     heads, _, head_dim = gene.sizes(width)
     if gene.query == "learned":
         return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
-    seen = length + gene.meta
-    pairs = length * (seen + (gene.sink == "learned" and gene.scores == "biased"))
+    window, _ = gene.windows
+    size = None if window is None else block_size(length, (window - 1) * gene.dilation + 1, gene.first)
+    beside = gene.meta + (gene.sink == "learned" and gene.scores == "biased")
+    rows, pairs = block_pairs(length, size, beside)
     if gene.scores == "fused":
-        pairs = fused_pairs(length, gene.windows[0], gene.dilation, gene.first)
+        pairs = fused_pairs(length, window, gene.dilation, gene.first)
     both = heads * (gene.key_dim(width) + gene.value_dim(width))
     flops = 2 * pairs * both
     if gene.clip is not None:
-        flops += 2 * length * (gene.clip + 1) * both
+        flops += 2 * rows * (gene.clip + 1) * both
     if isinstance(gene.headmix, Form):
         # Before and after the weighing, by the query and by the key, into the rank and out of it.
         flops += 8 * 2 * pairs * heads * int(gene.headmix.arguments[0])

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.attention_blocks import Sight
 from mixforge.search_space.parts.attention_experts import Route, Routing
 from mixforge.search_space.parts.attention_heads import Output, Queries
 from mixforge.search_space.parts.attention_memory import Memory
 from mixforge.search_space.parts.attention_mix import HeadMix
 from mixforge.search_space.parts.attention_pattern import Pattern
 from mixforge.search_space.parts.attention_position import Position
-from mixforge.search_space.parts.attention_scores import Biased, ForgetGate, Fused, Scored, Sight
+from mixforge.search_space.parts.attention_scores import Biased, ForgetGate, Fused, Scored
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 
 

@@ -60,6 +60,10 @@ class Pattern(nn.Module):
         """Write entries [B, H, T, ...] of the tokens from `start` on. Returns those of the tokens that are met."""
         raise NotImplementedError
 
+    def block(self, length: int) -> int | None:
+        """Tokens of a block that sees itself and the block before alone; None where that saves nothing."""
+        return None
+
     def attend(
         self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, query_T: Tensor, key_S: Tensor
     ) -> Tensor:
@@ -143,6 +147,9 @@ class Window(Pattern):
             draw = at.shared.setdefault("window", (torch.rand(()),))[0]
             self.window = self.shorter if float(draw) < 0.5 else self.longest
 
+    def block(self, length: int) -> int | None:
+        return block_size(length, self.span, self.first)
+
     def slots(self, capacity: int) -> int:
         return min(capacity, self.first + self.span)
 
@@ -220,3 +227,8 @@ def fused_pairs(length: int, window: int | None, dilation: int, first: int) -> i
     if dilation == 1:
         return attended_pairs(length, window)
     return dilation * attended_pairs(-(-length // dilation), window)
+
+
+def block_size(length: int, span: int, first: int) -> int | None:
+    """Of blocks for a window that reaches over `span` tokens; None where they save nothing."""
+    return span if first == 0 and length >= 4 * span else None

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -38,27 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.attention import attend
+from mixforge.search_space.parts.attention_blocks import Sight, in_blocks
 from mixforge.search_space.parts.attention_mix import HeadMix
-from mixforge.search_space.parts.attention_pattern import Pattern
-
-
-@dataclass
-class Sight:
-    """What the scores of a pass may depend on beside queries and keys.
-
-    query_T, key_S: positions of the queries and of the keys; a key's below 0 says that its slot is empty.
-    pattern: which pairs are seen. entries: what is kept of the tokens at `key_S`, by name, [B, H or 1, S, ...].
-    present: the same of the queries' tokens. mix: how the queries' tokens mix heads. Keys and values begin with `meta`
-    learned ones, which have no position.
-    """
-
-    query_T: Tensor
-    key_S: Tensor
-    pattern: Pattern
-    entries: dict[str, Tensor]
-    present: dict[str, Tensor]
-    mix: Tensor | None
-    meta: int
 
 
 class ForgetGate(nn.Module):
@@ -159,10 +139,13 @@ class Biased(nn.Module):
         self.sink = nn.Parameter(torch.zeros(sinks)) if sinks else None
 
     def forward(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
-        return self.attend(q_BHTK, k_BHSK, v_BHSV, sight, self.operation)
+        return in_blocks(self.every_pair, q_BHTK, k_BHSK, v_BHSV, sight)
 
     def step(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
         return self.attend(q_BHTK, k_BHSK, v_BHSV, sight, attend_given)
+
+    def every_pair(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
+        return self.attend(q_BHTK, k_BHSK, v_BHSV, sight, self.operation)
 
     def attend(
         self,
@@ -265,6 +248,9 @@ class Scored(nn.Module):
         self.mix = mix
 
     def forward(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
+        return in_blocks(self.every_pair, q_BHTK, k_BHSK, v_BHSV, sight)
+
+    def every_pair(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
         exact = torch.float64 if q_BHTK.dtype == torch.float64 else torch.float32
         group = q_BHTK.shape[1] // k_BHSK.shape[1]
         k, v = (x_BHSK.repeat_interleave(group, 1) for x_BHSK in (k_BHSK, v_BHSV))
@@ -286,5 +272,4 @@ class Scored(nn.Module):
         return o_BHTV if self.relative is None else o_BHTV + self.relative.mix(weights, sight)
 
     def step(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
-        o_BHTV: Tensor = self(q_BHTK, k_BHSK, v_BHSV, sight)
-        return o_BHTV
+        return self.every_pair(q_BHTK, k_BHSK, v_BHSV, sight)

@@ -106,3 +106,30 @@ def test_meta_tokens_are_keys_and_values_that_every_token_sees(genes: dict[str, 
         expected = torch.stack(rows).view(LENGTH, -1) @ w["output.out.weight"].T
     torch.testing.assert_close(at_once(module, x_TD), expected)
     torch.testing.assert_close(by_steps(module, x_TD)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "genes",
+    [
+        {"sink": "learned"},
+        {"forget": "head", "pos": "none", "meta": 2},
+        {"score": "sigmoid", "pos": "alibi_rope", "meta": 1},
+        {"headmix": Form("dynamic", (2,))},
+        {"pos": Form("relative", (3,)), "dilation": 2},
+    ],
+)
+@torch.no_grad()
+def test_a_window_costs_blocks_and_not_all_pairs(genes: dict[str, object]) -> None:
+    """From 4 windows on, with the same result as all pairs, which prefill over a past still computes."""
+    mixer = Attn(heads=2, window=4, **genes)  # type: ignore[arg-type]
+    module, _ = built(mixer)
+    x_TD = tokens(61)
+    whole = at_once(module, x_TD)
+    state = module.initial_state(1, 61, x_TD.device, x_TD.dtype)
+    pieces = [
+        module(x_TD[None, start:end], state, Pass(torch.arange(start, end), start))[0][0]
+        for start, end in ((0, 7), (7, 61))
+    ]
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-9, atol=1e-9)
+    growth = mixer.cost(24, 2000).flops - mixer.cost(24, 1000).flops
+    assert growth == pytest.approx(mixer.cost(24, 1000).flops, rel=0.02)
