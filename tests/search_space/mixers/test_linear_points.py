@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.linear import Linear
+from mixforge.search_space.notation import parse
 from mixforge.search_space.parts.layer import Pass
 
 DIM = WIDTH // HEADS
@@ -648,3 +649,23 @@ def test_values_that_no_layer_reads_are_not_lent() -> None:
 def test_what_triton_cannot_run_is_refused(mixer: Linear) -> None:
     with pytest.raises(ValueError, match="build with backend='torch'"):
         mixer.build(24, "triton")
+
+
+@torch.no_grad()
+def test_layers_of_a_model_share_values_and_know_their_place() -> None:
+    text = "lm(3 * (linear(decay=layer, values={}) + swiglu), width=32)"
+    first = "linear(decay=layer, values=own) + swiglu"
+    later = "2 * (linear(decay=layer, values=shared) + swiglu)"
+    model = parse(f"lm({first} + {later}, width=32)").build().double()
+    tokens_BT = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
+    whole_BTX = model(tokens_BT)
+    logits_BX, state = model.prefill(tokens_BT[:, :9], capacity=17)
+    torch.testing.assert_close(logits_BX, whole_BTX[:, 8], rtol=1e-9, atol=1e-9)
+    for t in range(9, 17):
+        logits_BX, state = model.step(tokens_BT[:, t], state)
+        torch.testing.assert_close(logits_BX, whole_BTX[:, t], rtol=1e-9, atol=1e-9)
+    factors = [unit.mixer.decay.factor for unit in model.stack.units[::2]]
+    assert factors == pytest.approx([1, 0.5, 0], abs=1e-4)
+    assert "the same mixer with values=own" in str(parse(text.format("shared")).why_illegal())
+    # What no layer reads is not lent, and so is no other model.
+    assert parse(text.format("own")) == parse(text.format("plain"))
