@@ -669,3 +669,16 @@ def test_layers_of_a_model_share_values_and_know_their_place() -> None:
     assert "the same mixer with values=own" in str(parse(text.format("shared")).why_illegal())
     # What no layer reads is not lent, and so is no other model.
     assert parse(text.format("own")) == parse(text.format("plain"))
+
+
+@torch.no_grad()
+def test_latents_whose_keys_jump_are_off_by_no_more_than_the_floor_of_the_decay() -> None:
+    """A key that outweighs all before it by more than 148 to 1 leaves 0.7 % of what they wrote, and not less."""
+    module, w = built(replace(Linear(**Linear.aliases["latte"]), heads=HEADS))
+    w["mixed.weight"][WIDTH : 2 * WIDTH] *= 20
+    x = sequence()
+    y_BTD, _ = module(x[None], None, Pass(torch.arange(LENGTH), 0))
+    latents = latte({**w, "output.out.weight": torch.eye(WIDTH, dtype=torch.float64)}, x)
+    off = (torch.linalg.lstsq(w["output.out.weight"], y_BTD[0].T).solution.T - latents).abs().max()
+    largest = projected(w, x, DIM, DIM)[2].abs().max()
+    assert 1e-6 * largest < off < 2 * math.exp(-5) * largest
