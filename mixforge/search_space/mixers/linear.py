@@ -177,6 +177,19 @@ class Linear(Mixer):
         return self.forget.name if isinstance(self.forget, Form) else self.forget
 
     @property
+    def scales_queries(self) -> bool:
+        """Whether queries are divided by sqrt(K): not where a map scales itself or the papers do without."""
+        without = (
+            self.phi_name in ("taylor", "favor", "softmax", "hedgehog"),
+            self.key == "latent",
+            self.in_gate == "dt",
+            self.norm == "length",
+            self.skip == "bonus",
+            self.decay == "layer",
+        )
+        return not any(without)
+
+    @property
     def activation(self) -> str:
         """Of queries, keys and values."""
         if self.act is not None:
@@ -449,8 +462,6 @@ class Linear(Mixer):
             )
         parts = {name: piece.part for name, piece in self._pieces(width, backend).items()}
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
-        is_scaled = self.phi_name not in ("taylor", "favor", "softmax", "hedgehog") and self.key != "latent"
-        is_scaled = is_scaled and self.in_gate != "dt" and self.norm != "length" and self.skip != "bonus"
         both = self.decay == "both"
         others: dict[str, Any] = {
             "spread": self.pos == "xpos",
@@ -476,7 +487,7 @@ class Linear(Mixer):
             key_dim=size.key_dim,
             value_dim=size.value_dim,
             features=size.features,
-            scale=size.key_dim**-0.5 if is_scaled else 1.0,
+            scale=size.key_dim**-0.5 if self.scales_queries else 1.0,
             operation=twofold_linear.form(backend)
             if both
             else chunked_linear.form(backend, self.rule, self._decay_kind()),

@@ -73,7 +73,7 @@ def lightning(w: Weights, x: Tensor) -> Tensor:
         for h in range(HEADS):
             slope = 2.0 ** (-8 * (h + 1) / HEADS) * (1 - 1 / (2 + 1e-5) + 1e-5)
             state[h] = math.exp(-slope) * state[h] + torch.outer(k[t, h], v[t, h])
-            heads.append(q[t, h] / math.sqrt(DIM) @ state[h])
+            heads.append(q[t, h] @ state[h])
         rows.append(rms(torch.cat(heads), w["output.norm.weight"]))
     return gated(rows, w, x, sigmoid)
 
@@ -234,7 +234,7 @@ def test_transnormer_turns_by_a_cosine_and_norms_without_weights() -> None:
             o = zeros(DIM)
             for s in range(t + 1):
                 weight = (q[t, h] * k[s, h] * torch.cos((t - s) * w["turn.theta"][h])).sum()
-                o = o + math.exp(-slope * (t - s)) * weight / math.sqrt(DIM) * v[s, h]
+                o = o + math.exp(-slope * (t - s)) * weight * v[s, h]
             heads.append(o)
         row = torch.cat(heads)
         rows.append(row / torch.sqrt((row * row).mean() + 1e-6))
