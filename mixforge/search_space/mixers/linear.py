@@ -34,32 +34,7 @@ Genes, from the input to the output:
                 before it, gated all at once after it
     out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number
 
-The named points, and where they depart from their papers. None has biases in its projections and, but for
-bias=conv, in its convolution; sizes of heads are genes, not equations.
-  retnet    Sun et al. 2023 (arXiv 2307.08621), equations 6 to 8. The norm of a head is RMS with a learned scale;
-            the frequencies are those of rotary position; outputs are not divided by a sum of decays. pos=xpos has
-            the frequencies of the paper's code.
-  gret      Sun et al. 2024 (arXiv 2405.05254): retention whose decay is sigmoid(W x)^(1/16); group norm.
-  gla       Yang et al. 2023 (arXiv 2312.06635), section 4.4. RMS norm in the place of layer norm.
-  lightning MiniMax 2025 (arXiv 2501.08313) and Qin et al. 2023 (arXiv 2307.14995). The decay counts the layers of
-            this family, not those of other mixers among them.
-  hgrn2     Qin et al. 2024 (arXiv 2404.07904). The bounds of the layers are learned apart, layer l of L between l/L
-            and (l+1)/L, where the paper takes sums of a softmax over the layers; log D_t >= -5.
-  deltanet  Yang et al. 2024 (arXiv 2406.06484), section 3.4.
-  gdn       Yang et al. 2024 (arXiv 2412.06464), equation 10. Values are as wide as keys.
-  kda       Kimi Team 2025 (arXiv 2510.26692), section 3. The output gate has full rank; log D_t >= -5.
-  mamba2    Dao and Gu 2024 (arXiv 2405.21060), section 7. P = 2 width/heads and N = 64.
-  mlstm     Beck et al. 2024 (arXiv 2405.04517), section 2.3, in the block of Beck et al. 2025 (arXiv 2503.13427): no
-            convolution, keys half as wide as values. The recurrence is run as e^-m S, whose decay and gate are
-            at most 1.
-  rwkv6     Peng et al. 2024 (arXiv 2404.05892), Finch. One rank, 32, for all shifts; log D_t >= -5.
-  based     The linear layer of Arora et al. 2024 (arXiv 2402.18668). Each product k_i k_j, i != j, is kept once,
-            weighed by sqrt(2), and not twice: the same function with about half the state.
-  gateloop  Katsch 2023 (arXiv 2311.01927). Heads have a state of K by V, where the paper's models have 1 by 1; only
-            the real part is normed and gated; log |a_t| >= -5.
-  latte     Dolga et al. 2024 (arXiv 2402.17512). log D_t >= -5 (see LatentDecay).
-  rodimus   He et al. 2024 (arXiv 2410.06577). Queries, keys and gates read the layer's input and not the convolved
-            one; values are convolved before their gate; log D_t >= -5.
+Its famous points, with their papers and departures, are in `parts/linear_points`.
 """
 
 from __future__ import annotations
@@ -80,7 +55,8 @@ from mixforge.search_space.parts.activation import silu
 from mixforge.search_space.parts.decay import LatentDecay
 from mixforge.search_space.parts.layer import TokenMixer
 from mixforge.search_space.parts.linear_attention import FirstState, LinearAttention
-from mixforge.search_space.parts.linear_decode import FusedLinearAttention
+from mixforge.search_space.parts.linear_decode import TAKES, FusedLinearAttention
+from mixforge.search_space.parts.linear_points import POINTS, TAYLOR
 from mixforge.search_space.parts.piece import Piece
 
 # Ranks of W where forget_rank says nothing; with forget=softplus it is the value dim.
@@ -88,8 +64,6 @@ USUAL_RANKS: dict[str, int | str] = {"sigmoid": 16, "bounded": "full", "exp": 64
 # tau of forget=sigmoid.
 USUAL_TEMPERATURE = 16
 MOST_FEATURES = 1 << 20
-TAYLOR = Form("taylor", (2,))
-SIGMOID = Form("sigmoid", (1,))
 # Feature maps whose features are never negative, beside taylor(2).
 POSITIVE = ("elu1", "relu", "exp", "softmax", "learned", "hedgehog", "favor", "outer")
 
@@ -99,93 +73,7 @@ class Linear(Mixer):
     """The linear family. A gene that has no effect is dropped from the canonical form."""
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
-    aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {
-        "retnet": {"decay": "head", "pos": "rope", "conv": "none", "value_dim": "double"},
-        "gret": {
-            "decay": "scalar",
-            "forget": "sigmoid",
-            "pos": "rope",
-            "conv": "none",
-            "out_norm": "group",
-        },
-        "gla": {"decay": "channel", "forget": "sigmoid", "conv": "none", "key_dim": "half"},
-        "lightning": {
-            "decay": "layer",
-            "conv": "none",
-            "act": "silu",
-            "out_norm": "joint",
-            "out_gate": "sigmoid",
-        },
-        "hgrn2": {
-            "decay": "channel",
-            "forget": "bounded",
-            "key": "forget",
-            "phi": "silu",
-            "conv": "none",
-            "out_norm": "gated",
-            "out_gate": "none",
-        },
-        "deltanet": {"rule": "delta", "out_gate": "none"},
-        "gdn": {"rule": "delta", "decay": "scalar"},
-        "kda": {"rule": "delta", "decay": "channel", "out_gate": "sigmoid"},
-        "mamba2": {
-            "decay": "scalar",
-            "in_gate": "dt",
-            "skip": "head",
-            "out_norm": "gated",
-            "key_heads": 1,
-            "key_dim": 64,
-            "value_dim": "double",
-        },
-        "mlstm": {
-            "decay": "scalar",
-            "forget": SIGMOID,
-            "in_gate": "exp",
-            "norm": "max1",
-            "conv": "none",
-            "out_norm": "group",
-            "out_gate": "sigmoid",
-            "key_dim": "half",
-        },
-        "rwkv6": {
-            "decay": "channel",
-            "forget": "exp",
-            "skip": "bonus",
-            "shift": "lowrank",
-            "conv": "none",
-            "out_norm": "group",
-        },
-        "based": {
-            "phi": TAYLOR,
-            "norm": "denominator",
-            "key_dim": 16,
-            "conv": "none",
-            "out_norm": "none",
-            "out_gate": "none",
-        },
-        "gateloop": {
-            "decay": "channel",
-            "forget": SIGMOID,
-            "forget_rank": "full",
-            "pos": "phase",
-            "conv": "none",
-            "out_norm": "group",
-        },
-        "latte": {"key": "latent", "conv": "none", "out_norm": "none", "out_gate": "none"},
-        "rodimus": {
-            "decay": "channel",
-            "forget": "tempered",
-            "in_gate": "tempered",
-            "qk_norm": "l2",
-            "value_gate": 16,
-            "skip": "channel",
-            "out_norm": "gated",
-            "heads": 1,
-            "key_dim": 64,
-            "value_dim": "double",
-            "bias": "conv",
-        },
-    }
+    aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = POINTS
 
     rule: Annotated[str, Choice("add", "delta")] = "add"
     decay: Annotated[str, Choice("none", "head", "layer", "scalar", "channel", "both")] = "none"
@@ -287,6 +175,19 @@ class Linear(Mixer):
     def forget_form(self) -> str:
         """The name of the form of decays that follow from the input."""
         return self.forget.name if isinstance(self.forget, Form) else self.forget
+
+    @property
+    def scales_queries(self) -> bool:
+        """Whether queries are divided by sqrt(K): not where a map scales itself or the papers do without."""
+        without = (
+            self.phi_name in ("taylor", "favor", "softmax", "hedgehog"),
+            self.key == "latent",
+            self.in_gate == "dt",
+            self.norm == "length",
+            self.skip == "bonus",
+            self.decay == "layer",
+        )
+        return not any(without)
 
     @property
     def activation(self) -> str:
@@ -561,8 +462,6 @@ class Linear(Mixer):
             )
         parts = {name: piece.part for name, piece in self._pieces(width, backend).items()}
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
-        is_scaled = self.phi_name not in ("taylor", "favor", "softmax", "hedgehog") and self.key != "latent"
-        is_scaled = is_scaled and self.in_gate != "dt" and self.norm != "length" and self.skip != "bonus"
         both = self.decay == "both"
         others: dict[str, Any] = {
             "spread": self.pos == "xpos",
@@ -588,7 +487,7 @@ class Linear(Mixer):
             key_dim=size.key_dim,
             value_dim=size.value_dim,
             features=size.features,
-            scale=size.key_dim**-0.5 if is_scaled else 1.0,
+            scale=size.key_dim**-0.5 if self.scales_queries else 1.0,
             operation=twofold_linear.form(backend)
             if both
             else chunked_linear.form(backend, self.rule, self._decay_kind()),
@@ -609,22 +508,7 @@ class Linear(Mixer):
     def _decoder(self, size: Sizes) -> tuple[type[TokenMixer], dict[str, Any]]:
         """The module whose step is one kernel between its projections, where that kernel takes these genes."""
         is_small = size.key_dim <= 128 and size.value_dim <= 256
-        known: dict[str, tuple[GeneValue, ...]] = {
-            "decay": ("none", "head", "scalar", "channel"),
-            "forget": ("softplus", "sigmoid"),
-            "key": ("own",),
-            "phi": ("none", "elu1", "relu"),
-            "norm": ("none",),
-            "pos": ("none",),
-            "in_gate": ("none", "dt"),
-            "value_gate": ("none",),
-            "values": ("plain",),
-            "shift": ("none",),
-            "skip": ("none", "head"),
-            "out_norm": ("rms", "gated", "none"),
-            "out_gate": ("silu", "sigmoid", "none"),
-        }
-        is_known = all(getattr(self, gene) in values for gene, values in known.items())
+        is_known = all(getattr(self, gene) in values for gene, values in TAKES.items())
         is_plain = is_known and (self.conv != "none" or self.activation == "none")
         if not (is_small and is_plain):
             return LinearAttention, {}

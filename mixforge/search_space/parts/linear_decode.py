@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.genes import GeneValue
 from mixforge.search_space.parts.decay import (
     SigmoidChannelDecay,
     SigmoidDecay,
@@ -16,6 +17,23 @@ from mixforge.search_space.parts.decay import (
 )
 from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.parts.linear_attention import LinearAttention
+
+# The values of genes that the kernel takes; it does not look at the others.
+TAKES: dict[str, tuple[GeneValue, ...]] = {
+    "decay": ("none", "head", "scalar", "channel"),
+    "forget": ("softplus", "sigmoid"),
+    "key": ("own",),
+    "phi": ("none", "elu1", "relu"),
+    "norm": ("none",),
+    "pos": ("none",),
+    "in_gate": ("none", "dt"),
+    "value_gate": ("none",),
+    "values": ("plain",),
+    "shift": ("none",),
+    "skip": ("none", "head"),
+    "out_norm": ("rms", "gated", "none"),
+    "out_gate": ("silu", "sigmoid", "none"),
+}
 
 
 class FusedLinearAttention(LinearAttention):
