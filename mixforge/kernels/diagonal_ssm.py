@@ -16,7 +16,7 @@ Source: Gu et al. 2022 (arXiv 2206.11893, section 3.3): the kernel as a product 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,25 +58,27 @@ def diagonal_ssm_torch(
     dtype = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
     x_DTB, c = x_BTD.to(dtype).permute(2, 1, 0), c_DPN.to(dtype)
     length = x_BTD.shape[1]
-    powers_DPTN = powers(rate_DP.to(dtype), None if frequency_DP is None else frequency_DP.to(dtype), length)
-    # Re(c a^l) is the product of their planes with the imaginary one's sign turned.
-    signed_DPN = c if frequency_DP is None else c * c.new_tensor([1.0, -1.0])
-    read_DTF = powers_DPTN.transpose(1, 2).flatten(2)
-    kernel_DT = torch.bmm(read_DTF, signed_DPN.flatten(1)[:, :, None])[:, :, 0]
+    planes = powers(rate_DP.to(dtype), None if frequency_DP is None else frequency_DP.to(dtype), length)
+    # The real part of a product is that of the real planes less that of the imaginary ones.
+    signed = c if frequency_DP is None else c * c.new_tensor([1.0, -1.0])
+    kernel_D1T = sum_of(torch.bmm(c_DP[:, None], a_DPT) for c_DP, a_DPT in pairs(signed, planes))
     size = 2 * length
-    product = torch.fft.rfft(kernel_DT, n=size)[:, :, None] * torch.fft.rfft(x_DTB, n=size, dim=1)
-    y_DTB = torch.fft.irfft(product, n=size, dim=1)[:, :length]
+    spectrum = torch.fft.rfft(kernel_D1T.transpose(1, 2), n=size, dim=1) * torch.fft.rfft(
+        x_DTB, n=size, dim=1
+    )
+    y_DTB = torch.fft.irfft(spectrum, n=size, dim=1)[:, :length]
     if state_BDPN is None:
         return y_DTB.permute(2, 1, 0).to(x_BTD.dtype), None
     # What the state before the first token is by the time of each token: one more power than of its own input.
-    state = state_BDPN.to(dtype)
-    turned_BDPN = turned(state, rate_DP, frequency_DP)
-    carried_DFB = product_of(c[None], turned_BDPN).permute(1, 2, 3, 0).flatten(1, 2)
-    y_DTB = y_DTB + torch.bmm(signs_of(read_DTF, frequency_DP), carried_DFB)
-    write_DFT = powers_DPTN.flip(2).transpose(2, 3).flatten(1, 2)
-    written_BDPN = torch.unflatten(torch.bmm(write_DFT, x_DTB).permute(2, 0, 1), 2, c.shape[1:])
-    last = powers_DPTN[:, :, -1]
-    after = written_BDPN + product_of(last[None], turned_BDPN)
+    turned_BDPN = turned(state_BDPN.to(dtype), rate_DP, frequency_DP)
+    carried = product_of(c[None], turned_BDPN)
+    carried = carried if frequency_DP is None else carried * c.new_tensor([1.0, -1.0])
+    y_DTB = y_DTB + sum_of(
+        torch.bmm(a_DPT.transpose(1, 2), h_BDP.permute(1, 2, 0)) for h_BDP, a_DPT in pairs(carried, planes)
+    )
+    written = torch.stack([torch.bmm(a_DPT.flip(2), x_DTB).permute(2, 0, 1) for a_DPT in planes], -1)
+    last_DPN = torch.stack([a_DPT[:, :, -1] for a_DPT in planes], -1)
+    after = written + product_of(last_DPN[None], turned_BDPN)
     return y_DTB.permute(2, 1, 0).to(x_BTD.dtype), after
 
 
@@ -119,16 +121,29 @@ def diagonal_ssm_step(
     return y_BD, state if torch.is_grad_enabled() else state_BDPN.copy_(state)
 
 
-def powers(rate_DP: Tensor, frequency_DP: Tensor | None, length: int) -> Tensor:
-    """a^l [D, P, T, N] for l = 0 .. T-1, its planes last."""
+def powers(rate_DP: Tensor, frequency_DP: Tensor | None, length: int) -> list[Tensor]:
+    """a^l [D, P, T] for l = 0 .. T-1: its real plane, and its imaginary one where there is one."""
     exponent_T = torch.arange(length, device=rate_DP.device, dtype=rate_DP.dtype)
     magnitude_DPT = torch.exp(rate_DP[..., None] * exponent_T)
     if frequency_DP is None:
-        return magnitude_DPT[..., None]
+        return [magnitude_DPT]
     # Thousands of turns would cost a float32 its digits: whole turns are taken off in float64.
     angle_DPT = torch.remainder(frequency_DP.double()[..., None] * exponent_T.double(), 2 * math.pi)
     angle_DPT = angle_DPT.to(rate_DP.dtype)
-    return torch.stack([magnitude_DPT * angle_DPT.cos(), magnitude_DPT * angle_DPT.sin()], -1)
+    return [magnitude_DPT * angle_DPT.cos(), magnitude_DPT * angle_DPT.sin()]
+
+
+def pairs(numbers: Tensor, planes: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The planes of numbers, which are their last axis, with those of the powers."""
+    return zip(numbers.unbind(-1), planes, strict=True)
+
+
+def sum_of(terms: Iterator[Tensor]) -> Tensor:
+    """The sum of one or two tensors."""
+    total = next(terms)
+    for term in terms:
+        total = total + term
+    return total
 
 
 def turned(state: Tensor, rate_DP: Tensor, frequency_DP: Tensor | None) -> Tensor:
@@ -154,13 +169,6 @@ def product_of(a: Tensor, b: Tensor) -> Tensor:
         return a * b
     (p, q), (r, s) = a.unbind(-1), b.unbind(-1)
     return torch.stack([p * r - q * s, p * s + q * r], -1)
-
-
-def signs_of(flat: Tensor, frequency_DP: Tensor | None) -> Tensor:
-    """Planes [..., P*N] as factors of a product of which the real part is asked for."""
-    if frequency_DP is None:
-        return flat
-    return (torch.unflatten(flat, -1, (-1, 2)) * flat.new_tensor([1.0, -1.0])).flatten(-2)
 
 
 def read_out(c_DPN: Tensor, h: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Gated linear recurrence of vectors: h_t = a_t h_{t-1} + b_t, element by element.
 
     cell=rglru    x = conv(W_in u);  r_t = sigmoid(W_r x + b_r),  i_t = sigmoid(W_i x + b_i)
-                  log a_t = -8 softplus(lambda) r_t,  b_t = sqrt(1 - a_t^2) (i_t x_t)
+                  log a_t = -8 softplus(lambda) r_t,  b_t = sqrt(1 - a_t^2) (i_t x_t), but b_0 = i_0 x_0
       De et al. 2024 (arXiv 2402.19427), equations 1 to 4 and figure 2. W_r and W_i are block diagonal, one block for
       each head, as in its authors' code (RecurrentGemma, arXiv 2404.07839); a is between 0.9 and 0.999 at r = 1 at first.
     cell=hgrn     |a_t| = floor + (1 - floor) sigmoid(W_f x + b_f),  b_t = (1 - |a_t|) silu(W_c x + b_c)
@@ -21,9 +21,10 @@ they are said; any cell takes any of them. A convolution is depthwise, and befor
 those of W_f, W_z and W_o.
 
 Departures: each block has an output projection, which qrnn, mingru and minlstm have not; projections have no biases but
-where one is written. rglru is as wide as the model, not 4/3 as wide, unless head_dim says so, and its first token's
-input is scaled like every other's. hgrn's lower bounds are not learned (they are what its learned ones start as), its
-norm is RMS. lru is without the gated linear unit that follows it in its paper: a channel mixer says that.
+where one is written, unless bias=all gives them to the projections around the cell and to the convolution, as
+RecurrentGemma has them. rglru is as wide as the model, not 4/3 as wide, unless head_dim says so. hgrn's lower bounds are
+not learned (they are what its learned ones start as), its norm is RMS. lru is without the gated linear unit that follows
+it in its paper: a channel mixer says that.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Rec(Mixer):
     gate: Annotated[str | None, Choice("none", "gelu", "sigmoid", "silu")] = None
     phase: Annotated[str, Choice("learned", "none")] = "learned"
     floor: Annotated[int | float | None, Real(0, 0.999)] = None
+    bias: Annotated[str, Choice("none", "all")] = "none"
 
     def sizes(self, width: int) -> tuple[int, int]:
         """Heads and channels of a head. Only rglru has matrices for each head."""
@@ -160,6 +162,10 @@ class Rec(Mixer):
         convolved = 0 if self.cell == "qrnn" or taps == 1 else inner if self.cell == "rglru" else width
         products += features * width + convolved * taps
         products += seen * features if self.activation() != "none" else 0
+        if self.bias == "all":
+            vectors += width + (features if self.activation() != "none" else 0)
+            vectors += inner if self.cell == "rglru" else 0
+            vectors += convolved if taps > 1 else 0
         state = 4 * features + (convolved * (taps - 1) + looks_back * width) * itemsize
         params = products + vectors
         return Cost(
@@ -183,6 +189,7 @@ class Rec(Mixer):
             activation="none",
             operation=short_conv.form(backend),
             one_step=short_conv.step_form(backend),
+            bias=self.bias == "all",
         )
         activation = _ACTIVATIONS[self.activation()]
         complex_step = gated_scan_complex.gated_scan_complex_step
@@ -192,13 +199,14 @@ class Rec(Mixer):
             features=features,
             is_complex=self.is_complex,
             looks_back=looks_back,
-            into=_projection(seen, inner) if self.cell == "rglru" else None,
+            into=self._projection(seen, inner) if self.cell == "rglru" else None,
             conv=conv if has_conv else None,
             cell=self._cell(width if self.cell != "qrnn" else seen, heads, head_dim),
-            gate=None if activation is None else _projection(seen, features),
+            gate=None if activation is None else self._projection(seen, features),
             activation=activation,
             norm=norm_part(features, backend) if self.cell == "hgrn" else None,
             has_skip=self.cell == "lru",
+            bias=self.bias == "all",
             operation=(gated_scan_complex if self.is_complex else gated_scan).form(backend),
             one_step=complex_step if self.is_complex else gated_scan.step_form(backend),
         )
@@ -213,9 +221,8 @@ class Rec(Mixer):
                 return Part(HgrnCell, width=seen, channels=channels, floor=floor, is_complex=self.is_complex)
         return Part(_CELLS[self.cell], width=seen, channels=channels)
 
-
-def _projection(width: int, features: int) -> Part:
-    return Part(nn.Linear, in_features=width, out_features=features, bias=False)
+    def _projection(self, width: int, features: int) -> Part:
+        return Part(nn.Linear, in_features=width, out_features=features, bias=self.bias == "all")
 
 
 _USUAL_CONV = {"qrnn": 2, "rglru": 4}

@@ -1,6 +1,6 @@
 """RWKV's channel mixing, a channel mixer that also sees the token before its own.
 
-    x'_c = mu_c x_t + (1 - mu_c) x_{t-1}    for c of k, r
+    x'_c = x_t + mu_c (x_{t-1} - x_t)    for c of k, r
     y_t = sigmoid(W_r x'_r) * (W_v max(W_k x'_k, 0)^2)
 
 Source: Peng et al. 2023 (arXiv 2305.13048), equations 12 and 16 to 18, for RWKV-4; RWKV-5 and 6 have the same one
@@ -23,7 +23,7 @@ from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import relu2
 from mixforge.search_space.parts.layer import Pass, TokenMixer
-from mixforge.search_space.parts.predecessor import TokenShift, shifted
+from mixforge.search_space.parts.token_shift import TokenShift
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,9 @@ class ChannelMixing(TokenMixer):
     def __init__(self, width: int, hidden: int, has_receptance: bool) -> None:
         super().__init__()
         self.width = width
-        share = torch.arange(width) / width
-        self.shift_k = TokenShift(share)
+        # Of k, and of r where there is one.
+        self.shift = TokenShift(width, count=2 if has_receptance else 1, lowrank=False)
         self.up = nn.Linear(width, hidden, bias=False)
-        self.shift_r = TokenShift(share) if has_receptance else None
         self.receptance = nn.Linear(width, width, bias=False) if has_receptance else None
         self.out = nn.Linear(hidden, width, bias=False)
 
@@ -100,17 +99,16 @@ class ChannelMixing(TokenMixer):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        y_BTD = self.mixed(x_BTD, shifted(x_BTD, None if state is None else state["past"]))
+        y_BTD = self.mixed(x_BTD, None if state is None else state["past"])
         return y_BTD, None if state is None else {"past": x_BTD[:, -1].clone()}
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        y_BD = self.mixed(x_BD, state["past"])
+        y_BTD = self.mixed(x_BD[:, None], state["past"])
         state["past"].copy_(x_BD)
-        return y_BD, state
+        return y_BTD[:, 0], state
 
-    def mixed(self, x: Tensor, past: Tensor) -> Tensor:
+    def mixed(self, x_BTD: Tensor, past_BD: Tensor | None) -> Tensor:
         """Each token with its predecessor, which is all that it sees."""
-        y: Tensor = self.out(relu2(self.up(self.shift_k(x, past))))
-        if self.receptance is None or self.shift_r is None:
-            return y
-        return torch.sigmoid(self.receptance(self.shift_r(x, past))) * y
+        seen, _ = self.shift(x_BTD, past_BD)
+        y: Tensor = self.out(relu2(self.up(seen[0])))
+        return y if self.receptance is None else torch.sigmoid(self.receptance(seen[1])) * y

@@ -1,6 +1,6 @@
 """RWKV-4's time mixing: an average of values with weights that decay, one for each channel.
 
-    x'_c = mu_c x_t + (1 - mu_c) x_{t-1}    for c of r, k, v
+    x'_c = x_t + mu_c (x_{t-1} - x_t)    for c of r, k, v
     r_t = sigmoid(W_r x'_r),  k_t = W_k x'_k,  v_t = W_v x'_v
     wkv_t = (sum_{i<t} e^(-(t-1-i) w + k_i) v_i + e^(u + k_t) v_t) / (the same sum over ones in place of v)
     y_t = W_out (r_t wkv_t),   w = exp(decay)
@@ -11,8 +11,8 @@ The state is numerator and denominator divided by e^m and m, the largest exponen
 
 With m for all tokens at hand (a running maximum), both are the elementwise scan of `kernels.gated_scan`.
 
-Source: Peng et al. 2023 (arXiv 2305.13048), equations 11 to 18 and appendix D (the state with a maximum); names and
-shapes as in transformers' Rwkv. Departures: mu, w and u start as they do in its first layer, in every layer.
+Source: Peng et al. 2023 (arXiv 2305.13048), equations 11 to 18 and appendix D (the state with a maximum); shapes as
+in transformers' Rwkv, whose mu is 1 - mu. Departures: mu, w and u start as they do in its first layer, in every layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
 from mixforge.search_space.parts.layer import Pass, TokenMixer
-from mixforge.search_space.parts.predecessor import TokenShift, shifted
+from mixforge.search_space.parts.token_shift import TokenShift
 
 # The exponent of a sum without terms. It is finite so that differences of two are.
 EMPTY = -1e30
@@ -68,9 +68,10 @@ class WeightedKeyValue(TokenMixer):
         share = torch.arange(width) / width
         self.decay = nn.Parameter(-5 + 8 * place**0.7)
         self.bonus = nn.Parameter(torch.log(torch.tensor(0.3)) + 0.5 * ((torch.arange(width) + 1) % 3 - 1))
-        self.shift_r = TokenShift(share.sqrt())
-        self.shift_k = TokenShift(share)
-        self.shift_v = TokenShift(share)
+        # Of r, k and v in this order.
+        self.shift = TokenShift(width, count=3, lowrank=False)
+        with torch.no_grad():
+            self.shift.share[0] = 1 - share.sqrt()
         self.receptance = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -92,7 +93,7 @@ class WeightedKeyValue(TokenMixer):
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         before = state or self.initial_state(x_BTD.shape[0], 0, x_BTD.device, x_BTD.dtype)
-        r_BTD, k_BTD, v_BTD = self.projected(x_BTD, shifted(x_BTD, before["past"]))
+        r_BTD, k_BTD, v_BTD = self.projected(x_BTD, before["past"])
         w_D = exact(self.decay).exp()
         largest_BTD = running_largest(k_BTD.detach(), w_D.detach(), before["largest"])
         earlier_BTD = torch.cat([before["largest"][:, None], largest_BTD[:, :-1]], 1)
@@ -110,7 +111,7 @@ class WeightedKeyValue(TokenMixer):
         return y_BTD, {"past": x_BTD[:, -1].clone(), "sums": after_BF, "largest": largest_BTD[:, -1].clone()}
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        r_BD, k_BD, v_BD = self.projected(x_BD, state["past"])
+        r_BD, k_BD, v_BD = (each[:, 0] for each in self.projected(x_BD[:, None], state["past"]))
         y_BD = self.finish(r_BD, k_BD, v_BD, state["sums"], state["largest"])
         held_BD = state["largest"] - exact(self.decay).exp()
         largest_BD = torch.maximum(held_BD, k_BD)
@@ -121,10 +122,10 @@ class WeightedKeyValue(TokenMixer):
         state["past"].copy_(x_BD)
         return y_BD, state
 
-    def projected(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, x_BTD: Tensor, past_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """r, and k and v in float32 or better."""
-        r = torch.sigmoid(self.receptance(self.shift_r(x, past)))
-        return r, exact(self.key(self.shift_k(x, past))), exact(self.value(self.shift_v(x, past)))
+        (r, k, v), _ = self.shift(x_BTD, past_BD)
+        return torch.sigmoid(self.receptance(r)), exact(self.key(k)), exact(self.value(v))
 
     def finish(self, r: Tensor, k: Tensor, v: Tensor, sums: Tensor, largest: Tensor) -> Tensor:
         """The average over the tokens before and this one, which has a bonus; gate and output projection."""

@@ -14,7 +14,7 @@ rule=s4d: nothing follows from the input: B = (exp(dt A) - 1) / A, C is learned;
   equation 6 and section 4. poles=complex: N/2 conjugate pairs that start as -1/2 + i pi n (S4D-Lin); poles=real: N
   that start as -1 .. -N (S4D-Real). In Mamba's block these are the rows S4D of its table 6.
 gate=glu is S4D's own block: u = x, out = a * sigmoid(b), [a; b] = W_out gelu(y). gate=none leaves silu(z) off.
-fixed_point=householder(n) or kron(n): a dense recurrence by n scans (see `parts.fixed_point`).
+fixed_point=householder(n): a dense recurrence by n scans (see `parts.fixed_point`).
 
 Departures: gate=glu has no biases.
 """
@@ -36,12 +36,7 @@ from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, sho
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.fixed_point import (
-    FixedPointScan,
-    HouseholderMixer,
-    KroneckerMixer,
-    kron_factors,
-)
+from mixforge.search_space.parts.fixed_point import FixedPointScan, HouseholderMixer
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.short_convolution import ShortConvolution
@@ -67,9 +62,7 @@ class Ssm(Mixer):
     conv: Annotated[str | int, Choice("none"), Whole(2, 8)] = 4
     gate: Annotated[str, Choice("silu", "none", "glu")] = "silu"
     norm: Annotated[str, Choice("none", "dt_b_c")] = "none"
-    fixed_point: Annotated[
-        str | Form, Choice("none"), Call("householder", Whole(1, 32)), Call("kron", Whole(1, 32))
-    ] = "none"
+    fixed_point: Annotated[str | Form, Choice("none"), Call("householder", Whole(1, 32))] = "none"
 
     def inner(self, width: int) -> int:
         """Channels that have a state."""
@@ -95,12 +88,6 @@ class Ssm(Mixer):
             return (
                 f"fixed_point={self.fixed_point} puts B and C to length 1, whose direction jumps where they are of only "
                 f"{self.state} numbers (mixer ssm); say state={LEAST_DIRECTIONS} or more"
-            )
-        inner = self.inner(width)
-        if str(self.fixed_point).startswith("kron") and kron_factors(inner)[0] == 1:
-            return (
-                f"fixed_point={self.fixed_point} needs channels that have two factors, and {inner} has none "
-                "(mixer ssm); say another expand, or householder"
             )
         return None
 
@@ -135,12 +122,11 @@ class Ssm(Mixer):
             matrices += inner * (2 * rank + 2 * states)
             vectors += inner * (states + 2) + (rank + 2 * states if self.norm == "dt_b_c" else 0)
         if self.iterations() > 0:
-            mixing, products, more = self._mixing(inner)
-            mixing += 2 * inner * states
-            scans = self.iterations() * (mixing + products + scans) - mixing
+            mixing = 2 * inner * (inner + 1 + states)
+            scans = self.iterations() * (mixing + scans) - mixing
             matrices += mixing + (inner * inner if self.gate == "silu" else 0)
-            vectors += more + 2 * inner
-            state = self.iterations() * (state + inner * itemsize)
+            vectors += 1 + 2 * inner
+            state = self.iterations() * (state + 4 * inner)
         params = matrices + vectors + inner * taps
         state += inner * max(0, taps - 1) * itemsize
         return Cost(
@@ -149,15 +135,6 @@ class Ssm(Mixer):
             state_bytes=state,
             decode_bytes=params * itemsize + 2 * state,
         )
-
-    def _mixing(self, inner: int) -> tuple[int, int, int]:
-        """Of a fixed point's Q: weights in matrices, multiply-adds of one application beside them, biases."""
-        if str(self.fixed_point).startswith("householder"):
-            return 2 * inner * (inner + 1), 0, 1
-        rows, columns = kron_factors(inner)
-        triangles = rows * (rows + 1) // 2 + columns * (columns + 1) // 2
-        products = rows**3 + columns**3 + inner * (rows + columns)
-        return 2 * inner * (triangles + rows + columns), products, rows + columns
 
     def build(self, width: int, backend: Backend) -> Part:
         inner = self.inner(width)
@@ -199,14 +176,13 @@ class Ssm(Mixer):
         operation = selective_scan.form(backend)
         if self.iterations() == 0:
             return Part(SelectiveScan, selection=selection, operation=operation)
-        is_reflection = str(self.fixed_point).startswith("householder")
         return Part(
             FixedPointScan,
             channels=inner,
             states=self.state,
             iterations=self.iterations(),
             selection=selection,
-            mixer=Part(HouseholderMixer if is_reflection else KroneckerMixer, channels=inner),
+            mixer=Part(HouseholderMixer, channels=inner),
             has_gate=self.gate == "silu",
             operation=operation,
         )

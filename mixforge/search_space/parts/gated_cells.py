@@ -1,7 +1,8 @@
 """Cells of linear recurrences h_t = a_t h_{t-1} + b_t, element by element: what makes a_t and b_t of the input.
 
-A cell reads u_BTD and gives (log |a| [B, T, E], the phase of a [B, T, E] or None, b), b being [B, T, E], or
-[B, T, 2, E] where there is a phase. They are computed in float32 or better. Equations and sources: see `mixers.rec`.
+A cell reads u_BTD and the positions of its tokens, and gives (log |a| [B, T, E], the phase of a [B, T, E] or None, b), b
+being [B, T, E], or [B, T, 2, E] where there is a phase. They are computed in float32 or better. Equations and sources:
+see `mixers.rec`.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ class RglruCell(nn.Module):
         decay = torch.empty(heads * head_dim).uniform_(0.9, 0.999)
         self.rate = nn.Parameter(torch.log(torch.expm1(-torch.log(decay) / 8)))
 
-    def forward(self, u_BTD: Tensor) -> Gated:
+    def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         recurrence_BTD = self.recurrence_gate(u_BTD)
         log_a_BTD = -8 * F.softplus(self.rate.to(recurrence_BTD.dtype)) * recurrence_BTD
         # 1 - a^2 without cancellation. The small term bounds the slope of the root where the gate is shut.
         scale_BTD = torch.sqrt(1e-12 - torch.expm1(2 * log_a_BTD))
+        # Nothing has decayed before the first token.
+        scale_BTD = torch.where((positions_T == 0)[:, None], torch.ones_like(scale_BTD), scale_BTD)
         return log_a_BTD, None, scale_BTD * self.input_gate(u_BTD) * u_BTD
 
 
@@ -66,7 +69,7 @@ class HgrnCell(nn.Module):
         exponent = -2 * torch.arange(channels) / channels
         self.angle = nn.Parameter(10000.0**exponent) if is_complex else None
 
-    def forward(self, u_BTD: Tensor) -> Gated:
+    def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         gates = exact(self.gates(u_BTD))
         logit, content = gates[..., : self.channels], F.silu(gates[..., self.channels :])
         if self.floor == 0:
@@ -94,7 +97,7 @@ class LruCell(nn.Module):
         self.gates = nn.Linear(width, 2 * channels, bias=False)
         nn.init.normal_(self.gates.weight, std=(2 * width) ** -0.5)
 
-    def forward(self, u_BTD: Tensor) -> Gated:
+    def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         b_BTF = exact(self.gates(u_BTD))
         b_BTPE = exact(self.gamma).exp() * torch.unflatten(b_BTF, -1, (2, self.channels))
         shape = b_BTPE[..., 0, :]
@@ -108,7 +111,7 @@ class QrnnCell(nn.Module):
         super().__init__()
         self.gates = nn.Linear(width, 2 * channels, bias=False)
 
-    def forward(self, u_BTD: Tensor) -> Gated:
+    def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         forget, content = exact(self.gates(u_BTD)).chunk(2, -1)
         return F.logsigmoid(forget), None, torch.sigmoid(-forget) * torch.tanh(content)
 
@@ -120,7 +123,7 @@ class MinGruCell(nn.Module):
         super().__init__()
         self.gates = nn.Linear(width, 2 * channels)
 
-    def forward(self, u_BTD: Tensor) -> Gated:
+    def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         update, content = exact(self.gates(u_BTD)).chunk(2, -1)
         return F.logsigmoid(-update), None, torch.sigmoid(update) * content
 
@@ -132,7 +135,7 @@ class MinLstmCell(nn.Module):
         super().__init__()
         self.gates = nn.Linear(width, 3 * channels)
 
-    def forward(self, u_BTD: Tensor) -> Gated:
+    def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         forget, enter, content = exact(self.gates(u_BTD)).chunk(3, -1)
         log_f, log_i = F.logsigmoid(forget), F.logsigmoid(enter)
         total = torch.logaddexp(log_f, log_i)

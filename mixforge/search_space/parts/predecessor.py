@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def shifted(x_BTD: Tensor, past_BD: Tensor | None) -> Tensor:
@@ -19,14 +19,3 @@ def last_tokens(x_BTD: Tensor, past_BWD: Tensor) -> tuple[Tensor, Tensor]:
     size = past_BWD.shape[1] + 1
     seen_BTF = torch.cat([window_BTD[:, back : back + length] for back in range(size)], -1)
     return seen_BTF, window_BTD[:, length:].clone()
-
-
-class TokenShift(nn.Module):
-    """mu x_t + (1 - mu) x_{t-1}, one share mu for each channel. Source: Peng et al. 2023 (arXiv 2305.13048)."""
-
-    def __init__(self, share_D: Tensor) -> None:
-        super().__init__()
-        self.share = nn.Parameter(share_D.clone())
-
-    def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        return torch.lerp(past.to(x.dtype), x, self.share)

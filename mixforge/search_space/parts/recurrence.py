@@ -33,6 +33,7 @@ class LinearRecurrence(TokenMixer):
         activation: Callable[[Tensor], Tensor] | None,
         norm: nn.Module | None,
         has_skip: bool,
+        bias: bool,
         operation: Callable[..., tuple[Tensor, Tensor]],
         one_step: Callable[..., tuple[Tensor, Tensor]],
     ) -> None:
@@ -49,7 +50,7 @@ class LinearRecurrence(TokenMixer):
         self.cell = cell
         self.norm = norm
         self.skip = nn.Parameter(torch.randn(width)) if has_skip else None
-        self.out = nn.Linear(features, width, bias=False)
+        self.out = nn.Linear(features, width, bias=bias)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -81,7 +82,7 @@ class LinearRecurrence(TokenMixer):
         if self.conv is not None:
             u_BTF, after["conv"] = self.conv(u_BTF, None if state is None else state["conv"])
         hidden = None if state is None else state["hidden"]
-        h, after["hidden"] = self.operation(*gates(self.cell(u_BTF)), hidden)
+        h, after["hidden"] = self.operation(*gates(self.cell(u_BTF, at.positions_T)), hidden)
         h_BTF = h.flatten(2) if self.is_complex else h
         return self.finish(h_BTF, seen_BTF, x_BTD), None if state is None else after
 
@@ -94,7 +95,8 @@ class LinearRecurrence(TokenMixer):
         u_BF = seen_BF if self.into is None else self.into(seen_BF)
         if self.conv is not None:
             u_BF = self.conv.step(u_BF, state["conv"])
-        h, hidden = self.one_step(*(each[:, 0] for each in gates(self.cell(u_BF[:, None]))), state["hidden"])
+        gated = gates(self.cell(u_BF[:, None], at.positions_T))
+        h, hidden = self.one_step(*(each[:, 0] for each in gated), state["hidden"])
         if hidden is not state["hidden"]:
             state["hidden"].copy_(hidden)
         return self.finish(h.flatten(1), seen_BF, x_BD), state

@@ -31,16 +31,11 @@ def output_and_loop(mixer: Rec, cell: Callable[[Rec, Weights, Tensor], Tensor]) 
     y_BTD, _ = module(x[None], None, Pass(torch.arange(LENGTH), 0))
     h = cell(mixer, w, x)
     if "gate.weight" in w:
-        h = (
-            gate(
-                mixer.activation(),
-                window(x, mixer.taps() if mixer.cell == "qrnn" else 1) @ w["gate.weight"].T,
-            )
-            * h
-        )
+        seen = window(x, mixer.taps() if mixer.cell == "qrnn" else 1)
+        h = gate(mixer.activation(), seen @ w["gate.weight"].T + w.get("gate.bias", torch.zeros(1))) * h
     if "norm.weight" in w:
         h = w["norm.weight"] * h / torch.sqrt((h * h).mean(1, keepdim=True) + 1e-6)
-    y = h @ w["out.weight"].T
+    y = h @ w["out.weight"].T + w.get("out.bias", torch.zeros(1))
     return y_BTD[0].detach(), y + w["skip"] * x if "skip" in w else y
 
 
@@ -67,14 +62,14 @@ def convolved(w: Weights, x: Tensor) -> Tensor:
     if "conv.weight" not in w:
         return x
     taps = w["conv.weight"].shape[1]
-    shape = (taps, x.shape[1])
-    return torch.stack([(w["conv.weight"].T * row.view(shape)).sum(0) for row in window(x, taps)])
+    shape, bias = (taps, x.shape[1]), w.get("conv.bias", torch.zeros(1))
+    return torch.stack([(w["conv.weight"].T * row.view(shape)).sum(0) + bias for row in window(x, taps)])
 
 
 def rglru(mixer: Rec, w: Weights, x: Tensor) -> Tensor:
     heads, dim = mixer.sizes(WIDTH)
     h, rows = torch.zeros(heads * dim, dtype=torch.float64), []
-    for u in convolved(w, x @ w["into.weight"].T):
+    for u in convolved(w, x @ w["into.weight"].T + w.get("into.bias", torch.zeros(1))):
         blocks = u.view(heads, dim)
         r, i = (
             sigmoid(
@@ -84,7 +79,7 @@ def rglru(mixer: Rec, w: Weights, x: Tensor) -> Tensor:
             for name in ("recurrence_gate", "input_gate")
         )
         a = torch.exp(-8 * torch.log1p(torch.exp(w["cell.rate"])) * r)
-        h = a * h + torch.sqrt(1 - a * a) * (i * u)
+        h = a * h + (torch.sqrt(1 - a * a) if rows else 1) * (i * u)
         rows.append(h)
     return torch.stack(rows)
 
@@ -157,7 +152,8 @@ LOOPS = {"hgrn": hgrn, "lru": lru, "mingru": mingru, "minlstm": minlstm, "qrnn":
         Rec(cell="rglru", heads=2, head_dim=5, conv="none"),
         Rec(cell="hgrn", floor=0.75, phase="none", conv=3),
         Rec(cell="hgrn", floor=0.25, head_dim=5, gate="silu"),
-        Rec(cell="lru", gate="gelu", conv=2),
+        Rec(cell="rglru", bias="all"),
+        Rec(cell="lru", gate="gelu", conv=2, bias="all"),
         Rec(cell="qrnn", conv=3, gate="none"),
         Rec(cell="qrnn", conv="none"),
         Rec(cell="mingru", conv=4, gate="silu", head_dim=30),

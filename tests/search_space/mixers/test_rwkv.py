@@ -22,11 +22,11 @@ def test_layer_is_the_papers_equations(mixer: Rwkv) -> None:
     expected = []
     for t in range(LENGTH):
         past = x[t - 1] if t > 0 else torch.zeros(WIDTH, dtype=torch.float64)
-        mu = w["shift_k.share"]
+        mu = 1 - w["shift.share"][0]
         key = w["up.weight"] @ (mu * x[t] + (1 - mu) * past)
         y = w["out.weight"] @ torch.clamp(key, min=0) ** 2
         if mixer.receptance == "sigmoid":
-            mu = w["shift_r.share"]
+            mu = 1 - w["shift.share"][1]
             y = y / (1 + torch.exp(-w["receptance.weight"] @ (mu * x[t] + (1 - mu) * past)))
         expected.append(y)
     y_BTD, _ = module(x[None], None, Pass(torch.arange(LENGTH), 0))

@@ -21,8 +21,8 @@ def test_output_is_the_weighted_average_of_all_values() -> None:
     rows: dict[str, list[torch.Tensor]] = {"receptance": [], "key": [], "value": []}
     for t in range(LENGTH):
         past = x[t - 1] if t > 0 else torch.zeros(WIDTH, dtype=torch.float64)
-        for name, letter in (("receptance", "r"), ("key", "k"), ("value", "v")):
-            mu = w[f"shift_{letter}.share"]
+        for number, name in enumerate(("receptance", "key", "value")):
+            mu = 1 - w["shift.share"][number]
             rows[name].append(w[f"{name}.weight"] @ (mu * x[t] + (1 - mu) * past))
     expected = []
     decay = torch.exp(w["decay"])

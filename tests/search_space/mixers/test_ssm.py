@@ -129,33 +129,16 @@ def unit(v: Tensor) -> Tensor:
     return v / v.norm(dim=-1, keepdim=True)
 
 
-def mixing_matrix(w: dict[str, Tensor], given: Tensor, size: int, kind: str) -> Tensor:
-    """Q of one token as a dense matrix, from the paper's two parametrisations."""
-    one = torch.eye(size, dtype=torch.float64)
-    if kind == "householder":
-        k = unit(silu(w["scan.mixer.direction.weight"] @ given))
-        alpha = torch.sigmoid(w["scan.mixer.strength.weight"] @ given + w["scan.mixer.strength.bias"])
-        return one - 2 * alpha * torch.outer(k, k)
-    rows, columns = 5, 8
-    values = silu(w["scan.mixer.triangles.weight"] @ given)
-    scales = torch.sigmoid(w["scan.mixer.scales.weight"] @ given + w["scan.mixer.scales.bias"])
-    factors, taken = [], 0
-    for n, scale in ((rows, scales[:rows]), (columns, scales[rows:])):
-        upper = torch.zeros(n, n, dtype=torch.float64)
-        for i in range(n):
-            for j in range(i, n):
-                upper[i, j] = values[taken]
-                taken += 1
-        factors.append(scale[:, None] * unit(upper @ upper.T))
-    first, second = factors
-    # v as a matrix V of 5 x 8 is mixed to (second V^T first)^T = first^T V second^T.
-    return one - 2 * torch.kron(first.T.contiguous(), second)
+def mixing_matrix(w: dict[str, Tensor], given: Tensor) -> Tensor:
+    """Q of one token as a dense matrix."""
+    k = unit(silu(w["scan.mixer.direction.weight"] @ given))
+    alpha = torch.sigmoid(w["scan.mixer.strength.weight"] @ given + w["scan.mixer.strength.bias"])
+    return torch.eye(k.shape[0], dtype=torch.float64) - 2 * alpha * torch.outer(k, k)
 
 
-@pytest.mark.parametrize("kind", ["householder", "kron"])
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_fixed_point_iterates_the_scan_of_mixed_channels(kind: str, iterations: int) -> None:
-    mixer = Ssm(state=4, conv="none", fixed_point=Form(kind, (iterations,)))
+def test_fixed_point_iterates_the_scan_of_mixed_channels(iterations: int) -> None:
+    mixer = Ssm(state=4, conv="none", fixed_point=Form("householder", (iterations,)))
     module, w, x = built(mixer)
     inner = mixer.inner(WIDTH)
     assert inner == 40
@@ -169,7 +152,7 @@ def test_fixed_point_iterates_the_scan_of_mixed_channels(kind: str, iterations: 
         for t in range(LENGTH):
             u = u_z[t, :inner]
             past = y[t - 1] if t > 0 else torch.zeros(inner, dtype=torch.float64)
-            v = mixing_matrix(w, torch.cat([u, past]), inner, kind) @ (u - y[t]) + y[t]
+            v = mixing_matrix(w, torch.cat([u, past])) @ (u - y[t]) + y[t]
             dt, b, c = selected(w, u, 4)
             b_fed, c_fed = (w["scan.fed_back.weight"] @ past).chunk(2)
             b, c = unit(b + b_fed), unit(c + c_fed)
@@ -188,10 +171,11 @@ def test_fixed_point_iterates_the_scan_of_mixed_channels(kind: str, iterations: 
 
 def test_illegal_genes_are_named() -> None:
     assert "even state" in str(Ssm(rule="s4d", state=3).why_illegal(WIDTH))
-    assert "rule=s6" in str(Ssm(rule="s4d", fixed_point=Form("kron", (2,))).why_illegal(WIDTH))
-    assert "leave norm out" in str(Ssm(norm="dt_b_c", fixed_point=Form("kron", (2,))).why_illegal(WIDTH))
-    assert "two factors" in str(Ssm(expand=1, fixed_point=Form("kron", (2,))).why_illegal(23))
-    assert "state=4" in str(Ssm(state=2, fixed_point=Form("kron", (2,))).why_illegal(WIDTH))
+    assert "rule=s6" in str(Ssm(rule="s4d", fixed_point=Form("householder", (2,))).why_illegal(WIDTH))
+    assert "leave norm out" in str(
+        Ssm(norm="dt_b_c", fixed_point=Form("householder", (2,))).why_illegal(WIDTH)
+    )
+    assert "state=4" in str(Ssm(state=2, fixed_point=Form("householder", (2,))).why_illegal(WIDTH))
 
 
 def test_published_block_has_the_published_weights() -> None:
