@@ -19,7 +19,8 @@ two losses has (equation 16). Gates are one number for each head, not one for ea
 head, not one for the whole width; the first memory is learned. Titans' persistent tokens belong to its attention, as
 what they would write here is in the first memory. Inside a chunk the weights move in a straight line for every
 retention, as in section 5.4, but a chunk's end takes its sum of gradients through the retention at once, without
-Memora's lag token; the rows of retention=kl add up to their length, not to 1.
+Memora's lag token. The norm of retention=lq is that of a mean and not of a sum, and weights of retention=kl are those
+of a distribution less the uniform one: so both have a size of their own whatever the width, and both signs.
 """
 
 from __future__ import annotations
@@ -207,9 +208,11 @@ class MemoryMixer(TokenMixer):
         self.norm = norm
         self.gate = nn.Linear(width, inner, bias=False)
         self.out = nn.Linear(inner, width, bias=False)
-        # Slow forgetting, small steps, long momentum; a threshold of about 1.
+        # Slow forgetting, long momentum, and steps that add up to less than one over a chunk, so that a memory starts
+        # where it learns and not where it swings; a threshold of about 1.
         with torch.no_grad():
-            usual = {"keep": -4.0, "rate": -2.0, "momentum": 2.0, "threshold": 0.5}
+            usual = {"keep": -4.0, "rate": -3.0, "momentum": 2.0, "threshold": 0.5}
+            usual["rate"] -= 2.0 if memory.momentum else 0.0
             names = ["keep", "rate", *(["momentum"] if memory.momentum else [])]
             names += ["threshold"] if memory.loss == "huber" else []
             self.gates.bias.copy_(torch.tensor([usual[name] for name in names for _ in range(heads)]))

@@ -6,7 +6,10 @@
       lp        sum |e|^p, with sign(e) ~ tanh(10 e) and |e| ~ sqrt(e^2 + 1e-6)
       huber     |e|^2 / 2 where |e| <= delta_t, else delta_t (|e| - delta_t / 2)
     surprise    S_t = eta_t S_{t-1} - theta_t grad_t, without momentum eta = 0
-    retention   A_t = (1 - alpha_t) A_{t-1} + S_t, and W = A (l2), A / |A|_q^{q-2} (lq), n softmax(A) by rows of n (kl)
+    retention   A_t = (1 - alpha_t) A_{t-1} + S_t, and the weights are
+      l2        W = A
+      lq        W = A / |A|_q^{q-2}, |A|_q^q the mean of |a|^q over the matrix
+      kl        W = n softmax(A) - 1 by rows of n
 
 Chunks: the gradients of a chunk are taken at the weights W of its start, so that all of them are products of matrices.
 Inside a chunk a token reads M_t = (1 - alpha_t) M_{t-1} + S_t, from M = W at the chunk's start: what retention does
@@ -99,11 +102,11 @@ class TestTimeMemory(nn.Module):
         self.momentum = momentum
         self.chunk = chunk
         self.layers = len(dims) - 1
-        # Keys have length 1, and what a norm follows must not start small. A softmax takes rows of unit variance.
+        # Keys have length 1, and what a norm follows must not start small. Other retentions scale themselves.
         spreads = [into**-0.5 for into in dims[:-1]]
         if residual:
             spreads[0] = 1.0
-        if retention == "kl":
+        if retention != "l2":
             spreads = [1.0] * self.layers
         self.first = nn.ParameterList(
             nn.Parameter(torch.randn(heads, out_of, into) * spread)
@@ -177,17 +180,15 @@ class TestTimeMemory(nn.Module):
     def _linked(self, dual: list[Tensor]) -> list[Tensor]:
         """The weights that retention makes of what is kept."""
         if self.retention == "kl":
-            linked = [weight.shape[-1] * weight.softmax(-1) for weight in dual]
-            # The norm takes off what all rows say alike. Off before the product, it costs no digits.
-            return [*linked[:-1], linked[-1] - 1] if self.residual else linked
+            return [weight.shape[-1] * weight.softmax(-1) - 1 for weight in dual]
         if self.retention == "lq":
             return [weight / self._size(weight) for weight in dual]
         return dual
 
     def _size(self, weight: Tensor) -> Tensor:
         """|A|_q^{q-2} of each head's matrix; the small term keeps its slope finite at zero."""
-        total = (weight * weight + 1e-12).pow(self.order / 2).sum((-2, -1), keepdim=True)
-        return total.pow((self.order - 2) / self.order)
+        mean = (weight * weight + 1e-12).pow(self.order / 2).mean((-2, -1), keepdim=True)
+        return mean.pow((self.order - 2) / self.order)
 
     def _between(self, a: Tensor, layer: int) -> Tensor:
         return F.gelu(a) if layer < self.layers - 1 else a
