@@ -23,6 +23,18 @@ def long_convolve(filter_DW: Tensor, u_BDT: Tensor, past: int) -> Tensor:
     return y_BDT.to(u_BDT.dtype)
 
 
+def correlate(q_BDT: Tensor, k_BDT: Tensor, past: int) -> Tensor:
+    """c[s] = sum_j q_j k_{j-s} for s from 0 to `past`: [B, D, T], [B, D, past + T] -> [B, D, past + 1].
+
+    In float32 or better.
+    """
+    exact = torch.float64 if q_BDT.dtype == torch.float64 else torch.float32
+    size = _fast_size(k_BDT.shape[-1])
+    spectrum = torch.fft.rfft(q_BDT.to(exact), n=size).conj() * torch.fft.rfft(k_BDT.to(exact), n=size)
+    c: Tensor = torch.fft.irfft(spectrum, n=size)[..., : past + 1].flip(-1)
+    return c
+
+
 def _fast_size(least: int) -> int:
     """The smallest 2^n or 3 2^n that is no smaller: sizes with other factors are slow."""
     power = 1 << (least - 1).bit_length()
