@@ -36,7 +36,8 @@ class SigmaLinear(nn.Module):
         self.register_buffer("sigma", torch.ones_like(left[0]))
         self.left: Tensor
         self.sigma: Tensor
-        for _ in range(_FIRST):
+        # There is nothing to measure where there are shapes alone.
+        for _ in range(0 if inner.weight.is_meta else _FIRST):
             self.measure()
 
     def measure(self) -> Tensor:
