@@ -147,7 +147,8 @@ class AssociativeSegments(Unit):
         kept, inside, outputs, done = states[0], states[1:], [], 0
         while done < x_BTD.shape[1]:
             place = (at.start + done) % self.length
-            self.turn([kept, *inside], at.start + done)
+            if place == 0 and at.start + done > 0:
+                self.begin([kept, *inside])
             end = min(done + self.length - place, x_BTD.shape[1])
             y_BTD, _, inside = self.over(x_BTD[:, done:end], kept, inside, place, writes=False)
             outputs.append(y_BTD)
@@ -167,8 +168,17 @@ class AssociativeSegments(Unit):
         return torch.cat(outputs, 1)
 
     def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
-        if length % self.length != 0 or length == 0:
-            return
+        place = length % self.length
+        if place == 0 and length > 0:
+            self.begin(states)
+        done = 1
+        for index in range(len(self.blocks)):
+            body = self.block(index).body
+            body.turn(states[done : done + body.states], place)
+            done += body.states
+
+    def begin(self, states: list[dict[str, Tensor]]) -> None:
+        """Let the memory tokens of the segment before write, and begin anew."""
         kept, inside = states[0], states[1:]
         batch = len(kept["0.norm"])
         memory = self.memory.expand(batch, -1, -1)

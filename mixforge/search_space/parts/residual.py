@@ -113,6 +113,9 @@ class Residual(Unit):
         y_BD, state = self.mixer.step(self.before(x_BD), states[0], at)
         return self.join(x_BD, y_BD), [state]
 
+    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+        self.mixer.turn(states[0], length)
+
 
 class StreamGate(nn.Module):
     """A gated recurrent unit along depth: how much of the stream x [..., D] gives way to y [..., D]."""

@@ -47,7 +47,8 @@ class SegmentStack(Unit):
         tokens, outputs, done = len(self.memory), [], 0
         while done < x_BTD.shape[1]:
             place = (at.start + done) % self.length
-            self.turn([*memory, *inside], at.start + done)
+            if place == 0:
+                self.begin([*memory, *inside], at.start + done)
             end = min(done + self.length - place, x_BTD.shape[1])
             begin = tokens + place
             inner = Pass(torch.arange(begin, begin + end - done, device=x_BTD.device), begin)
@@ -71,8 +72,13 @@ class SegmentStack(Unit):
         return torch.cat(outputs, 1)
 
     def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
-        if length % self.length != 0:
-            return
+        place = length % self.length
+        if place == 0:
+            self.begin(states, length)
+        self.body.turn(states[1:], len(self.memory) + place)
+
+    def begin(self, states: list[dict[str, Tensor]], length: int) -> None:
+        """Write the memory of the segment before token number `length`, if there is one; read it anew."""
         memory, inside = states[0]["memory"], states[1:]
         if length > 0:
             memory.copy_(self.over(memory, inside, len(self.memory) + self.length)[0])
