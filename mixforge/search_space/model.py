@@ -162,7 +162,7 @@ class LanguageModel(nn.Module):
                 f"the state is full at {state.capacity} tokens; start with "
                 f"prefill(tokens, capacity=...) or initial_state(batch, capacity) of more"
             )
-        self.stack.turn(state.layers, state.length)
+        self.stack.between(state.layers, state.length)
         logits_BX, layers = self.advance(token_B, state.position, state.layers)
         return logits_BX, State(state.length + 1, state.capacity, state.position.add_(1), layers)
 

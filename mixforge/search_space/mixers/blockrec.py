@@ -7,8 +7,8 @@ Tokens t of block b, with keys k, values v and queries q and p of their own, and
     h_i = [softmax_j(qs_i . ks_j / sqrt(K)) vs_j;  softmax_s(ps_i . k_s / sqrt(K)) v_s over the tokens of block b]
     c^{b+1} = g c^b + (1 - g) (U_o h + b),  g = sigmoid(b_g), c^0 learned
 
-Only q and k between tokens are rotated by position. With one token at a time the states change in `turn`, between the
-last token of a block and the first of the next.
+Only q and k between tokens are rotated by position. With one token at a time the states change in `between`, after the
+last token of a block and before the first of the next.
 
 Source: Hutchins et al. 2022 (arXiv 2203.07852), section 3.1 and 3.2 with the fixed gate and the skip configuration, and
 the authors' code (google-research/meliad, transformer_layer.py) for the states' own projections, norm and e.

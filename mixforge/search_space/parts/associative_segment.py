@@ -9,7 +9,7 @@ the same learned ones in every segment:
     z <- z + sum_j g_j k_j,  g_j = clip(1 - z . k_j / |k_j|^2, 0, 1), without a gradient
 
 f(x) = r / |r|, r the products of each entry of [relu(x), relu(-x)] with its neighbours 1 to 3 places away. A and z
-begin at zero, W_v at zero. As in `segment`, what lies between two segments is done on the way or by `turn`.
+begin at zero, W_v at zero. As in `segment`, what lies between two segments is done on the way or by `between`.
 
 Source: Rodkin, Kuratov, Bulatov and Burtsev 2024 (arXiv 2407.04841), equations 1 to 6, and its public code; the map f
 is that of Schlag, Irie and Schmidhuber 2021 (arXiv 2102.11174), equation 37, with nu = 3.
@@ -167,14 +167,14 @@ class AssociativeSegments(Unit):
             outputs.append(y_BTD[:, : piece.shape[1]])
         return torch.cat(outputs, 1)
 
-    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
         place = length % self.length
         if place == 0 and length > 0:
             self.begin(states)
         done = 1
         for index in range(len(self.blocks)):
             body = self.block(index).body
-            body.turn(states[done : done + body.states], place)
+            body.between(states[done : done + body.states], place)
             done += body.states
 
     def begin(self, states: list[dict[str, Tensor]]) -> None:

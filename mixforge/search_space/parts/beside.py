@@ -57,9 +57,9 @@ class Beside(TokenMixer):
             after |= prefixed(index, new)
         return self.fuse(x_BD, outputs), after
 
-    def turn(self, state: dict[str, Tensor], length: int) -> None:
+    def between(self, state: dict[str, Tensor], length: int) -> None:
         for index in range(len(self.branches)):
-            self.branch(index).turn(without_prefix(index, state), length)
+            self.branch(index).between(without_prefix(index, state), length)
 
 
 def prefixed(branch: int, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ class BlockRecurrence(TokenMixer):
         read, done = [], 0
         while done < x_BTD.shape[1]:
             start = at.start + done
-            self.turn(state, start)
+            self.between(state, start)
             end = min(done + self.window - start % self.window, x_BTD.shape[1])
             read.append(attend(p[:, :, done:end], state["state_key"], state["state_value"], None))
             slots = at.positions_T[done:end] % state["key"].shape[2]
@@ -136,7 +136,7 @@ class BlockRecurrence(TokenMixer):
         return torch.cat(read, 2)
 
     @torch.no_grad()
-    def turn(self, state: dict[str, Tensor], length: int) -> None:
+    def between(self, state: dict[str, Tensor], length: int) -> None:
         if length % self.window != 0 or length == 0:
             return
         asked = self.vectors.ask(state["vectors"])

@@ -46,7 +46,7 @@ class TokenMixer(nn.Module):
         """One token."""
         raise NotImplementedError
 
-    def turn(self, state: dict[str, Tensor], length: int) -> None:
+    def between(self, state: dict[str, Tensor], length: int) -> None:
         """What is to be done before token number `length`, from 0, is read by `step`: nothing, for most mixers."""
 
 

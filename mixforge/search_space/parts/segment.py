@@ -7,7 +7,7 @@ the first copy of the memory is read by every token, and the second, at the end,
 it is the memory of the next segment. Gradients pass through all segments.
 
 Between two segments there is work that belongs to no token: writing the memory and reading it. A sequence form does it
-on the way; with one token at a time `turn` does it, before the first token of a segment.
+on the way; with one token at a time `between` does it, before the first token of a segment.
 
 Source: Bulatov, Kuratov and Burtsev 2022 (arXiv 2207.06881), section 3.2 and equations 5 and 6.
 """
@@ -71,11 +71,11 @@ class SegmentStack(Unit):
             memory = y_BTD[:, tokens + piece.shape[1] :]
         return torch.cat(outputs, 1)
 
-    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
         place = length % self.length
         if place == 0:
             self.begin(states, length)
-        self.body.turn(states[1:], len(self.memory) + place)
+        self.body.between(states[1:], len(self.memory) + place)
 
     def begin(self, states: list[dict[str, Tensor]], length: int) -> None:
         """Write the memory of the segment before token number `length`, if there is one; read it anew."""
