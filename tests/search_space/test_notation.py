@@ -269,7 +269,7 @@ def test_a_cache_that_no_layer_reads_is_an_ordinary_one() -> None:
         ("lm(attn + reuse(attn + mlp, times=1000), width=64)", 10, "at most 1024"),
         ("lm(segment(attn, lenght=8), width=64)", 17, "did you mean 'length'"),
         ("lm(segment(attn, gdn, length=8), width=64)", 3, "takes one stack and length="),
-        ("lm(segment(attn, length=8, carry=asociative(4)), width=64)", 32, "tokens or associative("),
+        ("lm(segment(attn, length=8, carry=asociative(4)), width=64)", 33, "tokens or associative("),
         ("lm(segmant(attn, length=8), width=64)", 3, "did you mean 'segment'"),
         ("lm(attn | segment(attn, length=8), width=64)", 10, "one mixer"),
         ("lm(lm(attn, width=64), width=64)", 3, "'lm' has no place"),
