@@ -16,7 +16,7 @@ from math import gcd
 from mixforge.search_space.loans import Place, trades, unread
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.settled import narrow, settle
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixer_json, mixers
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixer_json, mixes_tokens
 
 
 def canonical(units: tuple[Unit, ...], width: int) -> tuple[Unit, ...]:
@@ -64,8 +64,7 @@ def canonical_unit(unit: Unit, width: int) -> tuple[Unit, ...]:
         case Segment():
             body = tuple(each for inner in unit.body for each in canonical_unit(inner, width))
             # Layers that mix no tokens do the same in a segment as outside.
-            mixes = any(mixer.kind == "token" for mixer in mixers(body))
-            return (replace(unit, body=body),) if mixes else body
+            return (replace(unit, body=body),) if any(map(mixes_tokens, body)) else body
 
 
 def _canonical_beside(unit: Beside, width: int) -> Beside:

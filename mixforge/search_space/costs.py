@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Cost, Mixer
 from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit
 
@@ -45,9 +46,8 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
                 parts.append(sigma_cost(1 if frame.has_sigma else 0, itemsize))
             return sum_costs(parts, unit.times)
         case Segment():
-            tokens = unit.memory * width
-            memory = Cost(params=tokens, flops=0, state_bytes=tokens * itemsize, decode_bytes=0)
-            return memory + in_segments(unit, length, partial(_of_length, unit.body, width, itemsize, frame))
+            inside = in_segments(unit, length, partial(_of_length, unit.body, width, itemsize, frame))
+            return inside + memory_cost(unit, width, length, itemsize, frame)
     if frame.has_sigma:
         parts.append(sigma_cost(matrices(unit, width), itemsize))
     return sum_costs([*parts, residual_cost(frame, width, length, itemsize)])
@@ -63,15 +63,42 @@ def _of_length(units: tuple[Unit, ...], width: int, itemsize: int, frame: Frame,
 
 
 def in_segments(unit: Segment, length: int, cost: Callable[[int], Cost]) -> Cost:
-    """Costs of what stands in a segment, from its costs at a length: decoding is that of a token inside one."""
-    passes = [(count, cost(tokens)) for count, tokens in unit.lengths(length) if count]
+    """Costs of what stands in a segment, from its costs at a length.
+
+    Decoding is that of a token inside a segment: what lies between two segments is not counted, and a segment that
+    has not begun counts as one of a single token.
+    """
+    earlier = unit.earlier(length)
+    whole, last = cost(unit.slots), cost(unit.ahead + length - earlier * unit.length)
     return Cost(
-        params=passes[-1][1].params,
-        flops=sum(count * each.flops for count, each in passes),
-        state_bytes=cost(unit.length + 2 * unit.memory).state_bytes,
-        decode_bytes=cost(unit.memory + length % unit.length).decode_bytes,
-        idle_params=passes[-1][1].idle_params,
+        params=whole.params,
+        flops=earlier * whole.flops + last.flops,
+        state_bytes=whole.state_bytes,
+        decode_bytes=cost(max(1, unit.ahead + length % unit.length)).decode_bytes,
+        idle_params=whole.idle_params,
     )
+
+
+def memory_cost(unit: Segment, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
+    """Of the memory tokens, and of the matrices that they write to."""
+    tokens = unit.memory * width
+    if not isinstance(unit.carry, Form):
+        return Cost(params=tokens, flops=0, state_bytes=tokens * itemsize, decode_bytes=0)
+    key_dim = int(unit.carry.arguments[0])
+    # Of each block: a matrix and a vector in float32; every token asks it, memory tokens write to it.
+    features = 6 * key_dim
+    state = 4 * features * (width + 1)
+    earlier = unit.earlier(length)
+    reads = (length + earlier * unit.memory) * (width * key_dim + features * width)
+    writes = earlier * unit.memory * (width * (key_dim + width + 1) + 2 * features * width)
+    block = Cost(
+        params=width * (2 * key_dim + width + 1) + 1 + (4 if frame.has_sigma else 0),
+        flops=2 * (reads + writes),
+        state_bytes=state,
+        decode_bytes=state + (width * key_dim + (2 if frame.has_sigma else 0)) * itemsize,
+    )
+    learned = Cost(params=tokens, flops=0, state_bytes=0, decode_bytes=0)
+    return sum_costs([learned, *[block] * len(unit.blocks())])
 
 
 def fuse_cost(unit: Beside, width: int, length: int, itemsize: int) -> Cost:

@@ -10,7 +10,7 @@ from typing import Literal
 from mixforge.search_space.loans import trades, why_unowned
 from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.spelling import spell_mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixers
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixes_tokens
 
 Fault = Literal["genes", "shares", "no token mixer", "no owner", "segments"]
 
@@ -42,7 +42,7 @@ def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
 
 @lru_cache(maxsize=65_536)
 def _mixes_tokens(unit: Unit) -> bool:
-    return any(mixer.kind == "token" for mixer in mixers((unit,)))
+    return mixes_tokens(unit)
 
 
 @lru_cache(maxsize=65_536)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from mixforge.search_space.architecture import Architecture, Layer, Reuse, Segment
 from mixforge.search_space.architecture import Beside as BesideUnit
 from mixforge.search_space.architecture import Unit as StackUnit
+from mixforge.search_space.genes import Form
 from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.associative_segment import AssociativeBlock, AssociativeSegments
 from mixforge.search_space.parts.beside import (
     Beside,
     ConcatFuse,
@@ -160,7 +162,7 @@ class LanguageModel(nn.Module):
                 f"the state is full at {state.capacity} tokens; start with "
                 f"prefill(tokens, capacity=...) or initial_state(batch, capacity) of more"
             )
-        self.stack.turn(state.layers, state.length)
+        self.stack.between(state.layers, state.length)
         logits_BX, layers = self.advance(token_B, state.position, state.layers)
         return logits_BX, State(state.length + 1, state.capacity, state.position.add_(1), layers)
 
@@ -249,25 +251,44 @@ class _Assembly:
 
     def unit(self, unit: StackUnit) -> Part:
         if isinstance(unit, Segment):
-            body = Part(Stack, units=[self.unit(each) for each in unit.body])
-            width = self.architecture.width
-            return Part(SegmentStack, width=width, length=unit.length, memory=unit.memory, body=body)
+            return self.segment(unit)
         if isinstance(unit, Reuse):
             return self.reuse(unit)
         return self.residual(self.branches(unit))
 
+    def segment(self, unit: Segment) -> Part:
+        """Layers that begin anew in each segment."""
+        sizes = {"width": self.architecture.width, "length": unit.length, "memory": unit.memory}
+        if not isinstance(unit.carry, Form):
+            return Part(SegmentStack, **sizes, body=self.body(unit.body))
+        key_dim = int(unit.carry.arguments[0])
+        blocks = [
+            Part(
+                AssociativeBlock,
+                width=self.architecture.width,
+                key_dim=key_dim,
+                body=self.body(block),
+            )
+            for block in unit.blocks()
+        ]
+        return Part(AssociativeSegments, **sizes, blocks=blocks)
+
+    def body(self, units: tuple[StackUnit, ...]) -> Part:
+        """Units one after the other."""
+        return Part(Stack, units=[self.unit(each) for each in units])
+
     def reuse(self, unit: Reuse) -> Part:
         """Weights applied several times."""
-        units = [self.unit(each) for each in unit.body]
+        body = self.body(unit.body)
         if unit.is_plain:
-            return Part(Stack, units=units, times=unit.times)
+            return Part(Stack, **body.arguments, times=unit.times)
         width = self.architecture.width
         more: dict[str, Part] = {}
         if unit.signal != "none":
             more["signal"] = Part(TimeSignal, width=width, times=unit.times)
         if unit.halt != "none":
             more["halting"] = Part(Halting, width=width)
-        return Part(Recurrence, body=Part(Stack, units=units), times=unit.times, **more)
+        return Part(Recurrence, body=body, times=unit.times, **more)
 
     def residual(self, mixer: Part) -> Part:
         """A residual unit around its function."""

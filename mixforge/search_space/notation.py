@@ -8,10 +8,9 @@
     n @ a      the same weights applied n times
 
 Inside `|` an integer factor is the branch's share of the heads: `2*a | b` gives a two thirds, `1*a | 1*b`
-gives each a half, and without a factor every branch is whole. `beside(a, b, fuse=, norm=)` is the
-long form of `|`, `reuse(a, times=, halt=, signal=)` that of `@`; `segment(a, length=, memory=)` reads the sequence in
-segments. A gene is given by name, `attn(window=64)`; `auto` is the value of one that follows from
-the width.
+gives each a half, and without a factor every branch is whole. `beside(a, b, fuse=, norm=)` is the long form of
+`|`, `reuse(a, times=, halt=, signal=)` that of `@`; `segment(a, length=, memory=, carry=)` reads the sequence in
+segments. A gene is given by name, `attn(window=64)`; `auto` is the value of one that follows from the width.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from functools import lru_cache
 from typing import cast
 
 from mixforge.search_space.architecture import Architecture
+from mixforge.search_space.genes import Form, GeneValue
 from mixforge.search_space.genes import Gene as Gene
-from mixforge.search_space.genes import GeneValue
 from mixforge.search_space.genes import genes_of as genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.stack import (
@@ -225,8 +224,9 @@ def _unit_from_json(record: object) -> Unit:
         case {"reuse": int(times), "body": list(body), **more}:
             halt, signal = (str(more.get(word, "none")) for word in ("halt", "signal"))
             return Reuse(times, tuple(map(_unit_from_json, body)), halt, signal)
-        case {"segment": int(length), "body": list(body), "memory": int(memory)}:
-            return Segment(tuple(map(_unit_from_json, body)), length, memory)
+        case {"segment": int(length), "body": list(body), "memory": int(memory), **more}:
+            carry = gene_value("segment", FORMS["segment"]["carry"], read(str(more.get("carry", "tokens"))))
+            return Segment(tuple(map(_unit_from_json, body)), length, memory, cast(str | Form, carry))
     raise ValueError(f"{record!r} is not a unit of an architecture")
 
 

@@ -87,7 +87,8 @@ def spell_unit(unit: Unit, width: int) -> tuple[str, bool]:
             return f"reuse({body}, {', '.join(said)})", True
         case Segment():
             body = spell_stack(unit.body, width)
-            return f"segment({body}, length={unit.length}, memory={unit.memory})", True
+            carry = "" if unit.carry == "tokens" else f", carry={unit.carry}"
+            return f"segment({body}, length={unit.length}, memory={unit.memory}{carry})", True
 
 
 @lru_cache(maxsize=16_384)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from mixforge.search_space.genes import Choice, Form, Gene, GeneValue, Whole, genes_of
+from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.syntax import spell_number
 
@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Gene]] = {
     "segment": {
         "length": Gene("length", (Whole(1, 1_048_576),), 512),
         "memory": Gene("memory", (Whole(1, 4_096),), 16),
+        "carry": Gene("carry", (Choice("tokens"), Call("associative", Whole(1, 1_024))), "tokens"),
     },
 }
 
@@ -147,30 +148,49 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Layers that begin anew every `length` tokens, but for `memory` tokens that go on (`parts/segment`)."""
+    """Layers that begin anew every `length` tokens, but for what `memory` tokens carry from segment to segment.
+
+    carry: `tokens`, the memory tokens themselves (`parts/segment`); `associative(n)`, a matrix for each block with
+    keys of n channels, which they write to (`parts/associative_segment`).
+    """
 
     body: tuple[Unit, ...]
     length: int
     memory: int
+    carry: str | Form = "tokens"
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.body:
             raise ValueError("a segment has at least one layer")
-        _check_words("segment", {"length": self.length, "memory": self.memory})
-        object.__setattr__(self, "_hash", hash((Segment, self.body, self.length, self.memory)))
+        _check_words("segment", {"length": self.length, "memory": self.memory, "carry": self.carry})
+        object.__setattr__(self, "_hash", hash((Segment, self.body, self.length, self.memory, self.carry)))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[type[Segment], tuple[object, ...]]:
-        return Segment, (self.body, self.length, self.memory)
+        return Segment, (self.body, self.length, self.memory, self.carry)
 
-    def lengths(self, tokens: int) -> tuple[tuple[int, int], ...]:
-        """Passes of the body over a sequence: how many there are, and of how many tokens with the memory."""
-        before = -(-tokens // self.length) - 1
-        last = tokens - before * self.length
-        return (before, self.length + 2 * self.memory), (1, self.memory + last)
+    @property
+    def ahead(self) -> int:
+        """Memory tokens at the beginning of a segment."""
+        return self.memory if self.carry == "tokens" else 0
+
+    @property
+    def slots(self) -> int:
+        """Tokens of a whole segment, with those of the memory."""
+        return self.ahead + self.length + self.memory
+
+    def earlier(self, tokens: int) -> int:
+        """Whole segments before the last one of a sequence."""
+        return -(-tokens // self.length) - 1
+
+    def blocks(self) -> tuple[tuple[Unit, ...], ...]:
+        """The body in parts that each begin with a unit that mixes tokens, but for what stands before the first."""
+        begins = [index for index, unit in enumerate(self.body) if mixes_tokens(unit)]
+        ends = [*begins[1:], len(self.body)]
+        return tuple(self.body[begin:end] for begin, end in zip([0, *begins[1:]], ends, strict=True))
 
 
 def _check_words(form: str, given: dict[str, GeneValue]) -> None:
@@ -180,6 +200,11 @@ def _check_words(form: str, given: dict[str, GeneValue]) -> None:
 
 
 Unit = Layer | Beside | Reuse | Segment
+
+
+def mixes_tokens(unit: Unit) -> bool:
+    """Whether a token mixer is in it."""
+    return any(mixer.kind == "token" for mixer in mixers((unit,)))
 
 
 def depth(units: tuple[Unit, ...]) -> int:
@@ -256,4 +281,5 @@ def unit_json(unit: Unit) -> str:
             return f'{{"reuse":{unit.times},"body":[{",".join(map(unit_json, unit.body))}]{words}}}'
         case Segment():
             body = ",".join(map(unit_json, unit.body))
-            return f'{{"segment":{unit.length},"body":[{body}],"memory":{unit.memory}}}'
+            carry = "" if unit.carry == "tokens" else f',"carry":"{unit.carry}"'
+            return f'{{"segment":{unit.length},"body":[{body}]{carry},"memory":{unit.memory}}}'

@@ -97,6 +97,7 @@ def inputs(length: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Te
 def by_steps(module: TokenMixer, mixer: Mixer, x_BTD: Tensor, state: dict[str, Tensor], start: int) -> Tensor:
     outputs = []
     for t in range(start, x_BTD.shape[1]):
+        module.between(state, t)
         y_BD, state = module.step(x_BTD[:, t], state, at(mixer, t, t + 1, x_BTD.dtype, x_BTD.shape[1]))
         outputs.append(y_BD)
     return torch.stack(outputs, 1)

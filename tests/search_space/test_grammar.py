@@ -50,6 +50,11 @@ SPACES: dict[str, dict[str, object]] = {
         "start": "lm(any(1, 2, 4) @ (any(2, 3) @ mixed) + mlp, width=64)",
         "rules": {"mixed": "any(gdn | attn(heads=4), beside(conv, attn, fuse=any(sum, mean)), conv)"},
     },
+    "long forms": {
+        "start": "lm(any(reuse(body, times=any(2, 3), halt=any(none, act)), "
+        "segment(body, length=any(8, 16), memory=2)) + mlp, width=64, place=any(pre, gated), eps=any(auto, 1e-5))",
+        "rules": {"body": "attn + any(mlp, beside(conv, attn, fuse=scalar, norm=any(none, rms)))"},
+    },
     "same places": {
         "start": "lm(any(a + a, a + b + a, any(b, 2 * b)), width=any(32, 64))",
         "rules": {

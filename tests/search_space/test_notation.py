@@ -34,6 +34,7 @@ LONG_FORMS = (
     "reuse({}, times=3)",
     "segment({}, length=64, memory=4)",
     "segment({}, length=8)",
+    "segment({}, length=8, memory=2, carry=associative(8))",
 )
 FORMS_OF_BESIDE = (
     *(f"fuse={fuse}" for fuse in FUSES),
@@ -268,6 +269,7 @@ def test_a_cache_that_no_layer_reads_is_an_ordinary_one() -> None:
         ("lm(attn + reuse(attn + mlp, times=1000), width=64)", 10, "at most 1024"),
         ("lm(segment(attn, lenght=8), width=64)", 17, "did you mean 'length'"),
         ("lm(segment(attn, gdn, length=8), width=64)", 3, "takes one stack and length="),
+        ("lm(segment(attn, length=8, carry=asociative(4)), width=64)", 33, "tokens or associative("),
         ("lm(segmant(attn, length=8), width=64)", 3, "did you mean 'segment'"),
         ("lm(attn | segment(attn, length=8), width=64)", 10, "one mixer"),
         ("lm(lm(attn, width=64), width=64)", 3, "'lm' has no place"),

@@ -84,6 +84,7 @@ def test_sigma_divides_by_the_spectral_norm() -> None:
     torch.testing.assert_close(left @ weight @ right, sigma, rtol=1e-3, atol=0)
     module.eval()
     kept = module.sigma.clone()
+    torch.testing.assert_close(kept, (left @ weight).norm())
     torch.testing.assert_close(module(x), 1.5 / kept * x @ weight.T + inner.bias)
     assert torch.equal(module.sigma, kept)
     # A matrix of twice the size is the same map, so its gradient has nothing along the matrix itself.

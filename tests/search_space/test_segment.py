@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mixforge.search_space.notation import parse
+from mixforge.search_space.parts.associative_segment import AssociativeSegments
 from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.parts.residual import Stack
 from mixforge.search_space.parts.segment import SegmentStack
@@ -56,3 +58,52 @@ def test_the_first_segment_learns_from_the_last() -> None:
     model.body(x_BTD)[:, -1].sum().backward()
     assert x_BTD.grad is not None
     assert (x_BTD.grad[0, :4].abs().sum(-1) > 0).all()
+
+
+def products(x: Tensor) -> Tensor:
+    """The features of one key: entries of [relu(x), relu(-x)] times those 1, 2 and 3 places before, normed."""
+    both = [max(float(each), 0.0) for each in x] + [max(-float(each), 0.0) for each in x]
+    found = [both[i] * both[i - shift] for shift in (1, 2, 3) for i in range(len(both))]
+    features = torch.tensor(found, dtype=torch.float64)
+    return features / features.norm().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def test_each_block_has_an_associative_memory() -> None:
+    """Rodkin et al. 2024, equations 1 to 6, key by key."""
+    text = "lm(segment(attn + mlp + gdn, length=5, memory=3, carry=associative(4)), width=16)"
+    model = parse(text).build(dtype=torch.float64)
+    assert isinstance(model.stack, Stack)
+    unit = model.stack.unit(0)
+    assert isinstance(unit, AssociativeSegments)
+    assert len(unit.blocks) == 2
+    generator = torch.Generator().manual_seed(0)
+    for index in range(2):
+        weight = unit.block(index).value.weight
+        assert not weight.any()
+        weight.copy_(torch.randn(16, 16, generator=generator, dtype=torch.float64) / 4)
+    x_BTD = torch.randn(1, 17, 16, generator=generator, dtype=torch.float64)
+    matrices = [torch.zeros(24, 16, dtype=torch.float64) for _ in range(2)]
+    norms = [torch.zeros(24, dtype=torch.float64) for _ in range(2)]
+    outputs = []
+    for begin in range(0, 17, 5):
+        segment = x_BTD[0, begin : begin + 5]
+        hidden = torch.cat([segment, unit.memory])
+        for index in range(2):
+            block, matrix, norm = unit.block(index), matrices[index], norms[index]
+            read = []
+            for x in hidden:
+                query = products(block.query.weight @ x)
+                read.append(x + matrix.T @ query / (norm @ query + 1e-5))
+            given = torch.stack(read)[None]
+            hidden = block.body(given, None, Pass(torch.arange(given.shape[1]), 0))[0][0]
+            change, more = torch.zeros_like(matrix), torch.zeros_like(norm)
+            for y in hidden[-3:]:
+                key = products(block.key.weight @ y)
+                strength = torch.sigmoid(block.strength.weight[0] @ y + block.strength.bias[0])
+                before = matrix.T @ key / (norm @ key + 1e-5)
+                change += strength * torch.outer(key, block.value.weight @ y - before)
+                more += torch.clamp(1 - norm @ key / key.square().sum(), 0, 1) * key
+            matrices[index], norms[index] = matrix + change, norm + more
+        outputs.append(hidden[: len(segment)])
+    torch.testing.assert_close(model.body(x_BTD)[0], torch.cat(outputs))

@@ -57,6 +57,10 @@ class Beside(TokenMixer):
             after |= prefixed(index, new)
         return self.fuse(x_BD, outputs), after
 
+    def between(self, state: dict[str, Tensor], length: int) -> None:
+        for index in range(len(self.branches)):
+            self.branch(index).between(without_prefix(index, state), length)
+
 
 def prefixed(branch: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A branch's state as a part of the whole."""

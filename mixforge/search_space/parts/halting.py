@@ -74,9 +74,9 @@ class Recurrence(Unit):
             x_BD, tally = self.onward(x_BD, read_BD, u_BD, tally, time)
         return self.answer(x_BD, tally), after
 
-    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
         for time in range(self.times):
-            self.body.turn(states[time * self.body.states : (time + 1) * self.body.states], length)
+            self.body.between(states[time * self.body.states : (time + 1) * self.body.states], length)
 
     def read(self, x: Tensor, time: int) -> Tensor:
         """What application `time`, from 0, reads."""

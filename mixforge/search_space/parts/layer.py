@@ -46,6 +46,9 @@ class TokenMixer(nn.Module):
         """One token."""
         raise NotImplementedError
 
+    def between(self, state: dict[str, Tensor], length: int) -> None:
+        """What is to be done before token number `length`, from 0, is read by `step`: nothing, for most mixers."""
+
 
 class Pointwise(TokenMixer):
     """A channel mixer, which sees one token at a time, in the place of a token mixer. It keeps no state."""

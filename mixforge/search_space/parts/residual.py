@@ -60,7 +60,7 @@ class Unit(nn.Module):
         """One token."""
         raise NotImplementedError
 
-    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
         """What is to be done before token number `length`, from 0, is read by `step`: nothing, for most units."""
 
 
@@ -112,6 +112,9 @@ class Residual(Unit):
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         y_BD, state = self.mixer.step(self.before(x_BD), states[0], at)
         return self.join(x_BD, y_BD), [state]
+
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
+        self.mixer.between(states[0], length)
 
 
 class StreamGate(nn.Module):
@@ -173,8 +176,8 @@ class Stack(Unit):
             after += new
         return x_BD, after
 
-    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
         begin = 0
         for unit in map(self.unit, self.order):
-            unit.turn(states[begin : begin + unit.states], length)
+            unit.between(states[begin : begin + unit.states], length)
             begin += unit.states

@@ -7,7 +7,7 @@ the first copy of the memory is read by every token, and the second, at the end,
 it is the memory of the next segment. Gradients pass through all segments.
 
 Between two segments there is work that belongs to no token: writing the memory and reading it. A sequence form does it
-on the way; with one token at a time `turn` does it, before the first token of a segment.
+on the way; with one token at a time `between` does it, before the first token of a segment.
 
 Source: Bulatov, Kuratov and Burtsev 2022 (arXiv 2207.06881), section 3.2 and equations 5 and 6.
 """
@@ -47,7 +47,8 @@ class SegmentStack(Unit):
         tokens, outputs, done = len(self.memory), [], 0
         while done < x_BTD.shape[1]:
             place = (at.start + done) % self.length
-            self.turn([*memory, *inside], at.start + done)
+            if place == 0:
+                self.begin([*memory, *inside], at.start + done)
             end = min(done + self.length - place, x_BTD.shape[1])
             begin = tokens + place
             inner = Pass(torch.arange(begin, begin + end - done, device=x_BTD.device), begin)
@@ -70,9 +71,14 @@ class SegmentStack(Unit):
             memory = y_BTD[:, tokens + piece.shape[1] :]
         return torch.cat(outputs, 1)
 
-    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
-        if length % self.length != 0:
-            return
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
+        place = length % self.length
+        if place == 0:
+            self.begin(states, length)
+        self.body.between(states[1:], len(self.memory) + place)
+
+    def begin(self, states: list[dict[str, Tensor]], length: int) -> None:
+        """Write the memory of the segment before token number `length`, if there is one; read it anew."""
         memory, inside = states[0]["memory"], states[1:]
         if length > 0:
             memory.copy_(self.over(memory, inside, len(self.memory) + self.length)[0])

@@ -71,10 +71,10 @@ class ShortcutStack(Unit):
             x_BD = self.mix(depths)
         return x_BD, after
 
-    def turn(self, states: list[dict[str, Tensor]], length: int) -> None:
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
         begin = 0
         for unit in map(self.unit, range(len(self.units))):
-            unit.turn(states[begin : begin + unit.states], length)
+            unit.between(states[begin : begin + unit.states], length)
             begin += unit.states
 
 

@@ -36,7 +36,8 @@ class SigmaLinear(nn.Module):
         self.register_buffer("sigma", torch.ones_like(left[0]))
         self.left: Tensor
         self.sigma: Tensor
-        for _ in range(_FIRST):
+        # There is nothing to measure where there are shapes alone.
+        for _ in range(0 if inner.weight.is_meta else _FIRST):
             self.measure()
 
     def measure(self) -> Tensor:
@@ -48,10 +49,13 @@ class SigmaLinear(nn.Module):
         return (self.left.clone() @ (self.weight @ right)).clamp_min(1e-6)
 
     def train(self, mode: bool = True) -> Self:
-        """Leaving training measures sigma for all passes until the next training."""
+        """Leaving training measures sigma for all passes until the next training.
+
+        Without an iteration, so that a model that is saved and read again is the same to the last digit.
+        """
         if self.training and not mode:
             with torch.no_grad():
-                self.sigma.copy_(self.measure())
+                self.sigma.copy_((self.left @ self.weight).norm().clamp_min(1e-6))
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
