@@ -5,24 +5,28 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import lru_cache
 
-from mixforge.search_space.genes import genes_of
+from mixforge.search_space.genes import gene_values
 from mixforge.search_space.mixer import Mixer
 
 
 @lru_cache(maxsize=65_536)
 def settle(mixer: Mixer, width: int) -> Mixer:
     """The mixer with genes that say what follows from the width left off; an illegal one as it is."""
-    return mixer if why_illegal(mixer, width) is not None else mixer.canonical(width)
+    if why_illegal(mixer, width) is not None:
+        return mixer
+    found = mixer.canonical(width)
+    # One object for one mixer: what is remembered of it is found without comparing its genes.
+    return mixer if found == mixer else found
 
 
 @lru_cache(maxsize=65_536)
 def why_illegal(mixer: Mixer, width: int) -> str | None:
     """None where it can be built at this width, else a sentence."""
-    for name, gene in genes_of(type(mixer)).items():
-        value = getattr(mixer, name)
-        # Most genes are at their default, which is legal: asking first halves the time of this check.
-        if value != gene.default and not gene.has(value):
-            return f"{name}={value} is not legal; expected {gene}"
+    for gene, value in gene_values(mixer):
+        # Most genes are at their default, which is legal: asking that first halves the time of this check.
+        default = gene.default
+        if value is not default and value != default and not gene.has(value):
+            return f"{gene.name}={value} is not legal; expected {gene}"
     return mixer.why_illegal(width)
 
 
