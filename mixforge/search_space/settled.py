@@ -12,11 +12,7 @@ from mixforge.search_space.mixer import Mixer
 @lru_cache(maxsize=65_536)
 def settle(mixer: Mixer, width: int) -> Mixer:
     """The mixer with genes that say what follows from the width left off; an illegal one as it is."""
-    if why_illegal(mixer, width) is not None:
-        return mixer
-    found = mixer.canonical(width)
-    # One object for one mixer: what is remembered of it is found without comparing its genes.
-    return mixer if found == mixer else found
+    return mixer if why_illegal(mixer, width) is not None else mixer.canonical(width)
 
 
 @lru_cache(maxsize=65_536)

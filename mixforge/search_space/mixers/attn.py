@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -31,7 +31,7 @@ from torch import nn
 
 from mixforge.kernels import attention, softmax_scan
 from mixforge.kernels.softmax_scan import scan_flops
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
