@@ -49,7 +49,16 @@ SPACE = {
     },
 }
 # What is remembered of the catalogue and the notation, and not of a layer.
-KEPT = {"genes_of", "gene_defaults", "names_of", "vocabulary", "known_words", "legal_names", "default_heads"}
+KEPT = {
+    "genes_of",
+    "gene_defaults",
+    "names_of",
+    "vocabulary",
+    "known_words",
+    "legal_names",
+    "default_heads",
+    "_reader",
+}
 
 Input = TypeVar("Input")
 
