@@ -35,7 +35,8 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
     """Costs of a unit with its norms and gates."""
     match unit:
         case Layer():
-            parts = [mixer_cost(unit.mixer, width, length, itemsize)]
+            # The unit itself is remembered, and hashing a mixer of many genes twice is half of the time.
+            parts = [unit.mixer.cost(width, length, itemsize)]
         case Beside():
             parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
             parts.append(fuse_cost(unit, width, length, itemsize))
@@ -169,10 +170,17 @@ def weights_cost(matrices: int, vectors: int, length: int, itemsize: int) -> Cos
 
 def sum_costs(costs: list[Cost], times: int = 1) -> Cost:
     """Costs of modules applied `times` times: their weights are counted once and read every time."""
+    params = flops = state_bytes = decode_bytes = idle_params = 0
+    for cost in costs:
+        params += cost.params
+        flops += cost.flops
+        state_bytes += cost.state_bytes
+        decode_bytes += cost.decode_bytes
+        idle_params += cost.idle_params
     return Cost(
-        params=sum(cost.params for cost in costs),
-        flops=times * sum(cost.flops for cost in costs),
-        state_bytes=times * sum(cost.state_bytes for cost in costs),
-        decode_bytes=times * sum(cost.decode_bytes for cost in costs),
-        idle_params=sum(cost.idle_params for cost in costs),
+        params=params,
+        flops=times * flops,
+        state_bytes=times * state_bytes,
+        decode_bytes=times * decode_bytes,
+        idle_params=idle_params,
     )

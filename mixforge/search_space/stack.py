@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, genes_of
+from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, gene_values, genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.syntax import spell_number
 
@@ -233,12 +233,14 @@ def mixers(units: tuple[Unit, ...]) -> Iterator[Mixer]:
                 yield from mixers(unit.body)
 
 
-@lru_cache(maxsize=65_536)
 def genes(mixer: Mixer) -> tuple[tuple[str, GeneValue], ...]:
     """The genes that differ from their defaults, in the order of their names."""
-    defaults = gene_defaults(type(mixer))
-    given = ((name, getattr(mixer, name)) for name in sorted(defaults))
-    return tuple((name, value) for name, value in given if value != defaults[name])
+    found = [
+        (gene.name, value)
+        for gene, value in gene_values(mixer)
+        if value is not gene.default and value != gene.default
+    ]
+    return tuple(sorted(found))
 
 
 @lru_cache(maxsize=1_024)
@@ -250,6 +252,10 @@ def gene_defaults(mixer: type[Mixer]) -> dict[str, GeneValue]:
 @lru_cache(maxsize=65_536)
 def mixer_json(mixer: Mixer) -> str:
     """A mixer as canonical JSON: its name and the genes that differ from their defaults."""
+    return _write_mixer(mixer)
+
+
+def _write_mixer(mixer: Mixer) -> str:
     parts = [f'"{name}":{gene_json(value)}' for name, value in genes(mixer)]
     return f'["{mixer.word()}",{{{",".join(parts)}}}]'
 
@@ -269,7 +275,7 @@ def unit_json(unit: Unit) -> str:
     """A unit as canonical JSON."""
     match unit:
         case Layer():
-            return mixer_json(unit.mixer)
+            return _write_mixer(unit.mixer)
         case Beside():
             fuse = "" if unit.fuse == "sum" else f',"fuse":"{unit.fuse}"'
             fuse += "" if unit.norm is None else f',"norm":"{unit.norm}"'

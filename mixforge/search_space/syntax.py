@@ -383,18 +383,24 @@ class _Reader:
         )
 
     def _check_nesting(self) -> None:
-        depth = 0
-        for bracket in _BRACKETS.finditer(self.text):
-            depth += 1 if bracket.group() in "({" else -1
-            if depth > DEEPEST_NESTING:
-                raise NotationError(f"brackets are nested deeper than {DEEPEST_NESTING}", bracket.start())
+        if self.text.count("(") + self.text.count("{") > DEEPEST_NESTING:
+            self._check_depth()
         operators = sum(self.text.count(sign) for sign in "+*|@-")
         if operators > MOST_OPERATORS:
             raise NotationError(
                 f"the expression has {operators} operators; at most {MOST_OPERATORS} are read", 0
             )
 
+    def _check_depth(self) -> None:
+        depth = 0
+        for bracket in _BRACKETS.finditer(self.text):
+            depth += 1 if bracket.group() in "({" else -1
+            if depth > DEEPEST_NESTING:
+                raise NotationError(f"brackets are nested deeper than {DEEPEST_NESTING}", bracket.start())
+
     def _node(self, node: ast.expr) -> Expression:
+        if not isinstance(node, ast.BinOp):
+            return self._leaf(node)
         # A sum of a thousand terms is a left spine of that depth, walked in a loop.
         spine: list[ast.BinOp] = []
         while isinstance(node, ast.BinOp):
@@ -420,20 +426,28 @@ class _Reader:
         return Operation(symbol, left, right, left.column)
 
     def _leaf(self, node: ast.expr) -> Expression:
-        column = self._column(node)
-        match node:
-            case ast.Name():
-                return Name(node.id, column)
-            case ast.Constant(value=bool() | None):
-                raise NotationError(f"{node.value!r} is Python's word, not one of ours; say none", column)
-            case ast.Constant(value=int() | float() as value):
-                return Number(_bounded(value, column), column)
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-                return Number(_bounded(-value, column), column)
-            case ast.Call(func=ast.Name(id=function)):
-                return self._apply(function, node, column)
-            case ast.Dict():
-                return self._table(node, column)
+        # Asked of every word and number of a text, so by type and not by pattern.
+        column = self.shift + node.col_offset
+        if isinstance(node, ast.Name):
+            return Name(node.id, column)
+        if isinstance(node, ast.Constant):
+            return self._constant(node, column)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            return self._apply(node.func.id, node, column)
+        if isinstance(node, ast.Dict):
+            return self._table(node, column)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            match node.operand:
+                case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+                    return Number(_bounded(-value, column), column)
+        raise NotationError("expected a name, a number, a call such as attn(window=64), or brackets", column)
+
+    def _constant(self, node: ast.Constant, column: int) -> Number:
+        value = node.value
+        if isinstance(value, bool) or value is None:
+            raise NotationError(f"{value!r} is Python's word, not one of ours; say none", column)
+        if isinstance(value, int | float):
+            return Number(_bounded(value, column), column)
         raise NotationError("expected a name, a number, a call such as attn(window=64), or brackets", column)
 
     def _apply(self, function: str, node: ast.Call, column: int) -> Apply:

@@ -66,13 +66,13 @@ def _nearest_mixer(word: str) -> str:
 
 def _genes(tree: Apply, mixer: type[Mixer]) -> dict[str, GeneValue]:
     genes, word = genes_of(mixer), tree.function
-    known = ", ".join(genes) or "none"
     if tree.arguments:
+        known = ", ".join(genes) or "none"
         raise NotationError(f"{word} takes its genes by name; its genes: {known}", tree.arguments[0].column)
     found: dict[str, GeneValue] = {}
     for name, value in tree.keywords:
         if name not in genes:
-            hint = nearest(name, genes)
+            hint, known = nearest(name, genes), ", ".join(genes) or "none"
             raise NotationError(
                 f"{word} has no gene '{name}'{hint}; its genes: {known}", tree.keyword_column(name)
             )

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -38,7 +38,7 @@ from mixforge.search_space.attention_parts import (
     routing_part,
     scores_part,
 )
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part

@@ -18,14 +18,14 @@ dropout, of which the second is here a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from mixforge.kernels import short_conv
-from mixforge.search_space.genes import Choice, GeneValue, Whole
+from mixforge.search_space.genes import Choice, GeneValue, Whole, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import gelu, identity, relu, silu

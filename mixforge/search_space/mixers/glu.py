@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import ClampedSwiglu, bilinear, geglu, sigmoid_glu, swiglu

@@ -8,14 +8,14 @@ says otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
-from mixforge.search_space.genes import Choice, Real
+from mixforge.search_space.genes import Choice, Real, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import gelu, relu, relu2, silu

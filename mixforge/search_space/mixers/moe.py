@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
-from mixforge.search_space.genes import Call, Choice, Form, Real, Whole
+from mixforge.search_space.genes import Call, Choice, Form, Real, Whole, replace
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import ClampedSwiglu, geglu, gelu, relu, relu2, silu, swiglu

@@ -30,14 +30,14 @@ it in its paper: a channel mixer says that.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
 from mixforge.kernels import gated_scan, gated_scan_complex, short_conv
-from mixforge.search_space.genes import Choice, GeneValue, Real, Whole
+from mixforge.search_space.genes import Choice, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part

@@ -24,12 +24,12 @@ gated feed-forward half is a channel mixer here (geglu(expand=1.33)).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import short_conv
-from mixforge.search_space.genes import Choice, GeneValue, Whole
+from mixforge.search_space.genes import Choice, GeneValue, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part

@@ -10,7 +10,7 @@ arXiv 2503.14456, section 4). Departure: mu starts as it does in the first layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
-from mixforge.search_space.genes import Choice, Real
+from mixforge.search_space.genes import Choice, Real, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import relu2

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from mixforge.kernels import diagonal_ssm, selective_scan, short_conv
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.fixed_point import FixedPointScan, HouseholderMixer

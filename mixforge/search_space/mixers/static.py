@@ -19,7 +19,7 @@ matrix=random are constants, which count as no weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.search_space.genes import Choice, Whole
+from mixforge.search_space.genes import Choice, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
