@@ -8,12 +8,23 @@ from mixforge.kernels.softmax_scan import scan_flops
 from mixforge.search_space.genes import Form
 from mixforge.search_space.parts.attention_blocks import block_pairs
 from mixforge.search_space.parts.attention_pattern import block_size, fused_pairs
+from mixforge.search_space.parts.attention_strides import strided_pairs, strided_slots
 
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
 
 # Bytes of a number that is kept in float32 in any case.
 EXACT = 4
+
+
+def slots_of(gene: Attn, length: int) -> int:
+    """Tokens that are kept of a sequence."""
+    if gene.by_block is not None:
+        return strided_slots(length, *gene.by_block)
+    window, _ = gene.windows
+    if isinstance(gene.score, Form):
+        window = max(map(int, gene.score.arguments))
+    return length if window is None else min(length, gene.first + (window - 1) * gene.dilation + 1)
 
 
 def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:
@@ -36,6 +47,8 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     elif gene.kv != "shared":
         keys, key_bias = projection(gene, width, inner)
         matrices += [*keys, (width, inner), (width, 2 * shifts)]
+        # Pairs of tokens are of two keys and two values each.
+        matrices += [(width, 2 * inner if gene.special == "simplicial" else 0)]
         vectors += biased * (key_bias + inner) + 2 * gene.meta * inner
     if gene.latent is None and gene.kv != "shared":
         vectors += {"none": 0, "rms": head_dim, "rms_all": inner, "l2": 0}[gene.qk_norm]
@@ -45,6 +58,8 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     matrices += [(width, channels if gene.out_gate == "sigmoid" else 0)]
     vectors += width * (gene.bias == "all") + head_dim * (gene.out_norm == "rms")
     vectors += 0 if gene.diff == "none" else 6 * head_dim
+    matrices += [(width, 3 * heads if gene.special == "nsa" else 0)]
+    vectors += heads if gene.special == "local_linear" else 0
     turning = 1 if gene.latent is not None else kv_heads
     matrices += [(width, heads * (gene.forget == "head")), (width, turning * (gene.pos == "carope"))]
     vectors += heads * ((gene.forget == "head") + (gene.sink == "learned"))
@@ -87,14 +102,19 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     heads, _, head_dim = gene.sizes(width)
     if gene.query == "learned":
         return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
+    if gene.special is not None:
+        return 2 * heads * special_products(gene, length, head_dim)
     window, _ = gene.windows
     size = None if window is None else block_size(length, (window - 1) * gene.dilation + 1, gene.first)
     beside = gene.meta + (gene.sink == "learned" and gene.scores == "biased")
     rows, pairs = block_pairs(length, size, beside)
     if gene.scores == "fused":
         pairs = fused_pairs(length, window, gene.dilation, gene.first)
+        pairs = pairs if gene.by_block is None else strided_pairs(length, *gene.by_block[:2])
     both = heads * (gene.key_dim(width) + gene.value_dim(width))
     flops = 2 * pairs * both
+    if isinstance(gene.sparse, Form) and gene.sparse.name.startswith("block_"):
+        flops += 2 * length * -(-length // int(gene.sparse.arguments[0])) * heads * head_dim
     if gene.clip is not None:
         flops += 2 * rows * (gene.clip + 1) * both
     if isinstance(gene.headmix, Form):
@@ -103,11 +123,27 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     return flops + 2 * 2 * pairs * heads * heads * (gene.headmix == "static")
 
 
+def special_products(gene: Attn, length: int, head_dim: int) -> int:
+    """Multiply-adds of one head, masked pairs included, of scores that stand in the place of the usual ones."""
+    if isinstance(gene.score, Form):
+        first, second = map(int, gene.score.arguments)
+        return length * first * second * 2 * head_dim
+    if not isinstance(gene.sparse, Form):
+        # Scores, first and second moments of the keys, the tilt, values.
+        return length * length * (4 + head_dim) * head_dim
+    block = int(gene.sparse.arguments[0])
+    blocks = -(-length // block)
+    if gene.special in ("landmark", "hsa"):
+        return length * (2 * blocks * block + blocks * (gene.special == "hsa")) * head_dim
+    return length * (length + blocks) * 2 * head_dim
+
+
 def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
     """Bytes that are kept of each token, and bytes that are carried from token to token."""
     heads, kv_heads, head_dim = gene.sizes(width)
     inner = kv_heads * head_dim
     entries = {"shared": 0, "reuse": inner}.get(str(gene.kv), 2 * inner)
+    entries *= 2 if gene.special == "simplicial" else 1
     if gene.latent is not None:
         entries = sum(gene.latent)
     if isinstance(gene.headmix, Form):

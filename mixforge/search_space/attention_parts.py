@@ -10,7 +10,9 @@ from mixforge.kernels import attention
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Backend
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.attention_choice import BestBlocks, LikelyBlocks
 from mixforge.search_space.parts.attention_experts import ExpertOutputs, ExpertQueries, Routing
+from mixforge.search_space.parts.attention_grouped import Grouped
 from mixforge.search_space.parts.attention_heads import (
     Differential,
     GrowingBase,
@@ -21,11 +23,15 @@ from mixforge.search_space.parts.attention_heads import (
     TwoMaps,
     Unit,
 )
+from mixforge.search_space.parts.attention_local_linear import LocalLinear
 from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues, Latents, ReusedKeys, TokenShift
 from mixforge.search_space.parts.attention_mix import DynamicMix, StaticMix
 from mixforge.search_space.parts.attention_pattern import EveryToken, Window
 from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
 from mixforge.search_space.parts.attention_scores import Biased, Fused, Relative, Scored, Slopes, Terms, Weigh
+from mixforge.search_space.parts.attention_simplicial import Simplicial, TwoKeysValues
+from mixforge.search_space.parts.attention_strides import Blocks, Strided
+from mixforge.search_space.parts.attention_summaries import NativeSparse, Summarised
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.routing import Router
 
@@ -110,6 +116,8 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
         return Part(
             Latents, width=width, heads=heads, head_dim=head_dim, rank=rank, rope_dim=rope_dim, norm=norm
         )
+    if gene.special == "simplicial":
+        return Part(TwoKeysValues, width=width, heads=kv_heads, head_dim=head_dim)
     shift = Part(TokenShift, width=width, heads=kv_heads) if gene.kv_shift == "token" else None
     key, key_norm = (
         linear_part(gene, width, kv_heads * head_dim),
@@ -145,6 +153,19 @@ def position_part(gene: Attn, width: int) -> Part:
 
 def pattern_part(gene: Attn, backend: Backend) -> Part:
     window, shorter = gene.windows
+    masked = attention.masked_form(backend)
+    if isinstance(gene.score, Form):
+        window = max(map(int, gene.score.arguments))
+    if gene.by_block is not None:
+        block, kept, near = gene.by_block
+        return Part(Blocks, block=block, kept=kept, near=near, masked=masked)
+    if isinstance(gene.sparse, Form) and gene.special is None:
+        block, other = int(gene.sparse.arguments[0]), gene.sparse.arguments[-1]
+        if gene.sparse.name == "strided":
+            return Part(Strided, stride=block, masked=masked)
+        if gene.sparse.name == "block_topk":
+            return Part(BestBlocks, block=block, others=int(other) - 1, masked=masked)
+        return Part(LikelyBlocks, block=block, share=float(other), masked=masked)
     if window is None:
         return Part(EveryToken, operation=attention.form(backend))
     return Part(
@@ -154,7 +175,7 @@ def pattern_part(gene: Attn, backend: Backend) -> Part:
         first=gene.first,
         shorter=shorter,
         operation=attention.window_form(backend),
-        masked=attention.masked_form(backend),
+        masked=masked,
     )
 
 
@@ -163,6 +184,8 @@ def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
     scale = gene.key_dim(width) ** -0.5
     if gene.scores == "fused":
         return Part(Fused, scale=scale)
+    if gene.scores == "special":
+        return special_scores_part(gene, width, scale)
     slopes = (
         Part(Slopes, heads=heads, balanced=gene.pos == "alibi_rope")
         if gene.pos in ("alibi", "alibi_rope")
@@ -181,6 +204,23 @@ def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
     relative = None if gene.clip is None else Part(Relative, clip=gene.clip, **dims)
     weigh = Part(Weigh, score=gene.score, sinks=sinks)
     return Part(Scored, scale=scale, terms=terms, weigh=weigh, relative=relative, mix=mix)
+
+
+def special_scores_part(gene: Attn, width: int, scale: float) -> Part:
+    heads, _, _ = gene.sizes(width)
+    if isinstance(gene.score, Form):
+        first, second = map(int, gene.score.arguments)
+        return Part(Simplicial, first=first, second=second, scale=scale)
+    if not isinstance(gene.sparse, Form):
+        return Part(LocalLinear, heads=heads, scale=scale)
+    block, *more = map(int, gene.sparse.arguments)
+    if gene.special == "summary":
+        return Part(Summarised, block=block, scale=scale)
+    if gene.special == "nsa":
+        return Part(
+            NativeSparse, width=width, heads=heads, block=block, count=more[0], window=more[1], scale=scale
+        )
+    return Part(Grouped, block=block, count=more[0], own=gene.special == "landmark", scale=scale)
 
 
 def output_part(gene: Attn, width: int, backend: Backend) -> Part:

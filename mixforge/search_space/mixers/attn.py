@@ -28,7 +28,7 @@ from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import softmax_scan
-from mixforge.search_space.attention_cost import count_weights, score_flops, state_bytes_of
+from mixforge.search_space.attention_cost import count_weights, score_flops, slots_of, state_bytes_of
 from mixforge.search_space.attention_parts import (
     memory_part,
     output_part,
@@ -38,7 +38,7 @@ from mixforge.search_space.attention_parts import (
     routing_part,
     scores_part,
 )
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, genes_of, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
@@ -48,6 +48,7 @@ from mixforge.search_space.parts.attention_scores import ForgetGate
 
 # What genes must be where one learned query scans keys and values.
 _SCAN_NEEDS: Mapping[str, GeneValue] = {
+    "sparse": "none",
     "pos": "none",
     "window": "none",
     "dilation": 1,
@@ -119,6 +120,20 @@ class Attn(Mixer):
         Call("stochastic", Whole(2, 1048576), Whole(2, 1048576)),
     ] = "none"
     dilation: Annotated[int, Whole(1, 4096)] = 1
+    sparse: Annotated[
+        str | Form,
+        Choice("none"),
+        Call("strided", Whole(2, 65536)),
+        Call("fixed", Whole(3, 65536), Whole(1, 65536)),
+        Call("chunk", Whole(2, 65536)),
+        Call("checkpoints", Whole(2, 65536)),
+        Call("block_topk", Whole(2, 65536), Whole(2, 65536)),
+        Call("block_cdf", Whole(2, 65536), Real(0.01, 1)),
+        Call("landmark", Whole(2, 65536), Whole(1, 65536)),
+        Call("hsa", Whole(2, 65536), Whole(1, 65536)),
+        Call("summary", Whole(2, 65536)),
+        Call("nsa", Whole(2, 65536), Whole(2, 65536), Whole(1, 1048576)),
+    ] = "none"
     sink: Annotated[str | Form, Choice("none", "learned"), Call("tokens", Whole(1, 4096))] = "none"
     meta: Annotated[int, Whole(0, 4096)] = 0
     pos: Annotated[
@@ -131,7 +146,11 @@ class Attn(Mixer):
     qk_norm: Annotated[str, Choice("none", "rms", "rms_all", "l2")] = "none"
     bias: Annotated[str, Choice("none", "qkv", "all")] = "none"
     kv_shift: Annotated[str, Choice("none", "token")] = "none"
-    score: Annotated[str, Choice("softmax", "sigmoid", "relu", "relu2", "normalise")] = "softmax"
+    score: Annotated[
+        str | Form,
+        Choice("softmax", "sigmoid", "relu", "relu2", "normalise", "local_linear"),
+        Call("simplicial", Whole(1, 65536), Whole(1, 65536)),
+    ] = "softmax"
     temper: Annotated[str, Choice("none", "ssmax")] = "none"
     forget: Annotated[str, Choice("none", "head")] = "none"
     diff: Annotated[str | Form, Choice("none", "full"), Call("shared", Whole(1, 1024))] = "none"
@@ -183,8 +202,32 @@ class Attn(Mixer):
         return self.latent[1] if self.latent is not None else self.sizes(width)[2] * self.rotary
 
     @property
-    def scores(self) -> Literal["fused", "biased", "scored"]:
+    def special(self) -> str | None:
+        """The name of what stands in the place of attention's usual scores, where something does."""
+        if isinstance(self.score, Form) or self.score == "local_linear":
+            return "simplicial" if isinstance(self.score, Form) else "local_linear"
+        if isinstance(self.sparse, Form) and self.sparse.name in ("landmark", "hsa", "summary", "nsa"):
+            return self.sparse.name
+        return None
+
+    @property
+    def by_block(self) -> tuple[int, int, bool] | None:
+        """Of a pattern of blocks: their length, how many tokens of each are kept, and whether the own one is seen."""
+        if not isinstance(self.sparse, Form) or self.sparse.name not in ("fixed", "chunk", "checkpoints"):
+            return None
+        block = int(self.sparse.arguments[0])
+        kept = {"chunk": 0, "checkpoints": 1}.get(self.sparse.name)
+        return (
+            block,
+            int(self.sparse.arguments[1]) if kept is None else kept,
+            self.sparse.name != "checkpoints",
+        )
+
+    @property
+    def scores(self) -> Literal["fused", "biased", "scored", "special"]:
         """Which form of the scores its genes need."""
+        if self.special is not None:
+            return "special"
         if self.score != "softmax" or self.headmix != "none" or self.clip is not None:
             return "scored"
         added = self.forget != "none" or self.sink == "learned" or self.meta > 0
@@ -232,8 +275,17 @@ class Attn(Mixer):
         if self.dilation > 1 and windows[0] is None:
             return f"dilation={self.dilation} is of a window, and there is none (mixer attn); say window"
         if isinstance(self.experts, int):
-            return self._why_no_experts(heads, kv_heads, self.experts) or self._why_no_cache()
-        return self._why_no_cache() or self._why_no_latent() or self._why_no_scores(heads, kv_heads)
+            return (
+                self._why_no_experts(heads, kv_heads, self.experts)
+                or self._why_no_cache()
+                or self._why_no_sparse()
+            )
+        return (
+            self._why_no_cache()
+            or self._why_no_latent()
+            or self._why_no_scores(heads, kv_heads)
+            or self._why_no_sparse()
+        )
 
     def _why_no_experts(self, heads: int, kv_heads: int, experts: int) -> str | None:
         if heads > experts:
@@ -311,6 +363,38 @@ class Attn(Mixer):
             return f"diff={self.diff} says how queries are made, so it takes no query_rank={self.query_rank} (mixer attn)"
         return None
 
+    def _why_no_sparse(self) -> str | None:
+        """What a sparse pattern, and what stands in the place of the usual scores, cannot do."""
+        if self.sparse != "none" and (self.window != "none" or self.kv in ("own", "shared")):
+            beside = f"window={self.window}" if self.window != "none" else f"kv={self.kv}"
+            return f"sparse={self.sparse} says who sees whom, so it takes no {beside} (mixer attn); leave one out"
+        if self.by_block is not None and self.by_block[1] >= self.by_block[0]:
+            return f"sparse={self.sparse} keeps every token of a block (mixer attn); keep less than {self.by_block[0]}"
+        chooses = isinstance(self.sparse, Form) and self.sparse.name.startswith("block_")
+        if self.special is None and not chooses:
+            return None
+        given = f"score={self.score}" if self.score != "softmax" else f"sparse={self.sparse}"
+        if self.special in ("local_linear", "simplicial") and self.sparse != "none":
+            return (
+                f"{given} weighs all tokens, so it takes no sparse={self.sparse} (mixer attn); leave one out"
+            )
+        plain = ("diff", "headmix", "forget", "sink", "meta", "experts", *(("score",) if chooses else ()))
+        plain += ("qk_norm", "bias", "kv_shift", "window") if self.special == "simplicial" else ()
+        for name in plain:
+            if getattr(self, name) != genes_of(Attn)[name].default:
+                return f"{given} takes no {name}={getattr(self, name)} (mixer attn); leave {name} out"
+        if self.kv == "reuse" or self.kv in ("own", "shared") or self.latent is not None:
+            return f"{given} needs keys and values of its own, so it takes no kv={self.kv} (mixer attn); use mha or gqa"
+        if self.special == "simplicial" and self.pos != "none":
+            return f"{given} is over products of keys, which no position turns (mixer attn); use pos=none"
+        if self.special == "local_linear" and self.pos == "xpos":
+            return f"{given} takes keys from queries, which pos=xpos scales apart (mixer attn); use pos=rope"
+        if self.clip is not None or self.pos in ("alibi", "alibi_rope"):
+            return (
+                f"{given} takes no terms of a distance such as pos={self.pos} (mixer attn); use rope or none"
+            )
+        return None
+
     def canonical(self, width: int) -> Self:
         heads, kv_heads, head_dim = self.sizes(width)
         kv, window = self.kv, self.window
@@ -353,9 +437,7 @@ class Attn(Mixer):
         gene = self.canonical(width)
         matrices, reading, vectors = count_weights(gene, width)
         kept, carried = state_bytes_of(gene, width, itemsize)
-        window, _ = gene.windows
-        span = length if window is None else gene.first + (window - 1) * gene.dilation + 1
-        held = 0 if gene.query == "learned" else min(length, span) * kept
+        held = 0 if gene.query == "learned" else slots_of(gene, length) * kept
         lent = sum(
             length * math.prod(shape) for loan in gene.borrows(width).values() for shape in loan.shapes
         )
@@ -380,10 +462,10 @@ class Attn(Mixer):
     def build(self, width: int, backend: Backend) -> Part:
         gene = self.canonical(width)
         heads, _, head_dim = gene.sizes(width)
-        if backend == "triton" and gene.scores == "scored":
+        if backend == "triton" and gene.scores in ("scored", "special"):
             raise ValueError(
-                "attn with a score other than softmax, with headmix or with relative positions has no form for "
-                "backend='triton'; use backend='torch'"
+                "attn with a score other than softmax, with scores of blocks, with headmix or with relative positions "
+                "has no form for backend='triton'; use backend='torch'"
             )
         output = output_part(gene, width, backend)
         if gene.query == "learned":

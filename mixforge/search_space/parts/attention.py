@@ -86,7 +86,7 @@ class Attention(TokenMixer):
             key_S = self.pattern.meets(at.start, x_BTD.shape[1], x_BTD.device)
         k_BHSK, v_BHSV = self.memory.read(self.behind_learned(entries), self.late(x_BTD, key_S), at)
         k_BHSK, v_BHSV = self.prepared(k_BHSK, v_BHSV, key_S, at)
-        sight = Sight(at.positions_T, key_S, self.pattern, entries, present, mix, self.meta)
+        sight = Sight(at.positions_T, key_S, self.pattern, entries, present, mix, self.meta, x_BTD)
         route = None if self.routing is None else self.routing(x_BTD)
         o_BHTV = self.scores(self.ask(x_BTD, angle, at, route), k_BHSK, v_BHSV, sight)
         return self.output(o_BHTV, x_BTD, route), state
@@ -103,7 +103,7 @@ class Attention(TokenMixer):
         key_S = self.pattern.held(at.positions_T, some.shape[2])
         k_BHSK, v_BHSV = self.memory.read_step(self.behind_learned(entries), self.late(x_BTD, key_S), at)
         k_BHSK, v_BHSV = self.prepared(k_BHSK, v_BHSV, key_S, at)
-        sight = Sight(at.positions_T, key_S, self.pattern, entries, present, mix, self.meta)
+        sight = Sight(at.positions_T, key_S, self.pattern, entries, present, mix, self.meta, x_BTD)
         route = None if self.routing is None else self.routing(x_BTD)
         q_BHTK = self.memory.absorb(self.ask(x_BTD, angle, at, route))
         o_BHTV = self.memory.release(self.scores.step(q_BHTK, k_BHSK, v_BHSV, sight))

@@ -25,7 +25,7 @@ class Sight:
     query_T, key_S: positions of the queries and of the keys; a key's below 0 says that its slot is empty.
     pattern: which pairs are seen. entries: what is kept of the tokens at `key_S`, by name, [B, H or 1, S, ...].
     present: the same of the queries' tokens. mix: how the queries' tokens mix heads. Keys and values begin with `meta`
-    learned ones, which have no position.
+    learned ones, which have no position. x_BTD: the layer's inputs at the queries' tokens.
     """
 
     query_T: Tensor
@@ -35,6 +35,7 @@ class Sight:
     present: dict[str, Tensor]
     mix: Tensor | None
     meta: int
+    x_BTD: Tensor
 
 
 Run = Callable[[Tensor, Tensor, Tensor, Sight], Tensor]

@@ -40,6 +40,10 @@ class Pattern(nn.Module):
         """[T, S], True where a query sees a key."""
         raise NotImplementedError
 
+    def choose(self, q_BHTK: Tensor, k_BHSK: Tensor, query_T: Tensor, key_S: Tensor) -> Tensor:
+        """As `sees`, where queries and keys have a say in it: [T, S] or [B, H, T, S]."""
+        return self.sees(query_T, key_S)
+
     def visible(self, query_T: Tensor) -> Tensor:
         """[T], how many keys each query sees."""
         raise NotImplementedError

@@ -118,7 +118,7 @@ class Fused(nn.Module):
 
     def step(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
         """One query over the slots of a cache."""
-        seen = sight.pattern.sees(sight.query_T, sight.key_S)
+        seen = sight.pattern.choose(q_BHTK, k_BHSK, sight.query_T, sight.key_S)
         return attend(q_BHTK, k_BHSK, v_BHSV, seen, scale=self.scale)
 
 
