@@ -42,6 +42,10 @@ def _catalogue() -> Iterator[str]:
     yield "lm(2 @ (conv + swiglu) + 3 @ attn + mlp, width=32, place=sandwich)"
     yield "lm(beside(attn, gdn, fuse=gate) + (2*attn(heads=3) | 1*attn(heads=3)), width=48, norm=layer)"
     yield "lm(attn(kv=own) + swiglu + attn(kv=shared) + swiglu, width=64, place=post, embed=untied)"
+    yield "lm(attn + swiglu, width=128, weights=sigma, shortcut=attention, scale=mup, softcap=30)"
+    yield "lm(reuse(attn + mlp, times=3, halt=act, signal=step) + swiglu, width=16, place=gated)"
+    yield "lm(segment(attn + gdn + mlp, length=32, memory=2) + swiglu, width=16)"
+    yield "lm(segment(2 * (attn + mlp), length=32, memory=2, carry=associative(4)), width=16, place=deep)"
 
 
 @contextmanager
