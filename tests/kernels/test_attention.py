@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixforge.kernels.attention import (
     FORMS,
+    MASKED_FORMS,
     WINDOW_FORMS,
     attended_pairs,
     form,
@@ -225,3 +226,26 @@ def test_a_gpu_is_as_exact_as_the_torch_form(
     ]
     assert_as_good(*windows, inputs)
     assert_as_good(*(partial(form(name), start=past) for name in ("triton", "torch", "reference")), inputs)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("key_heads", [4, 1])
+def test_forms_agree_over_given_pairs(key_heads: int, added: bool) -> None:
+    """Pairs that are seen, or terms that are added; values that are wider than keys."""
+    q_BHTK, k_BHTK, _ = draw(9, 4, key_heads=key_heads)
+    v_BHTV = torch.randn(
+        3, key_heads, 13, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    seen = torch.arange(13) <= torch.arange(4, 13)[:, None]
+    inputs = [q_BHTK, k_BHTK, v_BHTV]
+    if not added:
+        assert_equal(
+            *(partial(MASKED_FORMS[name], mask=seen, scale=0.3) for name in ("torch", "reference")), inputs
+        )
+        return
+    term = torch.randn(3, 4, 9, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def run(name: str, q: Tensor, k: Tensor, v: Tensor, term: Tensor) -> Tensor:
+        return MASKED_FORMS[name](q, k, v, term.masked_fill(~seen, -torch.inf), 0.3)
+
+    assert_equal(partial(run, "torch"), partial(run, "reference"), [*inputs, term])
