@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixforge.evaluator.recipe import Recipe
 from mixforge.evaluator.task import Batch
-from mixforge.evaluator.tasks.mqar import Mqar, ShiftConv
+from mixforge.evaluator.tasks.mqar import Mqar
 
 
 def _task(vocab: int = 32, length: int = 40, pairs: int = 6, examples: int = 300) -> Mqar:
@@ -122,16 +122,3 @@ def test_score_is_the_fraction_answered(right: float) -> None:
 
     score = _task(examples=256).score(_Oracle(32, right), "test", Deadline(60))  # type: ignore[arg-type]
     assert score == pytest.approx(right, abs=1e-3)
-
-
-def test_front_is_causal_and_starts_as_a_shift() -> None:
-    front = ShiftConv(4)
-    x_BTD = torch.randn(2, 7, 4)
-    y_BTD = front(x_BTD)
-    expected = x_BTD.clone()
-    expected[:, 1:, ::2] += x_BTD[:, :-1, ::2]
-    torch.testing.assert_close(y_BTD, expected)
-    torch.nn.init.normal_(front.taps_DW)
-    changed = x_BTD.clone()
-    changed[:, 4:] += 1
-    torch.testing.assert_close(front(changed)[:, :4], front(x_BTD)[:, :4])
