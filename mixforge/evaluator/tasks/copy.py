@@ -32,7 +32,7 @@ from mixforge.evaluator.splits import FEWEST_SEQUENCES, held_out_batches, traini
 from mixforge.evaluator.task import Batch, HeldOut, Task
 
 _START, _MARK, _FIRST_SYMBOL = 0, 1, 2
-_TRAINING = Recipe(steps=200, batch=32, lr=(3e-3,))
+_TRAINING = Recipe(steps=300, batch=32, lr=(3e-3,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,7 @@ from mixforge.evaluator.task import Batch
 from mixforge.evaluator.tasks.mqar import Mqar
 
 
-def _task(
-    vocab: int = 32, length: int = 40, pairs: int = 6, examples: int = 300, rewrites: int = 0
-) -> Mqar:
+def _task(vocab: int = 32, length: int = 40, pairs: int = 6, examples: int = 300, rewrites: int = 0) -> Mqar:
     training = Recipe(steps=1, batch=64, lr=(1e-3,))
     return Mqar(
         vocab=vocab, length=length, pairs=pairs, rewrites=rewrites, examples=examples, training=training
@@ -89,7 +87,9 @@ def test_too_few_sequences_to_split_are_refused() -> None:
 def test_rewrites_are_bounded_by_keys_and_values() -> None:
     with pytest.raises(ValueError, match="rewrites 7 is not between 0 and 6"):
         _task(rewrites=7)
-    with pytest.raises(ValueError, match="rewrites 4 is not between 0 and 3.*a vocabulary of 18 has 9 values"):
+    with pytest.raises(
+        ValueError, match=r"rewrites 4 is not between 0 and 3.*a vocabulary of 18 has 9 values"
+    ):
         _task(vocab=18, rewrites=4)
     with pytest.raises(ValueError, match="6 pairs, 4 rewrites and their questions take 32 tokens"):
         _task(length=31, rewrites=4)
