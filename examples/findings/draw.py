@@ -114,11 +114,12 @@ _F14 = {
     _mixer("gdn"): "GDN\nβ < 1",
     _mixer("gdn(beta=2)"): "GDN\nβ < 2",
 }
+_S3 = {architecture: label for architecture, label in _F14.items() if "gdn" not in architecture}
 _F15 = {
-    _mixer("attn"): "attention: a cache that grows",
-    _mixer("retnet(heads=1)"): "RetNet: 2,048 numbers a layer",
-    _mixer("retnet(heads=4)"): "512 numbers",
-    _mixer("retnet(heads=16)"): "128 numbers",
+    _mixer("attn"): "attention, a cache that grows",
+    _mixer("retnet(heads=1)"): "RetNet, 2,048 numbers a layer",
+    _mixer("retnet(heads=4)"): "RetNet, 512",
+    _mixer("retnet(heads=16)"): "RetNet, 128",
 }
 _F22 = {
     "lm(4 * (attn + mlp), width=32)": "attention",
@@ -135,14 +136,14 @@ FINDINGS = (
         panels=(
             Panel(
                 score="recall",
-                heading="recall of 10 pairs",
+                heading="recall of 10 pairs, fraction right",
                 x="attention layers among GDN layers",
                 series=_each("f1-hybrid-ratio", _F1),
                 chance=1 / 10,
             ),
             Panel(
                 score="bits_per_byte",
-                heading="bits per byte of text",
+                heading="text, bits per byte",
                 x="attention layers among GDN layers",
                 series=_each("f1-hybrid-ratio", _F1),
             ),
@@ -154,13 +155,13 @@ FINDINGS = (
         panels=(
             Panel(
                 score="recall",
-                heading="recall of 6 overwritten values",
+                heading="recall of 6 overwritten values, fraction right",
                 series=_each("f9-gate-and-delta", _F9),
                 chance=1 / 12,
             ),
             Panel(
                 score="bits_per_byte",
-                heading="bits per byte of text",
+                heading="text, bits per byte",
                 series=_each("f9-gate-and-delta", _F9),
             ),
         ),
@@ -171,14 +172,14 @@ FINDINGS = (
         panels=(
             Panel(
                 score="tracking",
-                heading="parity",
+                heading="parity, fraction right",
                 series=_each("f14-state-tracking-parity", _F14),
                 chance=1 / 2,
             ),
             Panel(
                 score="tracking",
-                heading="permutations of three (S3)",
-                series=_each("f14-state-tracking-s3", _F14),
+                heading="permutations of three (S3), fraction right",
+                series=_each("f14-state-tracking-s3", _S3),
                 chance=1 / 6,
             ),
         ),
@@ -189,7 +190,7 @@ FINDINGS = (
         panels=(
             Panel(
                 score="copying",
-                heading="symbols copied right",
+                heading="symbols copied, fraction right",
                 x="symbols in the string",
                 series=tuple(
                     Series(
@@ -213,12 +214,12 @@ FINDINGS = (
         panels=(
             Panel(
                 score="bits_per_byte",
-                heading="bits per byte of text",
+                heading="text, bits per byte",
                 series=_each("f22-static-mixing", _F22),
             ),
             Panel(
                 score="recall",
-                heading="recall of 6 pairs",
+                heading="recall of 6 pairs, fraction right",
                 series=_each("f22-static-mixing", _F22),
                 chance=1 / 8,
             ),
@@ -265,7 +266,7 @@ def svg(finding: Finding, trainings: Sequence[Training]) -> str:
         _text(
             _LEFT,
             HEIGHT - 30,
-            f"Rings are {seeds} seeds, dots their means; {'; '.join(devices)}.",
+            f"Rings are {seeds} seeds, dots their means, dashes what guessing scores. {'; '.join(devices)}.",
             "quiet small",
         ),
         _text(
@@ -304,7 +305,6 @@ def _panel(panel: Panel, trainings: Sequence[Training], left: float, span: float
     if panel.chance is not None:
         across = f'x1="{left}" x2="{left + span:.1f}" y1="{y(panel.chance):.1f}" y2="{y(panel.chance):.1f}"'
         yield f'<line class="chance" {across}/>'
-        yield _text(left + span, y(panel.chance) - 5, "chance", "quiet small", anchor="end")
     labels = [point.label for point in panel.series[0].points]
     places = [left + span * (index + 0.5) / len(labels) for index in range(len(labels))]
     for place, label in zip(places, labels, strict=True):
@@ -355,17 +355,22 @@ def table(finding: Finding, trainings: Sequence[Training]) -> str:
             cells = (_spread(values(series.points[index], panel.score, trainings)) for series in panel.series)
             lines.append("| " + " | ".join([point.label, *cells]) + " |")
     else:
-        headings = (f"{panel.heading}{', ' + panel.x if panel.x else ''}" for panel in finding.panels)
-        lines.append("| architecture | " + " | ".join(headings) + " |")
+        first = finding.panels[0]
+        lines.append(
+            "| " + " | ".join([first.x or "mixers", *(panel.heading for panel in finding.panels)]) + " |"
+        )
         lines.append("|---" * (len(finding.panels) + 1) + "|")
-        for index, point in enumerate(finding.panels[0].series[0].points):
-            cells = (
-                _spread(values(panel.series[0].points[index], panel.score, trainings))
-                for panel in finding.panels
-            )
+        for point in first.series[0].points:
             label = point.label.replace("\n", " ")
+            cells = (_cell(panel, point.architecture, trainings) for panel in finding.panels)
             lines.append(f"| {label}: `{point.architecture}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(panel: Panel, architecture: str, trainings: Sequence[Training]) -> str:
+    """What a panel shows of an architecture; nothing where it does not show it."""
+    points = (point for point in panel.series[0].points if point.architecture == architecture)
+    return next((_spread(values(point, panel.score, trainings)) for point in points), "")
 
 
 def _spread(found: Sequence[float]) -> str:
