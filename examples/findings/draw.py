@@ -139,7 +139,7 @@ FINDINGS = (
                 heading="recall of 10 pairs, fraction right",
                 x="attention layers among GDN layers",
                 series=_each("f1-hybrid-ratio", _F1),
-                chance=1 / 10,
+                chance=1 / 12,
             ),
             Panel(
                 score="bits_per_byte",

@@ -5,11 +5,11 @@ architecture, a setting of the task, a bound, and the score that was measured on
 the task's own recipe, the one that a campaign takes which names no other, on one core.
 
 mqar: attention recalls 14 pairs, and a mixer with sixteen states of 4 by 8 numbers falls from all of 6 pairs to none
-of 14, where one of the same rule with two states of 32 by 64 still recalls 10. copy: attention copies 32 symbols, and
-states of three sizes copy the fewer the smaller they are. A small state also learns more slowly, so what is certified
-is what this budget shows, not what no training could bring. state_tracking: the delta rule solves parity at four
-times the training length where its transition may have a negative eigenvalue, and neither it without one nor
-attention does.
+of 14, where one of the same rule with two states of 32 by 64 still recalls 10. copy: attention copies 32 symbols, a state
+of 32 by 64 numbers 16, and sixteen of 2 by 4 most of 8, but less than half of 16. A small state also learns more slowly,
+so what is certified is what this budget shows, not what no training could bring. state_tracking: the delta rule solves
+parity at four times the training length where its transition may have a negative eigenvalue, and neither it without one
+nor attention does.
 
     python -m mixforge.evaluator.certificate               measure every case again; exit status 1 where one fails
     python -m mixforge.evaluator.certificate copy          of one task

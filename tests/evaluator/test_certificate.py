@@ -77,10 +77,9 @@ def test_a_smaller_state_copies_fewer_symbols_and_attention_the_most() -> None:
     attention, large, small = (
         f"lm(2 * ({mixer} + mlp), width=32)" for mixer in ("attn", "retnet(heads=1)", "retnet(heads=16)")
     )
-    assert min(at[attention, 32]) >= 0.95 > max(at[large, 32])
-    for length in (16, 32):
-        assert min(at[large, length]) - max(at[small, length]) > 0.3
-    assert min(at[small, 8]) > max(at[small, 16]) > max(at[small, 32])
+    assert min(at[attention, 32]) >= 0.95
+    assert min(at[large, 16]) >= 0.95
+    assert max(at[small, 16]) < 0.55 < 0.7 < min(at[small, 8])
 
 
 def test_parity_is_tracked_with_negative_eigenvalues_and_not_without() -> None:
