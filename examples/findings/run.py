@@ -51,6 +51,8 @@ class Training:
     """Processor seconds."""
     device: str
     torch: str
+    commit: str | None
+    """Of the package, with `+dirty` where it had changes; None when installed."""
 
 
 def read(path: Path) -> list[Training]:
@@ -83,6 +85,7 @@ def train(campaign: Campaign, baseline: Baseline, budget: Budget) -> Training:
         train_s=round(time.process_time() - started, 1),
         device=found.environment.device,
         torch=found.environment.torch,
+        commit=found.environment.commit,
     )
 
 
