@@ -19,7 +19,7 @@ from mixforge.cli.output import (
     show_table,
     table,
 )
-from mixforge.evaluator.evaluation import FIGURES, PHASES
+from mixforge.evaluator.evaluation import FIGURES, PHASES, SCORES
 
 if TYPE_CHECKING:
     from mixforge.db.values import Dossier
@@ -114,7 +114,7 @@ def _costs(cost: Cost) -> dict[str, int]:
 
 def _show_evaluation(budget: str, evaluation: Evaluation) -> None:
     made = table("figure", "selection >", "test >", "unit", title=f"Trained under budget {budget[:12]}")
-    for name in ("bits_per_byte", "recall"):
+    for name in SCORES:
         value = getattr(evaluation, name)
         if value is not None:
             made.add_row(

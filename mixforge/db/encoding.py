@@ -13,6 +13,7 @@ from mixforge.db.values import Attempt, Choice, State, StoredArchitecture, Store
 from mixforge.evaluator.evaluation import (
     FIGURES,
     PHASES,
+    SCORES,
     Curve,
     Environment,
     Evaluation,
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 SPREADS = tuple(f"{phase}_ms" for phase in PHASES)
 """The figures that are stored with a spread, in a column of the same name with `_spread` after it."""
 
-_EVALUATED = ("params", "flops", "state_bytes", "decode_bytes", "bits_per_byte", "recall")
+_EVALUATED = ("params", "flops", "state_bytes", "decode_bytes", *SCORES)
 _EVALUATION_PLAIN = (
     *("reason", "trace", "context", "params", "flops", "state_bytes", "decode_bytes"),
     *("train_tokens", "train_s", "backend", "seed", "weights"),
 )
-_SCORES = ("bits_per_byte", "bits_per_byte_test", "recall", "recall_test")
+_BOTH_SPLITS = (*SCORES, *(f"{name}_test" for name in SCORES))
 
 
 def environment_values(environment: Environment) -> Values:
@@ -80,7 +81,7 @@ def campaign_from(row: RowMapping) -> StoredCampaign:
 
 def evaluation_values(evaluation: Evaluation) -> Values:
     """Raises ValueError for an ok evaluation whose score is not a finite number."""
-    scores = {name: getattr(evaluation, name) for name in _SCORES}
+    scores = {name: getattr(evaluation, name) for name in _BOTH_SPLITS}
     if evaluation.outcome is Outcome.ok:
         _check_finite(scores)
     return {
@@ -109,7 +110,7 @@ def evaluation_from(row: Values, environment: Mapping[str, Any]) -> Evaluation:
     return Evaluation(
         outcome=Outcome(row["outcome"]),
         **{name: row[name] for name in _EVALUATION_PLAIN},
-        **{name: row[name] for name in _SCORES},
+        **{name: row[name] for name in _BOTH_SPLITS},
         curves=tuple(
             Curve(task=curve["task"], steps=tuple(curve["steps"]), loss=tuple(map(float, curve["loss"])))
             for curve in row["curves"]

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The newest migration's revision."""
 
 VERSION_TABLE = "mixforge_schema"
@@ -151,6 +151,8 @@ trial = Table(
     Column("finished_at", Instant),
     Column("bits_per_byte", Float),
     Column("recall", Float),
+    Column("copying", Float),
+    Column("tracking", Float),
     Column("prefill_ms", Float),
     Column("prefill_ms_spread", Float),
     Column("decode_ms", Float),
@@ -204,6 +206,10 @@ evaluation = Table(
     Column("bits_per_byte_test", Float),
     Column("recall", Float),
     Column("recall_test", Float),
+    Column("copying", Float),
+    Column("copying_test", Float),
+    Column("tracking", Float),
+    Column("tracking_test", Float),
     Column("train_tokens", BigInteger, nullable=False),
     Column("train_s", Float, nullable=False),
     Column("curves", Document, nullable=False),

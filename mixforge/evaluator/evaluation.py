@@ -42,6 +42,8 @@ FIGURES: dict[str, Figure] = {
     for figure in (
         Figure(name="bits_per_byte", label="bits per byte", unit="bit/byte", better="lower"),
         Figure(name="recall", label="recall accuracy", unit="fraction", better="higher"),
+        Figure(name="copying", label="copying accuracy", unit="fraction", better="higher"),
+        Figure(name="tracking", label="state-tracking accuracy", unit="fraction", better="higher"),
         Figure(name="prefill_ms", label="prefill latency", unit="ms", better="lower"),
         Figure(name="decode_ms", label="decode latency per token", unit="ms", better="lower"),
         Figure(name="train_ms", label="train-step latency", unit="ms", better="lower"),
@@ -52,6 +54,9 @@ FIGURES: dict[str, Figure] = {
         Figure(name="decode_bytes", label="bytes moved per decoded token", unit="byte", better="lower"),
     )
 }
+
+# The figures that a task yields. Each has a second one, `_test`, of the test split.
+SCORES = ("bits_per_byte", "recall", "copying", "tracking")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +117,10 @@ class Evaluation:
     bits_per_byte_test: float | None = None
     recall: float | None = None
     recall_test: float | None = None
+    copying: float | None = None
+    copying_test: float | None = None
+    tracking: float | None = None
+    tracking_test: float | None = None
     train_tokens: int = 0
     train_s: float = 0.0
     curves: tuple[Curve, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mixforge.evaluator.evaluation import FIGURES, PHASES, Environment, Evaluation, Profile
+from mixforge.evaluator.evaluation import FIGURES, PHASES, SCORES, Environment, Evaluation, Profile
 from mixforge.search_space.architecture import Architecture
 
 
@@ -93,7 +93,7 @@ def _figures(architecture: Architecture, card: Card) -> Iterator[str]:
         for name in ("params", "flops", "state_bytes", "decode_bytes")
     ]
     if seen is not None:
-        for name in ("bits_per_byte", "recall"):
+        for name in SCORES:
             for suffix, split in (("", "selection split"), ("_test", "test split")):
                 value = getattr(seen, name + suffix)
                 if value is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixforge.evaluator.budget import Budget
-from mixforge.evaluator.evaluation import FIGURES, Figure
+from mixforge.evaluator.evaluation import FIGURES, SCORES, Figure
 from mixforge.evaluator.tables import refuse_unknown
 from mixforge.orchestrator.samplers import AUTO, SAMPLERS, sampler_for
 from mixforge.search_space.architecture import Architecture
@@ -166,7 +166,7 @@ def _objectives(value: object, budget: Budget) -> tuple[Figure, ...]:
             near = difflib.get_close_matches(name, FIGURES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"objective {name!r} is no figure{hint} Figures: {', '.join(FIGURES)}")
-        if name in ("bits_per_byte", "recall") and name not in scores:
+        if name in SCORES and name not in scores:
             raise ValueError(
                 f"objective {name!r} is the score of a task that the campaign does not have; "
                 f"its tasks yield: {', '.join(sorted(scores)) or 'nothing'}. Add the task's table, [tasks.…]"

@@ -74,6 +74,10 @@ def test_every_old_schema_still_opens(tmp_path, dump):
         assert [trial.number for trial in best] == [1, 0]
         assert results.show(best[0].digest[:8]).profiles[0].timings[0].raw_ms == (1.0, 1.1, 1.3)
         assert results.status("laptop").spent_s == 90.0
+        # What a schema did not have yet is unknown, not 0.
+        copying = None if dump.stem == "0001" else 0.75
+        assert best[1].figures.get("copying") == copying
+        assert results.show(best[1].digest[:8]).evaluations[0][1].copying == copying
     with Store.open(path) as store:
         assert store.abandon_open_attempts(store.campaign("laptop").id) == 1
 
@@ -84,20 +88,23 @@ def test_every_schema_has_its_file():
 
 @pytest.fixture
 def next_migration(tmp_path, monkeypatch):
-    """Gives a function that makes a second migration of some lines of Python."""
+    """Gives a function that makes one more migration of some lines of Python."""
 
     def add(*lines: str) -> None:
         folder = tmp_path / "migrations"
         shutil.copytree(schema.MIGRATIONS, folder)
-        head = 'from alembic import op\nrevision = "0002"\ndown_revision = "0001"\n\n\ndef upgrade():\n'
+        head = (
+            f'from alembic import op\nrevision = "{NEXT}"\ndown_revision = "{SCHEMA}"\n\n\ndef upgrade():\n'
+        )
         text = head + "".join(f"    {line}\n" for line in lines)
-        (folder / "versions" / "0002_next.py").write_text(text)
+        (folder / "versions" / f"{NEXT}_next.py").write_text(text)
         monkeypatch.setattr(schema, "MIGRATIONS", folder)
-        monkeypatch.setattr(schema, "SCHEMA", "0002")
+        monkeypatch.setattr(schema, "SCHEMA", NEXT)
 
     return add
 
 
+NEXT = f"{int(SCHEMA) + 1:04}"
 ADD = 'op.execute("ALTER TABLE trial ADD COLUMN energy_j FLOAT")'
 
 
@@ -110,9 +117,9 @@ def test_older_schema_is_copied_and_migrated(path, campaign, store, samples, nex
         assert [trial.number for trial in newer.trials(campaign)] == [0]
         with newer.database.read() as connection:
             assert "energy_j" in [column["name"] for column in inspect(connection).get_columns("trial")]
-    copy = path.with_name(f"{path.name}.schema-0001")
+    copy = path.with_name(f"{path.name}.schema-{SCHEMA}")
     with closing(sqlite3.connect(copy)) as old:
-        assert old.execute("SELECT version_num FROM mixforge_schema").fetchall() == [("0001",)]
+        assert old.execute("SELECT version_num FROM mixforge_schema").fetchall() == [(SCHEMA,)]
         assert old.execute("SELECT count(*) FROM trial").fetchall() == [(1,)]
 
 
@@ -123,7 +130,7 @@ def test_failed_migration_leaves_the_old_schema(path, campaign, store, samples, 
     with pytest.raises(RuntimeError, match="power"):
         Store.open(path)
     with closing(sqlite3.connect(path)) as old:
-        assert old.execute("SELECT version_num FROM mixforge_schema").fetchall() == [("0001",)]
+        assert old.execute("SELECT version_num FROM mixforge_schema").fetchall() == [(SCHEMA,)]
         assert "energy_j" not in [row[1] for row in old.execute("PRAGMA table_info(trial)")]
         assert old.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 

@@ -10,25 +10,31 @@ from torch import Tensor
 
 from mixforge.evaluator.recipe import Recipe
 from mixforge.evaluator.task import Batch
-from mixforge.evaluator.tasks.mqar import Mqar, ShiftConv
+from mixforge.evaluator.tasks.mqar import Mqar
 
 
-def _task(vocab: int = 32, length: int = 40, pairs: int = 6, examples: int = 300) -> Mqar:
+def _task(vocab: int = 32, length: int = 40, pairs: int = 6, examples: int = 300, rewrites: int = 0) -> Mqar:
     training = Recipe(steps=1, batch=64, lr=(1e-3,))
-    return Mqar(vocab=vocab, length=length, pairs=pairs, examples=examples, training=training)
+    return Mqar(
+        vocab=vocab, length=length, pairs=pairs, rewrites=rewrites, examples=examples, training=training
+    )
 
 
 def _check_row(inputs_T: list[int], targets_T: list[int], task: Mqar) -> None:
-    """The definition, in plain Python: pairs first, then each key once with its value as the target."""
-    half, pairs = task.vocab // 2, task.pairs
-    keys, values = inputs_T[0 : 2 * pairs : 2], inputs_T[1 : 2 * pairs : 2]
-    assert len(set(keys)) == len(set(values)) == pairs
+    """The definition, in plain Python: pairs first, then each key once with its last value as the target."""
+    half, pairs, writes = task.vocab // 2, task.pairs, task.pairs + task.rewrites
+    written, values = inputs_T[0 : 2 * writes : 2], inputs_T[1 : 2 * writes : 2]
+    keys = written[:pairs]
+    assert len(set(keys)) == pairs
+    assert len(set(values)) == writes
+    assert len(set(written[pairs:])) == task.rewrites
+    assert set(written) == set(keys)
     assert all(1 <= key < half for key in keys)
     assert all(half <= value < task.vocab for value in values)
-    assert all(target == -1 for target in targets_T[: 2 * pairs])
-    answers = dict(zip(keys, values, strict=True))
+    assert all(target == -1 for target in targets_T[: 2 * writes])
+    answers = dict(zip(written, values, strict=True))
     asked = []
-    for at in range(2 * pairs, task.length):
+    for at in range(2 * writes, task.length):
         if targets_T[at] == -1:
             assert inputs_T[at] == 0
         else:
@@ -38,8 +44,9 @@ def _check_row(inputs_T: list[int], targets_T: list[int], task: Mqar) -> None:
     assert sorted(asked) == sorted(keys)
 
 
-def test_sequences_follow_the_definition() -> None:
-    task = _task()
+@pytest.mark.parametrize("rewrites", [0, 1, 6])
+def test_sequences_follow_the_definition(rewrites: int) -> None:
+    task = _task(rewrites=rewrites)
     batches = [next(task.train_batches(0)), *task.held_out("selection"), *task.held_out("test")]
     for batch in batches:
         assert batch.inputs_BT.shape == batch.targets_BT.shape
@@ -75,6 +82,22 @@ def test_splits_are_disjoint_where_sequences_repeat() -> None:
 def test_too_few_sequences_to_split_are_refused() -> None:
     with pytest.raises(ValueError, match="24 different sequences"):
         _task(vocab=8, length=6, pairs=1)
+
+
+def test_rewrites_are_bounded_by_keys_and_values() -> None:
+    with pytest.raises(ValueError, match="rewrites 7 is not between 0 and 6"):
+        _task(rewrites=7)
+    with pytest.raises(
+        ValueError, match=r"rewrites 4 is not between 0 and 3.*a vocabulary of 18 has 9 values"
+    ):
+        _task(vocab=18, rewrites=4)
+    with pytest.raises(ValueError, match="6 pairs, 4 rewrites and their questions take 32 tokens"):
+        _task(length=31, rewrites=4)
+
+
+def test_settings_without_rewrites_are_those_from_before_there_were_any() -> None:
+    assert "rewrites" not in _task().identity()
+    assert _task(rewrites=2).identity()["rewrites"] == 2
 
 
 def test_held_out_splits_have_the_asked_size_and_stay_the_same() -> None:
@@ -122,16 +145,3 @@ def test_score_is_the_fraction_answered(right: float) -> None:
 
     score = _task(examples=256).score(_Oracle(32, right), "test", Deadline(60))  # type: ignore[arg-type]
     assert score == pytest.approx(right, abs=1e-3)
-
-
-def test_front_is_causal_and_starts_as_a_shift() -> None:
-    front = ShiftConv(4)
-    x_BTD = torch.randn(2, 7, 4)
-    y_BTD = front(x_BTD)
-    expected = x_BTD.clone()
-    expected[:, 1:, ::2] += x_BTD[:, :-1, ::2]
-    torch.testing.assert_close(y_BTD, expected)
-    torch.nn.init.normal_(front.taps_DW)
-    changed = x_BTD.clone()
-    changed[:, 4:] += 1
-    torch.testing.assert_close(front(changed)[:, :4], front(x_BTD)[:, :4])
