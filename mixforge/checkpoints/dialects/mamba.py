@@ -1,0 +1,48 @@
+"""Mamba and Mamba-2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mixforge.checkpoints.config import Config
+from mixforge.checkpoints.draft import Draft, Tensors
+from mixforge.checkpoints.layers import Layer, duality, finish, selective
+
+
+def _convert(config: Config, tensors: Tensors, mixer: Callable[[Config, Tensors, str], Layer]) -> Draft:
+    draft = Draft()
+    config.must("hidden_act", "silu", "Mamba's block has SiLU")
+    config.must("use_bias", False, "its projections have no biases")
+    for layer in range(config.whole("num_hidden_layers")):
+        prefix = f"backbone.layers.{layer}"
+        text, weights = mixer(config, tensors, f"{prefix}.mixer")
+        draft.add(text, weights, before=tensors.norm(f"{prefix}.norm"))
+    names = {"norm": "backbone.norm_f", "embedding": "backbone.embeddings", "eps": "layer_norm_epsilon"}
+    return finish(draft, config, tensors, **names)
+
+
+def _selective(config: Config, tensors: Tensors, prefix: str) -> Layer:
+    return selective(tensors, prefix, config, config.whole("hidden_size"))
+
+
+def _duality(config: Config, tensors: Tensors, prefix: str) -> Layer:
+    groups = config.whole("n_groups")
+    if groups != 1:
+        raise ValueError(
+            f"config.json: n_groups is {groups}, and only 1 can be said: the norm before the output is over all channels"
+        )
+    return duality(
+        tensors, prefix, heads=config.whole("num_heads"), groups=groups, states=config.whole("state_size")
+    )
+
+
+def _mamba(config: Config, tensors: Tensors) -> Draft:
+    return _convert(config, tensors, _selective)
+
+
+def _mamba2(config: Config, tensors: Tensors) -> Draft:
+    config.unlimited("time_step_limit")
+    return _convert(config, tensors, _duality)
+
+
+MODEL_TYPES: dict[str, Callable[[Config, Tensors], Draft]] = {"mamba": _mamba, "mamba2": _mamba2}
