@@ -31,7 +31,7 @@ Genes, from the input to the output:
     skip        head adds d_h v_t to o_t, channel d_hc v_t, v_t before its gates; bonus reads the state before it is
                 written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t
     out_norm    rms and group normalise each head before the gate, joint and simple (no weights) all heads at once
-                before it, gated all at once after it
+                before it, gated all at once after it, grouped the heads of each key head at once after it
     out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number
 
 Its famous points, with their papers and departures, are in `parts/linear_points`.
@@ -106,7 +106,7 @@ class Linear(Mixer):
     values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
     init: Annotated[str | Form, Choice("zero", "learned"), Call("noise", Real(0.001, 10))] = "zero"
     skip: Annotated[str, Choice("none", "head", "channel", "bonus")] = "none"
-    out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "none")] = "rms"
+    out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "grouped", "none")] = "rms"
     out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "none")] = "silu"
     gate_rank: Annotated[str | int, Choice("full"), Whole(1, 1024)] = "full"
     heads: Annotated[int | None, Whole(1, 256)] = None
@@ -323,6 +323,8 @@ class Linear(Mixer):
         out_norm = self.out_norm
         if out_norm == "joint":
             out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
+        if out_norm == "grouped" and size.key_heads == 1:
+            out_norm = "gated"
         return replace(
             self,
             forget=forget if self.gated_decay else "softplus",
@@ -430,7 +432,7 @@ class Linear(Mixer):
         )
         rank = None if isinstance(self.gate_rank, str) else self.gate_rank
         found["output"] = pieces.output_piece(
-            self.out_norm, self.out_gate, rank, width, heads, value_dim, backend
+            self.out_norm, self.out_gate, rank, width, heads, value_dim, backend, size.key_heads
         )
         uses = 1 if self.key == "forget" else 2
         found["feature"] = pieces.map_piece(self.phi, size.key_heads, size.key_dim, uses)[1]

@@ -43,9 +43,10 @@ from mixforge.search_space.parts.linear_output import (
     GroupNorm,
     HeadSkip,
     NormedOutput,
+    PartsNorm,
     SimpleNorm,
 )
-from mixforge.search_space.parts.norm import norm_part
+from mixforge.search_space.parts.norm import SimpleRMSNorm, norm_part
 from mixforge.search_space.parts.piece import NOTHING, Piece
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 from mixforge.search_space.parts.token_shift import SHIFT_RANK, TokenShift
@@ -238,6 +239,7 @@ def output_piece(
     heads: int,
     value_dim: int,
     backend: Backend,
+    groups: int = 1,
 ) -> Piece:
     """Norm, gate and output projection."""
     inner = heads * value_dim
@@ -245,6 +247,7 @@ def output_piece(
         "rms": (norm_part(value_dim, backend), value_dim),
         "joint": (norm_part(inner, backend), inner),
         "gated": (norm_part(inner, backend), inner),
+        "grouped": (Part(PartsNorm, parts=groups, channels=inner, norm=Part(SimpleRMSNorm)), inner),
         "simple": (Part(SimpleNorm), 0),
         "group": (Part(GroupNorm, heads=heads, value_dim=value_dim), 2 * inner),
         "none": (None, 0),
@@ -262,7 +265,7 @@ def output_piece(
     if out_norm in ("joint", "simple"):
         others["joint"] = True
     made = Part(
-        GatedOutput if out_norm == "gated" else NormedOutput,
+        GatedOutput if out_norm in ("gated", "grouped") else NormedOutput,
         width=width,
         heads=heads,
         value_dim=value_dim,

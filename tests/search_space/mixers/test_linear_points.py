@@ -330,7 +330,7 @@ def test_cottention_divides_values_by_a_power_of_their_position() -> None:
     x = sequence()
     y, w, _ = output(mixer, x)
     q, k, v = projected(w, x, DIM, DIM)
-    q, k = (each / each.norm(dim=-1, keepdim=True) for each in (q, k))
+    q, k = (each / (each.square().sum(-1, keepdim=True) + 1e-6).sqrt() for each in (q, k))
     rows = []
     for t in range(LENGTH):
         o = zeros(HEADS, DIM)
