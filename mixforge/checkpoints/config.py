@@ -51,6 +51,13 @@ class Config:
             raise ValueError(f"config.json: {name} is {value!r}; expected a list of whole numbers")
         return tuple(value)
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of so many numbers, of ones where it is missing."""
+        value = self._get(name, [1.0] * count)
+        if not isinstance(value, list) or len(value) != count:
+            raise ValueError(f"config.json: {name} is {value!r}; expected a list of {count} numbers")
+        return tuple(float(each) for each in value)
+
     def choice(self, name: str, known: Mapping[str, str], default: str | None = None) -> str:
         """A name of theirs as the name of ours that `known` gives it."""
         value = self._get(name, default)

@@ -5,7 +5,7 @@ Each function takes the tensors of one layer and gives the mixer's expression an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -34,7 +34,9 @@ def sizes(config: Config) -> Genes:
 
 def rope(config: Config, layer_type: str | None = None) -> Genes:
     """The genes of rotary position."""
-    return {"pos": "rope", "theta": f"{config.theta(layer_type=layer_type):g}"}
+    share = config.rope(layer_type).number("partial_rotary_factor", 1.0)
+    theta = f"{config.theta(layer_type=layer_type):g}"
+    return {"pos": "rope", "theta": theta, **({} if share == 1 else {"rotary": share})}
 
 
 def window(config: Config, layer_type: str) -> Genes:
@@ -108,36 +110,59 @@ def experts(tensors: Tensors, prefix: str, genes: Genes, width: int, *, router: 
     weights = {"router.logits.weight": tensors.take(f"{prefix}.{router}.weight")}
     up, out = _stacked(tensors, f"{prefix}.experts", len(weights["router.logits.weight"]))
     weights |= {"experts.up.weight": up, "experts.out.weight": out}
-    genes = {"experts": len(up), "expand": out.shape[2] / width, **genes}
-    for name in ("shared_experts", "shared_expert", "shared_mlp"):
-        if f"{prefix}.{name}.up_proj.weight" in tensors:
-            gate, lift, down = (
-                tensors.take(f"{prefix}.{name}.{each}_proj.weight") for each in ("gate", "up", "down")
+    hidden = out.shape[2]
+    genes = {"experts": len(up), "expand": hidden / width, **genes}
+    for name in ("shared_experts", "shared_expert"):
+        shared = f"{prefix}.{name}"
+        if f"{shared}.up_proj.weight" not in tensors:
+            continue
+        lift = tensors.take(f"{shared}.up_proj.weight")
+        if len(lift) % hidden != 0:
+            raise ValueError(
+                f"the shared experts of {prefix} are {len(lift)} wide, which is no multiple of the routed ones' "
+                f"{hidden}: a mixture of experts has experts of one width"
             )
-            if len(lift) % out.shape[2] != 0:
-                raise ValueError(
-                    f"the shared experts of {prefix} are {len(lift)} wide, which is no multiple of the routed ones' "
-                    f"{out.shape[2]}: a mixture of experts has experts of one width"
-                )
-            genes["shared"] = len(lift) // out.shape[2]
-            weights |= {"shared.up.weight": torch.cat([gate, lift]), "shared.out.weight": down}
+        genes["shared"] = len(lift) // hidden
+        gate = [tensors.take(f"{shared}.gate_proj.weight")] if f"{shared}.gate_proj.weight" in tensors else []
+        weights["shared.up.weight"] = torch.cat([*gate, lift])
+        weights["shared.out.weight"] = tensors.take(f"{shared}.down_proj.weight")
     if f"{prefix}.shared_expert_gate.weight" in tensors:
         genes["shared_gate"] = "sigmoid"
         weights["shared_gate.weight"] = tensors.take(f"{prefix}.shared_expert_gate.weight")
     return call("moe", genes), weights
 
 
+def mixture(config: Config, tensors: Tensors, prefix: str, genes: Genes) -> Layer:
+    """DeepSeek's routing, under its names for what it follows; `genes` are what is known of it."""
+    groups, kept = config.whole("n_group", 1), config.whole("topk_group", 1)
+    found: Genes = {
+        "top_k": config.whole("num_experts_per_tok"),
+        "scale": config.number("routed_scaling_factor", 1.0),
+        "renorm": "sum" if config.flag("norm_topk_prob", True) else "none",
+        "groups": "none" if groups == 1 else f"best({kept}, {groups})",
+    }
+    bias = f"{prefix}.gate.e_score_correction_bias"
+    more = {}
+    if bias in tensors:
+        more["router.bias"] = tensors.take(bias)
+        found |= {"score": "sigmoid", "balance": "bias"}
+    text, weights = experts(tensors, prefix, found | genes, config.whole("hidden_size"))
+    return text, weights | more
+
+
 def _stacked(tensors: Tensors, prefix: str, count: int) -> tuple[Tensor, Tensor]:
-    """up [E, 2 F, D], the gate's rows first, and out [E, D, F]."""
-    if f"{prefix}.gate_up_proj" in tensors:
-        return tensors.take(f"{prefix}.gate_up_proj"), tensors.take(f"{prefix}.down_proj")
-    plain = f"{prefix}.0.gate_proj.weight" in tensors
+    """up [E, 2 F, D], the gate's rows first, or [E, F, D] without a gate, and out [E, D, F]."""
+    if f"{prefix}.down_proj" in tensors:
+        up = "gate_up_proj" if f"{prefix}.gate_up_proj" in tensors else "up_proj"
+        return tensors.take(f"{prefix}.{up}"), tensors.take(f"{prefix}.down_proj")
+    plain = f"{prefix}.0.up_proj.weight" in tensors
     gate, up, out = ("gate_proj", "up_proj", "down_proj") if plain else ("w1", "w3", "w2")
 
     def all_of(name: str) -> Tensor:
         return torch.stack([tensors.take(f"{prefix}.{expert}.{name}.weight") for expert in range(count)])
 
-    return torch.cat([all_of(gate), all_of(up)], 1), all_of(out)
+    has_gate = f"{prefix}.0.{gate}.weight" in tensors
+    return torch.cat([*([all_of(gate)] if has_gate else []), all_of(up)], 1), all_of(out)
 
 
 def selective(tensors: Tensors, prefix: str, config: Config, width: int) -> Layer:
@@ -156,7 +181,9 @@ def selective(tensors: Tensors, prefix: str, config: Config, width: int) -> Laye
     inner, states = rate.shape
     usual = -(-width // 16)
     if low.shape[1] != usual:
-        raise ValueError(f"config.json: the rank of dt is {low.shape[1]}, and only width / 16 = {usual} can be said")
+        raise ValueError(
+            f"config.json: the rank of dt is {low.shape[1]}, and only width / 16 = {usual} can be said"
+        )
     has_bias = f"{prefix}.conv1d.bias" in tensors
     weights["conv.bias"] = tensors.take(f"{prefix}.conv1d.bias") if has_bias else torch.zeros(inner)
     genes: Genes = {"state": states, "expand": inner / width, "conv": weights["conv.weight"].shape[1]}
@@ -167,20 +194,12 @@ def selective(tensors: Tensors, prefix: str, config: Config, width: int) -> Laye
     return call("ssm", genes), weights
 
 
-def duality(
-    tensors: Tensors, prefix: str, *, heads: int, groups: int, states: int, scales: Iterator[float] | None = None
-) -> Layer:
-    """Mamba-2's block.
-
-    The rows of in_proj are z, x, B, C and dt; `scales` are what each of them is multiplied by.
-    """
+def duality(tensors: Tensors, prefix: str, *, heads: int, groups: int, states: int) -> Layer:
+    """Mamba-2's block. The rows of in_proj are z, x, B, C and dt."""
     into, conv = tensors.take(f"{prefix}.in_proj.weight"), tensors.take(f"{prefix}.conv1d.weight")[:, 0]
     keys = groups * states
     inner = len(conv) - 2 * keys
-    parts = list(torch.split(into, [inner, inner, keys, keys, heads]))
-    if scales is not None:
-        parts = [scale * part for scale, part in zip(scales, parts, strict=True)]
-    z, x, b, c, dt = parts
+    z, x, b, c, dt = torch.split(into, [inner, inner, keys, keys, heads])
 
     def mixed(rows: Tensor) -> Tensor:
         """Queries, keys and values, which are C, B and x."""
@@ -206,6 +225,8 @@ def duality(
     }
     if f"{prefix}.norm.weight" in tensors:
         weights["output.norm.weight"] = tensors.norm(f"{prefix}.norm")
+        # The norm is of each group's channels, after the gate.
+        genes["out_norm"] = "gated" if groups == 1 else "grouped"
     else:
         genes["out_norm"] = "none"
     if f"{prefix}.conv1d.bias" in tensors:

@@ -26,13 +26,12 @@ def _selective(config: Config, tensors: Tensors, prefix: str) -> Layer:
 
 
 def _duality(config: Config, tensors: Tensors, prefix: str) -> Layer:
-    groups = config.whole("n_groups")
-    if groups != 1:
-        raise ValueError(
-            f"config.json: n_groups is {groups}, and only 1 can be said: the norm before the output is over all channels"
-        )
     return duality(
-        tensors, prefix, heads=config.whole("num_heads"), groups=groups, states=config.whole("state_size")
+        tensors,
+        prefix,
+        heads=config.whole("num_heads"),
+        groups=config.whole("n_groups"),
+        states=config.whole("state_size"),
     )
 
 
