@@ -66,7 +66,7 @@ class PartsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, o_BTF: Tensor) -> Tensor:
-        y_BTF: Tensor = self.norm(o_BTF.unflatten(-1, (self.parts, -1))).flatten(-2)
+        y_BTF: Tensor = self.norm(torch.unflatten(o_BTF, -1, (self.parts, -1))).flatten(-2)
         return y_BTF * self.weight
 
 

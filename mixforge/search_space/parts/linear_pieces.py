@@ -119,6 +119,7 @@ def decay_piece(
     heads: int,
     channels: int | None,
     place: tuple[int, int],
+    cap: float | None = None,
 ) -> Piece:
     """A decay that follows from the input: one for each head, or for each of its `channels`."""
     count = heads if channels is None else heads * channels
@@ -134,7 +135,8 @@ def decay_piece(
         )
     if forget == "sigmoid":
         sigmoid_decay = SigmoidDecay if channels is None else SigmoidChannelDecay
-        made = Part(sigmoid_decay, width=width, heads=heads, **by_rank, temperature=temperature)
+        others = {**by_rank, **({} if cap is None else {"cap": cap})}
+        made = Part(sigmoid_decay, width=width, heads=heads, **others, temperature=temperature)
         return Piece(part=made, params=matrix + count, macs=matrix)
     if forget == "tempered":
         return Piece(
@@ -191,11 +193,12 @@ def strength_piece(width: int, heads: int, most: int) -> Piece:
     return Piece(part=made, params=width * heads, macs=width * heads)
 
 
-def in_gate_piece(in_gate: str, width: int, heads: int) -> Piece:
+def in_gate_piece(in_gate: str, width: int, heads: int, cap: float | None = None) -> Piece:
     """in_gate=sigmoid and in_gate=exp."""
     if in_gate not in ("sigmoid", "exp"):
         return NOTHING
-    made = Part(SigmoidGate if in_gate == "sigmoid" else ExpGate, width=width, heads=heads)
+    capped = {} if cap is None or in_gate == "sigmoid" else {"cap": cap}
+    made = Part(SigmoidGate if in_gate == "sigmoid" else ExpGate, width=width, heads=heads, **capped)
     return Piece(part=made, params=(width + 1) * heads, macs=width * heads)
 
 
