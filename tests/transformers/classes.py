@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
     Qwen3NextConfig,
     RwkvConfig,
+    xLSTMConfig,
 )
 
 
@@ -296,6 +297,10 @@ def minimax(size: Size) -> PretrainedConfig:
     )
 
 
+def xlstm(size: Size) -> PretrainedConfig:
+    return xLSTMConfig(**size.bare, num_heads=size.heads, chunk_size=16)
+
+
 CLASSES: dict[str, Callable[[Size], PretrainedConfig]] = {
     make.__name__: make
     for make in (
@@ -322,6 +327,7 @@ CLASSES: dict[str, Callable[[Size], PretrainedConfig]] = {
         nemotron_h,
         minimax,
         rwkv,
+        xlstm,
     )
 }
 """A class's name, with what is particular about its configuration, to the function that makes it."""

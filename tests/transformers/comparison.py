@@ -64,9 +64,13 @@ def model_of(config: PretrainedConfig) -> PreTrainedModel:
     theirs = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for weight in theirs.parameters():
-            # Norms at 1 and biases at 0 would.
-            spread = weight.std() if weight.numel() > 1 else torch.ones(())
-            weight.add_(0.1 * torch.randn_like(weight) * spread.clamp(min=0.2))
+            # Norms at 1 and biases at 0 would. Matrices as small as they start would leave gates and scores all alike.
+            is_matrix = weight.numel() > max(weight.shape)
+            size = 0.5 * weight.shape[-1] ** -0.5 if is_matrix else 0.1
+            weight.add_(size * torch.randn_like(weight))
+        for name, bias in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.add_(0.1 * torch.randn_like(bias))
     return theirs
 
 

@@ -196,8 +196,14 @@ def _nemotron_h(config: Config, tensors: Tensors) -> Draft:
         text, weights = _nemotron_mixer(config, tensors, f"{prefix}.mixer", width, activation)
         draft.add(text, weights, before=tensors.norm(f"{prefix}.norm"))
         layers += 1
-    names = {"norm": "backbone.norm_f", "embedding": "backbone.embeddings", "eps": "layer_norm_epsilon"}
-    return finish(draft, config, tensors, **names)
+    return finish(
+        draft,
+        config,
+        tensors,
+        norm="backbone.norm_f",
+        embedding="backbone.embeddings",
+        eps="layer_norm_epsilon",
+    )
 
 
 def _nemotron_mixer(config: Config, tensors: Tensors, prefix: str, width: int, activation: str) -> Layer:

@@ -17,8 +17,14 @@ def _convert(config: Config, tensors: Tensors, mixer: Callable[[Config, Tensors,
         prefix = f"backbone.layers.{layer}"
         text, weights = mixer(config, tensors, f"{prefix}.mixer")
         draft.add(text, weights, before=tensors.norm(f"{prefix}.norm"))
-    names = {"norm": "backbone.norm_f", "embedding": "backbone.embeddings", "eps": "layer_norm_epsilon"}
-    return finish(draft, config, tensors, **names)
+    return finish(
+        draft,
+        config,
+        tensors,
+        norm="backbone.norm_f",
+        embedding="backbone.embeddings",
+        eps="layer_norm_epsilon",
+    )
 
 
 def _selective(config: Config, tensors: Tensors, prefix: str) -> Layer:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors
-from mixforge.checkpoints.layers import Layer, attention, call, experts, rope, sizes
+from mixforge.checkpoints.layers import Genes, Layer, attention, call, experts, rope, sizes
 
 LIGHTNING_EPS = 1e-6
 INTO = (
@@ -95,7 +95,7 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
         after = stream * norms[2 * layer + 1]
         kind = "linear" if is_lightning else "full"
         draft.add(text, _folded(weights, stream, _residual(config, f"{kind}_attn")), after=after)
-        chosen = {"top_k": config.whole("num_experts_per_tok")}
+        chosen: Genes = {"top_k": config.whole("num_experts_per_tok")}
         text, weights = experts(tensors, f"{prefix}.block_sparse_moe", chosen, width)
         last = layer == layers - 1
         after = torch.ones(width) if last else stream * norms[2 * layer + 2]
