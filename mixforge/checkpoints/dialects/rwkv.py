@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,8 +22,7 @@ def _time(tensors: Tensors, prefix: str) -> Layer:
         "receptance.weight": tensors.take(f"{prefix}.receptance.weight"),
         "out.weight": tensors.take(f"{prefix}.output.weight"),
     }
-    shares = {"r": "receptance", "k": "key", "v": "value"}
-    return "rwkv4", weights | _shares(tensors, prefix, shares)
+    return "rwkv4", weights | _shares(tensors, prefix, "receptance", "key", "value")
 
 
 def _channels(tensors: Tensors, prefix: str) -> Layer:
@@ -33,14 +33,13 @@ def _channels(tensors: Tensors, prefix: str) -> Layer:
         "out.weight": tensors.take(f"{prefix}.value.weight"),
     }
     text = call("rwkv", {"expand": up.shape[0] / up.shape[1]})
-    return text, weights | _shares(tensors, prefix, {"r": "receptance", "k": "key"})
+    return text, weights | _shares(tensors, prefix, "key", "receptance")
 
 
-def _shares(tensors: Tensors, prefix: str, names: dict[str, str]) -> dict[str, Tensor]:
-    return {
-        f"shift_{ours}.share": tensors.take(f"{prefix}.time_mix_{theirs}").flatten()
-        for ours, theirs in names.items()
-    }
+def _shares(tensors: Tensors, prefix: str, *names: str) -> dict[str, Tensor]:
+    """Shares of the token before, where the checkpoint has those of the token itself."""
+    own = [tensors.take(f"{prefix}.time_mix_{name}").flatten() for name in names]
+    return {"shift.share": 1 - torch.stack(own)}
 
 
 def _norm(tensors: Tensors, prefix: str) -> tuple[Tensor, Tensor]:
