@@ -3,7 +3,10 @@
     S <- D_t S_{t-1}                                                  decay
     S_t = S + k_t v_t^T                                               rule=add
     S_t = S + k_t (beta_t (v_t - S^T k_t))^T                          rule=delta
+    S_t = S - (a_t kappa_t) (S_{t-1}^T kappa_t)^T + k_t v_t^T         rule=dplr
     o_t = S_t^T q_t
+
+With rule=dplr kappa_t is a removal key and a_t a rate for each key channel (`parts/removal_keys`).
 
 Genes, from the input to the output:
     shift       what each projection reads of the token before (`parts/token_shift`)
@@ -22,29 +25,32 @@ Genes, from the input to the output:
     in_gate     what is written times dt, sigmoid or exp of a projection, or 1 - D_t (tied; by channel that is a
                 gate of the keys); tempered: the keys times the gate of forget=tempered
     value_gate  a gate of this rank on each value channel
-    beta        the delta rule's beta_t is `beta` sigmoid(W x_t); 2 reaches negative eigenvalues (Grazzi et al. 2024,
-                arXiv 2411.12537)
+    beta        the delta rule's beta_t, and dplr's a_t, are `beta` sigmoid(W x_t); 2 reaches negative eigenvalues
+                (Grazzi et al. 2024, arXiv 2411.12537)
     init        the state before the first token: zero, learned (Young 2026, arXiv 2604.01168), or in training
                 noise(sd) (Buitrago and Gu 2025, arXiv 2507.02782), drawn from torch's global generator
     norm        denominator divides o_t by q_t . z_t, z_t the same recurrence over ones in place of values; max1 by
                 max(|q_t . z_t|, 1); length divides each value by a power of its position as it is written
     skip        head adds d_h v_t to o_t, channel d_hc v_t, v_t before its gates; bonus reads the state before it is
-                written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t
+                written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t; late adds (q_t . (u k_t)) v_t after the norm
     out_norm    rms and group normalise each head before the gate, joint and simple (no weights) all heads at once
                 before it, gated all at once after it
-    out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number
+    out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number; inner is
+                W_2 sigmoid(W_1 x)
 
 Its famous points, with their papers and departures, are in `parts/linear_points`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from mixforge.kernels import chunked_linear, twofold_linear
+from torch import Tensor
+
+from mixforge.kernels import chunked_linear, dplr, twofold_linear
 from mixforge.kernels.backend import triton_form
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
@@ -59,8 +65,16 @@ from mixforge.search_space.parts.linear_decode import TAKES, FusedLinearAttentio
 from mixforge.search_space.parts.linear_points import POINTS, TAYLOR
 from mixforge.search_space.parts.piece import Piece
 
+Recurrence = Callable[..., tuple[Tensor, Tensor]]
+
 # Ranks of W where forget_rank says nothing; with forget=softplus it is the value dim.
-USUAL_RANKS: dict[str, int | str] = {"sigmoid": 16, "bounded": "full", "exp": 64, "tempered": "full"}
+USUAL_RANKS: dict[str, int | str] = {
+    "sigmoid": 16,
+    "bounded": "full",
+    "exp": 64,
+    "capped": 64,
+    "tempered": "full",
+}
 # tau of forget=sigmoid.
 USUAL_TEMPERATURE = 16
 MOST_FEATURES = 1 << 20
@@ -75,11 +89,11 @@ class Linear(Mixer):
     kind: ClassVar[Literal["token", "channel"]] = "token"
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = POINTS
 
-    rule: Annotated[str, Choice("add", "delta")] = "add"
+    rule: Annotated[str, Choice("add", "delta", "dplr")] = "add"
     decay: Annotated[str, Choice("none", "head", "layer", "scalar", "channel", "both")] = "none"
     forget: Annotated[
         str | Form,
-        Choice("softplus", "sigmoid", "key", "bounded", "exp", "tempered"),
+        Choice("softplus", "sigmoid", "key", "bounded", "exp", "capped", "tempered"),
         Call("sigmoid", Whole(1, 64)),
     ] = "softplus"
     forget_rank: Annotated[int | str | None, Choice("full"), Whole(1, 1024)] = None
@@ -105,9 +119,9 @@ class Linear(Mixer):
     value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
     values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
     init: Annotated[str | Form, Choice("zero", "learned"), Call("noise", Real(0.001, 10))] = "zero"
-    skip: Annotated[str, Choice("none", "head", "channel", "bonus")] = "none"
+    skip: Annotated[str, Choice("none", "head", "channel", "bonus", "late")] = "none"
     out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "none")] = "rms"
-    out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "none")] = "silu"
+    out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "inner", "none")] = "silu"
     gate_rank: Annotated[str | int, Choice("full"), Whole(1, 1024)] = "full"
     heads: Annotated[int | None, Whole(1, 256)] = None
     key_heads: Annotated[int | None, Whole(1, 256)] = None
@@ -185,6 +199,7 @@ class Linear(Mixer):
             self.in_gate == "dt",
             self.norm == "length",
             self.skip == "bonus",
+            self.rule == "dplr",
             self.decay == "layer",
         )
         return not any(without)
@@ -234,28 +249,34 @@ class Linear(Mixer):
                 f"phi={self.phi} makes {size.features} features of key_dim {size.key_dim} (mixer linear); "
                 f"give a key_dim with at most {MOST_FEATURES}"
             )
-        found = self._why_uneven() or self._why_ungated() or self._why_no_keys(size)
+        found = self._why_uneven(size) or self._why_ungated() or self._why_no_keys(size)
         return None if found is None else f"{found} (mixer linear)"
 
-    def _why_uneven(self) -> str | None:
+    def _why_uneven(self, size: Sizes) -> str | None:
         """A rule, a norm or a read that the rest does not fit."""
         if self.rule == "delta" and not self.unit_keys:
             return "rule=delta needs keys of length 1: leave qk_norm out or say qk_norm=l2"
-        if self.normalised and self.rule == "delta":
-            return f"norm={self.norm} needs rule=add: under rule=delta the sum of weights may be 0"
+        if self.rule == "dplr" and size.key_heads != size.heads:
+            return f"rule=dplr has a removal key for each of {size.heads} heads: leave key_heads out"
+        if self.normalised and self.rule != "add":
+            return f"norm={self.norm} needs rule=add: under rule={self.rule} the sum of weights may be 0"
         if self.norm == "denominator" and self.phi != TAYLOR and self.phi_name not in POSITIVE:
             return f"norm=denominator needs positive features: phi={', '.join(POSITIVE)} or taylor(2); or say norm=max1"
         if self.norm == "denominator" and self.pos in ("lrpe", "phase"):
             return f"norm=denominator needs positive features, and pos={self.pos} turns them; say norm=max1"
-        if self.decay == "both" and self.rule == "delta":
-            return "decay=both needs rule=add: there is no chunked form of it for rule=delta"
+        if self.decay == "both" and self.rule != "add":
+            return f"decay=both needs rule=add: there is no chunked form of it for rule={self.rule}"
         if self.skip == "bonus" and (
-            self.rule == "delta" or self.decay == "both" or self.key == "latent" or self.in_gate == "exp"
+            self.rule != "add" or self.decay == "both" or self.key == "latent" or self.in_gate == "exp"
         ):
             return (
                 "skip=bonus reads the state before it is written: it needs rule=add, and neither decay=both, "
                 "key=latent nor in_gate=exp"
             )
+        if self.skip == "late" and self.out_norm in ("joint", "simple", "gated"):
+            return f"skip=late is added after the norm of each head: say out_norm=rms, group or none, not {self.out_norm}"
+        if self.out_gate == "inner" and isinstance(self.gate_rank, str):
+            return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"
         return None
 
     def _why_ungated(self) -> str | None:
@@ -302,7 +323,7 @@ class Linear(Mixer):
             if self.pos in ("rope", "xpos"):
                 return f"key=forget has gates for keys, which pos={self.pos} does not rotate: say pos=lrpe or none"
         if self.key == "latent":
-            if self.decay != "none" or self.rule == "delta" or self.pos != "none" or self.phi != "none":
+            if self.decay != "none" or self.rule != "add" or self.pos != "none" or self.phi != "none":
                 return "key=latent makes keys and decay: it needs rule=add, decay=none, phi=none and pos=none"
             if self.unit_keys or self.normalised or self.in_gate != "none":
                 return "key=latent has weights that sum to 1: it needs norm=none or length, qk_norm=none and in_gate=none"
@@ -328,7 +349,7 @@ class Linear(Mixer):
             forget=forget if self.gated_decay else "softplus",
             forget_rank=None if not ranked or self.rank(width) == usual_rank else self.forget_rank,
             qk_norm=None if self.unit_keys == (self.rule == "delta") else self.qk_norm,
-            beta=self.beta if self.rule == "delta" else 1,
+            beta=self.beta if self.rule != "add" else 1,
             act=None if self.activation == replace(self, act=None).activation else self.act,
             bias="none" if self.conv == "none" else self.bias,
             out_norm=out_norm,
@@ -358,7 +379,20 @@ class Linear(Mixer):
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
         state += 4 * size.heads if self.in_gate == "exp" else 0
-        flops = chunked_linear.matmul_flops(
+        params = width * mixed + sum(piece.params for piece in found)
+        macs = width * mixed + sum(piece.macs for piece in found)
+        return Cost(
+            params=params,
+            flops=2 * length * macs + self._recurrence_flops(size, length),
+            state_bytes=state,
+            decode_bytes=params * itemsize + 2 * state,
+        )
+
+    def _recurrence_flops(self, size: Sizes, length: int) -> int:
+        columns = size.value_dim + int(self.normalised)
+        if self.rule == "dplr":
+            return dplr.matmul_flops(length, heads=size.heads, key_dim=size.features, value_dim=columns)
+        return chunked_linear.matmul_flops(
             # The bonus is read one token before it is written, which takes one more.
             length + int(self.skip == "bonus"),
             key_heads=size.key_heads,
@@ -367,14 +401,6 @@ class Linear(Mixer):
             value_dim=columns,
             rule=self.rule,
             decay=self._decay_kind(),
-        )
-        params = width * mixed + sum(piece.params for piece in found)
-        macs = width * mixed + sum(piece.macs for piece in found)
-        return Cost(
-            params=params,
-            flops=2 * length * macs + flops,
-            state_bytes=state,
-            decode_bytes=params * itemsize + 2 * state,
         )
 
     def mixed(self, size: Sizes) -> int:
@@ -391,7 +417,7 @@ class Linear(Mixer):
     def _reads(self) -> list[str]:
         """The projections that a token shift gives inputs of their own."""
         from_input = self.gated_decay and self.forget_form != "key"
-        writes = self.rule == "delta" or self.in_gate in ("sigmoid", "exp") or self.value_gate != "none"
+        writes = self.rule != "add" or self.in_gate in ("sigmoid", "exp") or self.value_gate != "none"
         used = {
             "q": True,
             "k": self.key != "forget",
@@ -425,7 +451,7 @@ class Linear(Mixer):
             found["decay"] = pieces.fixed_decay_piece(self.decay, heads, self.place)
         if self.rule == "delta":
             found["beta"] = pieces.strength_piece(width, heads, self.beta)
-        found["bonus" if self.skip == "bonus" else "skip"] = pieces.skip_piece(
+        found[self.skip if self.skip in ("bonus", "late") else "skip"] = pieces.skip_piece(
             self.skip, heads, value_dim, size.features
         )
         rank = None if isinstance(self.gate_rank, str) else self.gate_rank
@@ -436,6 +462,8 @@ class Linear(Mixer):
         found["feature"] = pieces.map_piece(self.phi, size.key_heads, size.key_dim, uses)[1]
         found["turn"] = pieces.turn_piece(self.pos, width, size.key_heads, size.channels)
         found["shift"] = pieces.shift_piece(self.shift, width, len(self._reads()))
+        if self.rule == "dplr":
+            found["removal"] = pieces.removal_piece(width, heads, size.features, self.beta)
         if self.decay == "both":
             found["value_decay"] = pieces.decay_piece(*decays, value_dim, self.place)
         gate = "exp_gate" if self.in_gate == "exp" else "write_gate"
@@ -462,7 +490,7 @@ class Linear(Mixer):
             )
         parts = {name: piece.part for name, piece in self._pieces(width, backend).items()}
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
-        both = self.decay == "both"
+        operation, one_step = self._operation(backend)
         others: dict[str, Any] = {
             "spread": self.pos == "xpos",
             "act": silu if self.conv == "none" and self.activation == "silu" else None,
@@ -488,10 +516,8 @@ class Linear(Mixer):
             value_dim=size.value_dim,
             features=size.features,
             scale=size.key_dim**-0.5 if self.scales_queries else 1.0,
-            operation=twofold_linear.form(backend)
-            if both
-            else chunked_linear.form(backend, self.rule, self._decay_kind()),
-            one_step=twofold_linear.twofold_step if both else chunked_linear.step_form(backend),
+            operation=operation,
+            one_step=one_step,
             conv=parts.get("conv"),
             theta=10000.0 if self.pos in ("rope", "xpos") else None,
             feature=parts["feature"] if function is None else function,
@@ -504,6 +530,15 @@ class Linear(Mixer):
             output=parts["output"],
             **{name: value for name, value in others.items() if value not in (None, False, usual.get(name))},
         )
+
+    def _operation(self, backend: Backend) -> tuple[Recurrence, Recurrence]:
+        """The recurrence over a sequence and over one token."""
+        if self.rule == "dplr":
+            return dplr.form(backend), dplr.dplr_step
+        if self.decay == "both":
+            return twofold_linear.form(backend), twofold_linear.twofold_step
+        of_sequence = chunked_linear.form(backend, self.rule, self._decay_kind())
+        return of_sequence, chunked_linear.step_form(backend)
 
     def _decoder(self, size: Sizes) -> tuple[type[TokenMixer], dict[str, Any]]:
         """The module whose step is one kernel between its projections, where that kernel takes these genes."""

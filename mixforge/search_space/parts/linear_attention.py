@@ -29,7 +29,7 @@ class Reads:
 
     decay: None, or log decays [H], [B, T, H] or [B, T, H, K].
     write_BTHV: the values as they are written, with a column of gates where the output is normalised.
-    strength: beta [B, T, H] of the delta rule, or the log decays [B, T, H, V] of the values.
+    strength: beta [B, T, H] of the delta rule, the log decays [B, T, H, V] of the values, or what rule=dplr removes.
     floor_BTH: what the normaliser is at least, for norm=max1 with in_gate=exp.
     """
 
@@ -94,6 +94,8 @@ class LinearAttention(TokenMixer):
         blend: nn.Module | None = None,
         lends_values: bool = False,
         bonus: nn.Module | None = None,
+        late: nn.Module | None = None,
+        removal: nn.Module | None = None,
         shift: TokenShift | None = None,
         reads: list[str] | None = None,
         first: nn.Module | None = None,
@@ -134,6 +136,8 @@ class LinearAttention(TokenMixer):
         self.length_gate = length_gate
         self.blend = blend
         self.bonus = bonus
+        self.late = late
+        self.removal = removal
         self.first = first
         self.skip = skip
         self.output = output
@@ -316,6 +320,10 @@ class LinearAttention(TokenMixer):
             read.q_BTHK = read.q_BTHK.repeat_interleave(group, 2)
             read.k_BTHK = read.k_BTHK.repeat_interleave(group, 2) * factor.to(dtype)
         read.write_BTHV = write_BTHV
+        if self.removal is not None:
+            read.k_BTHK, read.strength = self.removal(inputs.write, read.k_BTHK)
+            if read.decay is not None and read.decay.dim() < 4:
+                read.decay = read.decay[..., None].expand(read.k_BTHK.shape)
 
     def first_matrix(self, read: Reads) -> Tensor | None:
         """The state before the first token of a training sequence; None for zeros."""
@@ -364,7 +372,8 @@ class LinearAttention(TokenMixer):
             o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + 1e-6)
         if self.skip is not None:
             o_BTHV = o_BTHV + self.skip(read.v_BTHV)
-        y: Tensor = self.output(o_BTHV, inputs.out)
+        late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)
+        y: Tensor = self.output(o_BTHV, inputs.out, *late)
         return y
 
 

@@ -47,6 +47,7 @@ from mixforge.search_space.parts.linear_output import (
 )
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.piece import NOTHING, Piece
+from mixforge.search_space.parts.removal_keys import RATE_RANK, RemovalKeys
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 from mixforge.search_space.parts.token_shift import SHIFT_RANK, TokenShift
 from mixforge.search_space.parts.turn import FixedTurn, LearnedTurn, PhaseTurn
@@ -72,7 +73,13 @@ PLAIN_MAPS: dict[str, Map | None] = {
     "softmax": softmax,
 }
 TAYLOR_MAPS: dict[int, Map] = {1: taylor_line, 2: taylor, 3: taylor_cubic}
-GATES: dict[str, Map | None] = {"silu": silu, "sigmoid": sigmoid, "linear": identity, "none": None}
+GATES: dict[str, Map | None] = {
+    "silu": silu,
+    "sigmoid": sigmoid,
+    "linear": identity,
+    "inner": identity,
+    "none": None,
+}
 
 
 def mapped_channels(phi: str | Form, channels: int) -> int:
@@ -141,8 +148,9 @@ def decay_piece(
         )
     either = {"width": width, "heads": heads, "channels": channels}
     either["rank"] = None if channels is None else rank
-    if forget == "exp":
-        return Piece(part=Part(ExpDecay, **either), params=matrix + count, macs=matrix)
+    if forget in ("exp", "capped"):
+        capped = {"capped": True} if forget == "capped" else {}
+        return Piece(part=Part(ExpDecay, **either, **capped), params=matrix + count, macs=matrix)
     made = Part(BoundedDecay, **either, layer=place[0], layers=place[1])
     return Piece(part=made, params=matrix + count, macs=matrix)
 
@@ -190,6 +198,13 @@ def strength_piece(width: int, heads: int, most: int) -> Piece:
     return Piece(part=made, params=width * heads, macs=width * heads)
 
 
+def removal_piece(width: int, heads: int, features: int, most: int) -> Piece:
+    """What rule=dplr removes and how strongly."""
+    matrix = RATE_RANK * (width + heads * features)
+    made = Part(RemovalKeys, width=width, heads=heads, features=features, most=most)
+    return Piece(part=made, params=matrix + 3 * heads * features, macs=matrix)
+
+
 def in_gate_piece(in_gate: str, width: int, heads: int) -> Piece:
     """in_gate=sigmoid and in_gate=exp."""
     if in_gate not in ("sigmoid", "exp"):
@@ -225,7 +240,7 @@ def skip_piece(skip: str, heads: int, value_dim: int, features: int) -> Piece:
         return Piece(part=Part(HeadSkip, heads=heads), params=heads)
     if skip == "channel":
         return Piece(part=Part(ChannelSkip, heads=heads, value_dim=value_dim), params=heads * value_dim)
-    if skip == "bonus":
+    if skip in ("bonus", "late"):
         return Piece(part=Part(Bonus, heads=heads, features=features), params=heads * features)
     return NOTHING
 
@@ -255,8 +270,9 @@ def output_piece(
     others: dict[str, int | bool] = {}
     if out_gate != "none" and gate_rank is not None:
         macs += gate_rank * (width + inner)
-        bias = inner
+        bias = 0 if out_gate == "inner" else inner
         others["rank"] = gate_rank
+        others |= {"inner": True} if out_gate == "inner" else {}
     elif out_gate != "none":
         macs += width * inner
     if out_norm in ("joint", "simple"):

@@ -20,6 +20,9 @@ equations.
             convolution, keys half as wide as values. The recurrence is run as e^-m S, whose decay and gate are
             at most 1.
   rwkv6     Peng et al. 2024 (arXiv 2404.05892), Finch. One rank, 32, for all shifts; log D_t >= -5.
+  rwkv7     Peng et al. 2025 (arXiv 2503.14456), Goose. The first of its layers has values=own, the others values=shared.
+            Ranks are 64 for decays and rates, 32 for the shared values and 128 for the gate; the group norm's epsilon
+            is 1e-5; weights start as in `parts/removal_keys` and `parts/decay`.
   based     The linear layer of Arora et al. 2024 (arXiv 2402.18668). Each product k_i k_j, i != j, is kept once,
             weighed by sqrt(2), and not twice: the same function with about half the state.
   gateloop  Katsch 2023 (arXiv 2311.01927). Heads have a state of K by V, where the paper's models have 1 by 1; only
@@ -93,6 +96,17 @@ POINTS: Mapping[str, Mapping[str, GeneValue]] = {
         "shift": "lowrank",
         "conv": "none",
         "out_norm": "group",
+    },
+    "rwkv7": {
+        "rule": "dplr",
+        "decay": "channel",
+        "forget": "capped",
+        "skip": "late",
+        "shift": "lerp",
+        "conv": "none",
+        "out_norm": "group",
+        "out_gate": "inner",
+        "gate_rank": 128,
     },
     "based": {
         "phi": TAYLOR,

@@ -1,0 +1,90 @@
+"""Rules of the linear family beyond adding and the delta rule, each against its paper's recurrence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from test_linear import HEADS, LENGTH, ORACLES, WIDTH, Weights, built, sequence, sigmoid
+from test_linear_points import DIM, MORE, by_heads, grouped, zeros
+from torch import Tensor
+
+from mixforge.search_space.mixers.linear import Linear
+from mixforge.search_space.parts.layer import Pass
+
+
+def back_of(x: Tensor) -> Tensor:
+    """The token before each, zeros before the first."""
+    return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+
+def rwkv7(w: Weights, x: Tensor, first: Tensor | None = None) -> Tensor:
+    """S_t = S_{t-1} (diag(w) - kappa^T (a kappa)) + v^T k, in the paper's rows: S [V, K]."""
+    q_in, k_in, v_in, d_in, a_in, g_in = (x + mu * (back_of(x) - x) for mu in w["shift.share"])
+    to_r, to_k, to_v = w["mixed.weight"].split(WIDTH)
+    r, k, v = by_heads(q_in @ to_r.T), by_heads(k_in @ to_k.T), by_heads(v_in @ to_v.T)
+    if first is not None:
+        share = v_in @ w["blend.gate.down.weight"].T @ w["blend.gate.up.weight"].T + w["blend.gate.up.bias"]
+        v = v + sigmoid(by_heads(share)) * (first - v)
+    d = torch.tanh(d_in @ w["decay.down.weight"].T) @ w["decay.up.weight"].T + w["decay.up.bias"]
+    keep = by_heads(torch.exp(-math.exp(-0.5) * sigmoid(d)))
+    a = a_in @ w["removal.down.weight"].T @ w["removal.up.weight"].T + w["removal.up.bias"]
+    a = by_heads(sigmoid(a))
+    gate = sigmoid(g_in @ w["output.gate.down.weight"].T) @ w["output.gate.up.weight"].T
+    state, rows = zeros(HEADS, DIM, DIM), []
+    for t in range(LENGTH):
+        heads, added = [], []
+        for h in range(HEADS):
+            kappa = k[t, h] * w["removal.removed"][h]
+            kappa = kappa / kappa.norm()
+            key = k[t, h] * (1 + (a[t, h] - 1) * w["removal.replaced"][h])
+            move = torch.diag(keep[t, h]) - torch.outer(kappa, a[t, h] * kappa)
+            state[h] = state[h] @ move + torch.outer(v[t, h], key)
+            heads.append(state[h] @ r[t, h])
+            added.append((r[t, h] * w["late.weight"][h] * key).sum() * v[t, h])
+        rows.append((grouped(torch.stack(heads), w) + torch.stack(added)).flatten() * gate[t])
+    return torch.stack(rows) @ w["output.out.weight"].T
+
+
+RULES = [rwkv7]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("oracle", RULES, ids=lambda oracle: oracle.__name__)
+def test_alias_is_its_papers_recurrence(oracle: Callable[[Weights, Tensor], Tensor]) -> None:
+    mixer = replace(Linear(**Linear.aliases[oracle.__name__]), heads=HEADS)
+    module, weights = built(mixer)
+    x = sequence()
+    y, _ = module(x[None], None, Pass(torch.arange(LENGTH), 0))
+    torch.testing.assert_close(y[0], oracle(weights, x), rtol=1e-7, atol=1e-7)
+
+
+def test_every_alias_has_an_oracle() -> None:
+    assert set(Linear.aliases) == {oracle.__name__ for oracle in [*ORACLES, *MORE, *RULES]}
+
+
+@torch.no_grad()
+def test_layers_of_rwkv7_blend_in_the_values_of_the_first() -> None:
+    x = sequence()
+    lender, weights = built(replace(Linear(**Linear.aliases["rwkv7"]), heads=HEADS, values="own"))
+    at = Pass(torch.arange(LENGTH), 0)
+    lender(x[None], None, at)
+    v_in = x + weights["shift.share"][2] * (back_of(x) - x)
+    first = by_heads(v_in @ weights["mixed.weight"].split(WIDTH)[2].T)
+    reader, weights = built(replace(Linear(**Linear.aliases["rwkv7"]), heads=HEADS, values="shared"))
+    y, _ = reader(x[None], None, at)
+    torch.testing.assert_close(y[0], rwkv7(weights, x, first), rtol=1e-7, atol=1e-7)
+
+
+def test_what_does_not_go_together_is_named() -> None:
+    for mixer, sentence in {
+        Linear(rule="dplr", norm="max1"): "norm=max1 needs rule=add",
+        Linear(rule="dplr", heads=2, key_heads=1): "removal key for each of 2 heads",
+        Linear(rule="dplr", decay="both"): "decay=both needs rule=add",
+        Linear(skip="late", out_norm="gated"): "say out_norm=rms, group or none",
+        Linear(out_gate="inner"): "say its rank",
+    }.items():
+        assert sentence in str(mixer.why_illegal(WIDTH))
