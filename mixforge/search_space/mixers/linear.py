@@ -6,7 +6,9 @@
     S_t = S - (a_t kappa_t) (S_{t-1}^T kappa_t)^T + k_t v_t^T         rule=dplr
     o_t = S_t^T q_t
 
-With rule=dplr kappa_t is a removal key and a_t a rate for each key channel (`parts/removal_keys`).
+With rule=dplr kappa_t is a removal key and a_t a rate for each key channel (`parts/removal_keys`). rule=second adds
+with the keys that a recurrence over the keys reads (`kernels/second_order`); rule=slots(m) attends to m slots, whose
+decays are those of channels (`kernels/slot_attention`).
 
 Genes, from the input to the output:
     shift       what each projection reads of the token before (`parts/token_shift`)
@@ -36,7 +38,7 @@ Genes, from the input to the output:
     out_norm    rms and group normalise each head before the gate, joint and simple (no weights) all heads at once
                 before it, gated all at once after it
     out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number; inner is
-                W_2 sigmoid(W_1 x)
+                W_2 sigmoid(W_1 x), self the sigmoid of the output itself
 
 Its famous points, with their papers and departures, are in `parts/linear_points`.
 """
@@ -50,7 +52,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from mixforge.kernels import chunked_linear, dplr, twofold_linear
+from mixforge.kernels import chunked_linear, dplr, second_order, slot_attention, twofold_linear
 from mixforge.kernels.backend import triton_form
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
@@ -89,7 +91,9 @@ class Linear(Mixer):
     kind: ClassVar[Literal["token", "channel"]] = "token"
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = POINTS
 
-    rule: Annotated[str, Choice("add", "delta", "dplr")] = "add"
+    rule: Annotated[str | Form, Choice("add", "delta", "dplr", "second"), Call("slots", Whole(1, 1024))] = (
+        "add"
+    )
     decay: Annotated[str, Choice("none", "head", "layer", "scalar", "channel", "both")] = "none"
     forget: Annotated[
         str | Form,
@@ -121,7 +125,7 @@ class Linear(Mixer):
     init: Annotated[str | Form, Choice("zero", "learned"), Call("noise", Real(0.001, 10))] = "zero"
     skip: Annotated[str, Choice("none", "head", "channel", "bonus", "late")] = "none"
     out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "none")] = "rms"
-    out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "inner", "none")] = "silu"
+    out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "inner", "self", "none")] = "silu"
     gate_rank: Annotated[str | int, Choice("full"), Whole(1, 1024)] = "full"
     heads: Annotated[int | None, Whole(1, 256)] = None
     key_heads: Annotated[int | None, Whole(1, 256)] = None
@@ -146,13 +150,16 @@ class Linear(Mixer):
             usual if self.value_dim is None else 2 * usual if self.value_dim == "double" else self.value_dim
         )
         channels = pieces.mapped_channels(self.phi, int(key_dim))
+        features = 2 * channels if self.turns else channels
         return Sizes(
             heads=heads,
             key_heads=heads if self.key_heads is None else self.key_heads,
             key_dim=int(key_dim),
             value_dim=int(value_dim),
             channels=channels,
-            features=2 * channels if self.turns else channels,
+            features=features,
+            rows=int(self.rule.arguments[0]) if isinstance(self.rule, Form) else features,
+            beside=features if isinstance(self.rule, Form) or self.rule == "second" else 0,
         )
 
     @property
@@ -200,6 +207,7 @@ class Linear(Mixer):
             self.norm == "length",
             self.skip == "bonus",
             self.rule == "dplr",
+            isinstance(self.rule, Form),
             self.decay == "layer",
         )
         return not any(without)
@@ -256,9 +264,13 @@ class Linear(Mixer):
         """A rule, a norm or a read that the rest does not fit."""
         if self.rule == "delta" and not self.unit_keys:
             return "rule=delta needs keys of length 1: leave qk_norm out or say qk_norm=l2"
+        if isinstance(self.rule, Form):
+            return self._why_no_slots(self.rule)
+        if self.rule == "second" and self.in_gate == "exp":
+            return "in_gate=exp keeps a scale of what is written alone, so it needs rule=add or delta, not second"
         if self.rule == "dplr" and size.key_heads != size.heads:
             return f"rule=dplr has a removal key for each of {size.heads} heads: leave key_heads out"
-        if self.normalised and self.rule != "add":
+        if self.normalised and self.rule in ("delta", "dplr"):
             return f"norm={self.norm} needs rule=add: under rule={self.rule} the sum of weights may be 0"
         if self.norm == "denominator" and self.phi != TAYLOR and self.phi_name not in POSITIVE:
             return f"norm=denominator needs positive features: phi={', '.join(POSITIVE)} or taylor(2); or say norm=max1"
@@ -278,6 +290,16 @@ class Linear(Mixer):
         if self.out_gate == "inner" and isinstance(self.gate_rank, str):
             return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"
         return None
+
+    def _why_no_slots(self, rule: Form) -> str | None:
+        if self.decay != "channel" or self.forget_form == "key" or self.key != "own":
+            return f"rule={rule} has a decay for each slot: say decay=channel, and neither forget=key nor key=forget"
+        if self.normalised or self.skip == "bonus" or self.in_gate not in ("none", "sigmoid"):
+            return (
+                f"rule={rule} writes 1 - decay and reads by a softmax: it needs norm=none or length, in_gate=none or "
+                f"sigmoid, and another skip than bonus"
+            )
+        return f"rule={rule} does not turn its slots: say pos=none, rope or xpos" if self.turns else None
 
     def _why_ungated(self) -> str | None:
         """A gate that the decay does not have."""
@@ -349,11 +371,11 @@ class Linear(Mixer):
             forget=forget if self.gated_decay else "softplus",
             forget_rank=None if not ranked or self.rank(width) == usual_rank else self.forget_rank,
             qk_norm=None if self.unit_keys == (self.rule == "delta") else self.qk_norm,
-            beta=self.beta if self.rule != "add" else 1,
+            beta=self.beta if self.rule in ("delta", "dplr") else 1,
             act=None if self.activation == replace(self, act=None).activation else self.act,
             bias="none" if self.conv == "none" else self.bias,
             out_norm=out_norm,
-            gate_rank="full" if self.out_gate == "none" else self.gate_rank,
+            gate_rank="full" if self.out_gate in ("none", "self") else self.gate_rank,
             heads=None if size.heads == default_heads(width) else size.heads,
             key_heads=None if size.key_heads == size.heads else size.key_heads,
             key_dim=key_dim,
@@ -371,10 +393,10 @@ class Linear(Mixer):
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         size = self.sizes(width)
         found = self._pieces(width, "torch").values()
-        columns = size.value_dim + int(self.normalised)
+        columns = size.value_dim + int(self.normalised) + size.beside
         mixed = self.mixed(size)
         taps = 0 if isinstance(self.conv, str) else self.conv
-        state = 4 * size.heads * size.features * columns + mixed * max(0, taps - 1) * itemsize
+        state = 4 * size.heads * size.rows * columns + mixed * max(0, taps - 1) * itemsize
         state += width * itemsize if self.shift != "none" else 0
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
@@ -390,8 +412,13 @@ class Linear(Mixer):
 
     def _recurrence_flops(self, size: Sizes, length: int) -> int:
         columns = size.value_dim + int(self.normalised)
+        sizes = {"heads": size.heads, "key_dim": size.features, "value_dim": columns}
+        if isinstance(self.rule, Form):
+            return slot_attention.matmul_flops(length, **sizes, slots=size.rows)
         if self.rule == "dplr":
-            return dplr.matmul_flops(length, heads=size.heads, key_dim=size.features, value_dim=columns)
+            return dplr.matmul_flops(length, **sizes)
+        if self.rule == "second":
+            return second_order.matmul_flops(length, **sizes, decay=self._decay_kind())
         return chunked_linear.matmul_flops(
             # The bonus is read one token before it is written, which takes one more.
             length + int(self.skip == "bonus"),
@@ -417,14 +444,16 @@ class Linear(Mixer):
     def _reads(self) -> list[str]:
         """The projections that a token shift gives inputs of their own."""
         from_input = self.gated_decay and self.forget_form != "key"
-        writes = self.rule != "add" or self.in_gate in ("sigmoid", "exp") or self.value_gate != "none"
+        writes = (
+            self.rule in ("delta", "dplr") or self.in_gate in ("sigmoid", "exp") or self.value_gate != "none"
+        )
         used = {
             "q": True,
             "k": self.key != "forget",
             "v": True,
             "forget": from_input or self.pos == "phase",
             "write": writes,
-            "out": self.out_gate != "none",
+            "out": self.out_gate not in ("none", "self"),
         }
         return [name for name, is_used in used.items() if is_used]
 
@@ -445,7 +474,9 @@ class Linear(Mixer):
                 self.mixed(size), self.conv, self.activation, self.bias == "conv", backend
             )
         if self.gated_decay:
-            channels = size.channels if self.by_channel else None
+            channels = None
+            if self.by_channel:
+                channels = size.rows if isinstance(self.rule, Form) else size.channels
             found["decay"] = pieces.decay_piece(*decays, channels, self.place)
         elif self.decay != "none":
             found["decay"] = pieces.fixed_decay_piece(self.decay, heads, self.place)
@@ -477,8 +508,8 @@ class Linear(Mixer):
         if self.key == "latent":
             found["latent"] = Piece(part=Part(LatentDecay))
         if self.init == "learned":
-            first = Part(FirstState, heads=heads, features=size.features, value_dim=value_dim)
-            found["first"] = Piece(part=first, params=heads * size.features * value_dim)
+            first = Part(FirstState, heads=heads, features=size.rows, value_dim=value_dim)
+            found["first"] = Piece(part=first, params=heads * size.rows * value_dim)
         return found
 
     def build(self, width: int, backend: Backend) -> Part:
@@ -492,6 +523,7 @@ class Linear(Mixer):
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
         operation, one_step = self._operation(backend)
         others: dict[str, Any] = {
+            "beside": size.beside,
             "spread": self.pos == "xpos",
             "act": silu if self.conv == "none" and self.activation == "silu" else None,
             "key": self.key,
@@ -502,7 +534,7 @@ class Linear(Mixer):
             "reads": self._reads() if self.shift != "none" else None,
             "noise": float(self.init.arguments[0]) if isinstance(self.init, Form) else 0.0,
         }
-        usual = {"key": "own", "spread": False, "noise": 0.0}
+        usual = {"key": "own", "spread": False, "noise": 0.0, "beside": 0}
         first = ("conv", "decay", "beta", "skip", "output", "feature")
         others |= {name: part for name, part in parts.items() if name not in first}
         make, decoded = self._decoder(size) if backend == "triton" else (LinearAttention, {})
@@ -514,7 +546,7 @@ class Linear(Mixer):
             key_heads=size.key_heads,
             key_dim=size.key_dim,
             value_dim=size.value_dim,
-            features=size.features,
+            features=size.rows,
             scale=size.key_dim**-0.5 if self.scales_queries else 1.0,
             operation=operation,
             one_step=one_step,
@@ -533,6 +565,10 @@ class Linear(Mixer):
 
     def _operation(self, backend: Backend) -> tuple[Recurrence, Recurrence]:
         """The recurrence over a sequence and over one token."""
+        if isinstance(self.rule, Form):
+            return slot_attention.form(backend), slot_attention.slot_attention_step
+        if self.rule == "second":
+            return second_order.form(backend), second_order.second_order_step
         if self.rule == "dplr":
             return dplr.form(backend), dplr.dplr_step
         if self.decay == "both":
@@ -560,7 +596,8 @@ class Linear(Mixer):
 class Sizes:
     """Heads (of values), key heads, and the dims of a head.
 
-    channels: key channels after the feature map. features: rows of the state, twice as many where an angle doubles them.
+    channels: key channels after the feature map. features: those of queries and keys, twice as many where an angle
+    doubles them. rows: of the state, which are features or slots. beside: its columns beside those of the values.
     """
 
     heads: int
@@ -569,3 +606,5 @@ class Sizes:
     value_dim: int
     channels: int
     features: int
+    rows: int
+    beside: int

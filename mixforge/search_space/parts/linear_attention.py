@@ -95,6 +95,7 @@ class LinearAttention(TokenMixer):
         lends_values: bool = False,
         bonus: nn.Module | None = None,
         late: nn.Module | None = None,
+        beside: int = 0,
         removal: nn.Module | None = None,
         shift: TokenShift | None = None,
         reads: list[str] | None = None,
@@ -137,13 +138,15 @@ class LinearAttention(TokenMixer):
         self.blend = blend
         self.bonus = bonus
         self.late = late
+        # Columns of the state beside those of the values.
+        self.beside = beside
         self.removal = removal
         self.first = first
         self.skip = skip
         self.output = output
 
     def initial_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> State:
-        columns = self.value_dim + int(self.normalised)
+        columns = self.value_dim + int(self.normalised) + self.beside
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         state = {"matrix": torch.zeros(batch, self.heads, self.features, columns, device=device, dtype=exact)}
         if self.first is not None:
@@ -327,7 +330,7 @@ class LinearAttention(TokenMixer):
 
     def first_matrix(self, read: Reads) -> Tensor | None:
         """The state before the first token of a training sequence; None for zeros."""
-        batch, columns = read.write_BTHV.shape[0], read.write_BTHV.shape[-1]
+        batch, columns = read.write_BTHV.shape[0], read.write_BTHV.shape[-1] + self.beside
         if self.first is not None:
             matrix: Tensor = self.first(batch, columns)
             return matrix
@@ -335,8 +338,7 @@ class LinearAttention(TokenMixer):
             return None
         shape = (batch, self.heads, self.features, columns)
         matrix = self.noise * torch.randn(shape, device=read.v_BTHV.device)
-        if self.normalised:
-            matrix[..., -1] = 0
+        matrix[..., self.value_dim :] = 0
         return matrix
 
     def read_before_write(
@@ -378,7 +380,7 @@ class LinearAttention(TokenMixer):
 
 
 class FirstState(nn.Module):
-    """A learned state before the first token, [H, K, V]; the sum of a normaliser starts at 0."""
+    """A learned state before the first token, [H, K, V]; what stands beside the values starts at 0."""
 
     def __init__(self, heads: int, features: int, value_dim: int) -> None:
         super().__init__()

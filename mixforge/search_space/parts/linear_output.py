@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.activation import silu
 from mixforge.search_space.parts.decay import exact
 
 
@@ -98,7 +99,7 @@ class InnerGate(nn.Module):
 class NormedOutput(nn.Module):
     """W_out ((norm(o) + r) * act(W_gate x)), the norm over each head or, with `joint`, over all at once.
 
-    r, where it is given, is what no norm sees.
+    r, where it is given, is what no norm sees. With `own` the gate is the sigmoid of what it gates.
     """
 
     def __init__(
@@ -111,9 +112,11 @@ class NormedOutput(nn.Module):
         rank: int | None = None,
         joint: bool = False,
         inner: bool = False,
+        own: bool = False,
     ) -> None:
         super().__init__()
         self.norm = norm
+        self.own = own
         self.joint = joint
         self.activation = activation
         self.gate = None if activation is None else gate_of(width, heads * value_dim, rank, inner)
@@ -129,12 +132,14 @@ class NormedOutput(nn.Module):
         o_BTF = o_BTHV if self.joint else o_BTHV.flatten(2)
         if self.activation is not None and self.gate is not None:
             o_BTF = o_BTF * self.activation(self.gate(x_BTD))
+        elif self.own:
+            o_BTF = silu(o_BTF)
         y: Tensor = self.out(o_BTF)
         return y
 
 
 class GatedOutput(nn.Module):
-    """W_out norm(o * act(W_gate x)), the norm over all heads at once."""
+    """W_out norm(o * act(W_gate x)), the norm over all heads at once; with `own` the gate is sigmoid(o)."""
 
     def __init__(
         self,
@@ -145,9 +150,11 @@ class GatedOutput(nn.Module):
         activation: Callable[[Tensor], Tensor] | None,
         rank: int | None = None,
         inner: bool = False,
+        own: bool = False,
     ) -> None:
         super().__init__()
         self.norm = norm
+        self.own = own
         self.activation = activation
         self.gate = None if activation is None else gate_of(width, heads * value_dim, rank, inner)
         self.out = nn.Linear(heads * value_dim, width, bias=False)
@@ -156,6 +163,8 @@ class GatedOutput(nn.Module):
         o_BTF = o_BTHV.flatten(2)
         if self.activation is not None and self.gate is not None:
             o_BTF = o_BTF * self.activation(self.gate(x_BTD))
+        elif self.own:
+            o_BTF = silu(o_BTF)
         y: Tensor = self.out(self.norm(o_BTF))
         return y
 

@@ -78,6 +78,7 @@ GATES: dict[str, Map | None] = {
     "sigmoid": sigmoid,
     "linear": identity,
     "inner": identity,
+    "self": None,
     "none": None,
 }
 
@@ -268,13 +269,15 @@ def output_piece(
     macs = width * inner
     bias = 0
     others: dict[str, int | bool] = {}
-    if out_gate != "none" and gate_rank is not None:
+    if out_gate not in ("none", "self") and gate_rank is not None:
         macs += gate_rank * (width + inner)
         bias = 0 if out_gate == "inner" else inner
         others["rank"] = gate_rank
         others |= {"inner": True} if out_gate == "inner" else {}
-    elif out_gate != "none":
+    elif out_gate not in ("none", "self"):
         macs += width * inner
+    if out_gate == "self":
+        others["own"] = True
     if out_norm in ("joint", "simple"):
         others["joint"] = True
     made = Part(

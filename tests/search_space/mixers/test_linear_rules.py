@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_linear import HEADS, LENGTH, ORACLES, WIDTH, Weights, built, sequence, sigmoid
-from test_linear_points import DIM, MORE, by_heads, grouped, zeros
+from test_linear import HEADS, LENGTH, ORACLES, WIDTH, Weights, built, rms, sequence, sigmoid, silu
+from test_linear_points import DIM, MORE, by_heads, grouped, projected, zeros
 from torch import Tensor
 
+from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.parts.layer import Pass
 
@@ -49,7 +50,42 @@ def rwkv7(w: Weights, x: Tensor, first: Tensor | None = None) -> Tensor:
     return torch.stack(rows) @ w["output.out.weight"].T
 
 
-RULES = [rwkv7]
+def gsa(w: Weights, x: Tensor) -> Tensor:
+    """Kt = alpha Kt + (1 - alpha) k^T, Vt as well, o = Vt^T softmax(Kt q); the norm is over silu(o)."""
+    q, k, v = (silu(each) for each in projected(w, x, DIM, DIM))
+    alpha = by_heads(sigmoid(x @ w["decay.up.weight"].T + w["decay.up.bias"]) ** (1 / 8))
+    keys, values, rows = zeros(HEADS, 64, DIM), zeros(HEADS, 64, DIM), []
+    for t in range(LENGTH):
+        heads = []
+        for h in range(HEADS):
+            keep = torch.diag(alpha[t, h])
+            keys[h] = keep @ keys[h] + torch.outer(1 - alpha[t, h], k[t, h])
+            values[h] = keep @ values[h] + torch.outer(1 - alpha[t, h], v[t, h])
+            weight = torch.exp(keys[h] @ q[t, h])
+            heads.append(values[h].T @ (weight / weight.sum()))
+        rows.append(rms(silu(torch.cat(heads)), w["output.norm.weight"]))
+    return torch.stack(rows) @ w["output.out.weight"].T
+
+
+def hla2(w: Weights, x: Tensor) -> Tensor:
+    """o_t = q_t^T (S_t C_t - G_t): S = sum k k^T, C = sum q v^T, G = sum k k^T C_{t-1}."""
+    q, k, v = projected(w, x, DIM, DIM)
+    q = q / math.sqrt(DIM)
+    moment, cross, later = zeros(HEADS, DIM, DIM), zeros(HEADS, DIM, DIM), zeros(HEADS, DIM, DIM)
+    rows = []
+    for t in range(LENGTH):
+        heads = []
+        for h in range(HEADS):
+            outer = torch.outer(k[t, h], k[t, h])
+            later[h] = later[h] + outer @ cross[h]
+            moment[h] = moment[h] + outer
+            cross[h] = cross[h] + torch.outer(q[t, h], v[t, h])
+            heads.append(rms(q[t, h] @ (moment[h] @ cross[h] - later[h]), w["output.norm.weight"]))
+        rows.append(torch.cat(heads))
+    return torch.stack(rows) @ w["output.out.weight"].T
+
+
+RULES = [rwkv7, gsa, hla2]
 
 
 @torch.no_grad()
@@ -84,6 +120,10 @@ def test_what_does_not_go_together_is_named() -> None:
         Linear(rule="dplr", norm="max1"): "norm=max1 needs rule=add",
         Linear(rule="dplr", heads=2, key_heads=1): "removal key for each of 2 heads",
         Linear(rule="dplr", decay="both"): "decay=both needs rule=add",
+        Linear(rule=Form("slots", (4,))): "say decay=channel",
+        Linear(rule=Form("slots", (4,)), decay="channel", norm="max1"): "reads by a softmax",
+        Linear(rule=Form("slots", (4,)), decay="channel", pos="lrpe"): "does not turn its slots",
+        Linear(rule="second", norm="max1", in_gate="exp"): "needs rule=add or delta",
         Linear(skip="late", out_norm="gated"): "say out_norm=rms, group or none",
         Linear(out_gate="inner"): "say its rank",
     }.items():
