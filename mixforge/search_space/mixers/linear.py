@@ -29,6 +29,7 @@ Genes, from the input to the output:
     value_gate  a gate of this rank on each value channel
     beta        the delta rule's beta_t, and dplr's a_t, are `beta` sigmoid(W x_t); 2 reaches negative eigenvalues
                 (Grazzi et al. 2024, arXiv 2411.12537)
+    memories    top(n, k) and parts(n, k): n more states for each head, of which a token has k (`parts/memories`)
     init        the state before the first token: zero, learned (Young 2026, arXiv 2604.01168), or in training
                 noise(sd) (Buitrago and Gu 2025, arXiv 2507.02782), drawn from torch's global generator
     norm        denominator divides o_t by q_t . z_t, z_t the same recurrence over ones in place of values; max1 by
@@ -122,6 +123,12 @@ class Linear(Mixer):
     in_gate: Annotated[str, Choice("none", "dt", "sigmoid", "exp", "tied", "tempered")] = "none"
     value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
     values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
+    memories: Annotated[
+        str | Form,
+        Choice("none"),
+        Call("top", Whole(4, 64), Whole(1, 64)),
+        Call("parts", Whole(4, 64), Whole(1, 64)),
+    ] = "none"
     init: Annotated[str | Form, Choice("zero", "learned"), Call("noise", Real(0.001, 10))] = "zero"
     skip: Annotated[str, Choice("none", "head", "channel", "bonus", "late")] = "none"
     out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "none")] = "rms"
@@ -160,6 +167,12 @@ class Linear(Mixer):
             features=features,
             rows=int(self.rule.arguments[0]) if isinstance(self.rule, Form) else features,
             beside=features if isinstance(self.rule, Form) or self.rule == "second" else 0,
+            memories=1 if isinstance(self.memories, str) else 1 + int(self.memories.arguments[0]),
+            copies=1
+            if isinstance(self.memories, str)
+            else 2
+            if self.memories.name == "parts"
+            else 1 + int(self.memories.arguments[0]),
         )
 
     @property
@@ -257,7 +270,12 @@ class Linear(Mixer):
                 f"phi={self.phi} makes {size.features} features of key_dim {size.key_dim} (mixer linear); "
                 f"give a key_dim with at most {MOST_FEATURES}"
             )
-        found = self._why_uneven(size) or self._why_ungated() or self._why_no_keys(size)
+        found = (
+            self._why_no_memories()
+            or self._why_uneven(size)
+            or self._why_ungated()
+            or self._why_no_keys(size)
+        )
         return None if found is None else f"{found} (mixer linear)"
 
     def _why_uneven(self, size: Sizes) -> str | None:
@@ -289,6 +307,26 @@ class Linear(Mixer):
             return f"skip=late is added after the norm of each head: say out_norm=rms, group or none, not {self.out_norm}"
         if self.out_gate == "inner" and isinstance(self.gate_rank, str):
             return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"
+        return None
+
+    def _why_no_memories(self) -> str | None:
+        if isinstance(self.memories, str):
+            return None
+        count, top_k = (int(each) for each in self.memories.arguments)
+        if top_k > count:
+            return f"memories={self.memories} has {count} memories, of which a token cannot have {top_k}"
+        if self.rule not in ("add", "delta") or self.decay == "both" or self.key != "own":
+            return f"memories={self.memories} needs rule=add or delta, key=own and another decay than both"
+        if self.normalised or self.skip != "none" or self.values != "plain" or self.in_gate == "exp":
+            return (
+                f"memories={self.memories} needs norm=none or length, skip=none, values=plain and another in_gate "
+                f"than exp"
+            )
+        if self.turns or self.phi_name in ("learned", "hedgehog", "outer", "favor"):
+            return (
+                f"memories={self.memories} has more keys than queries: say pos=none, rope or xpos, and a feature map "
+                f"without a matrix"
+            )
         return None
 
     def _why_no_slots(self, rule: Form) -> str | None:
@@ -396,7 +434,7 @@ class Linear(Mixer):
         columns = size.value_dim + int(self.normalised) + size.beside
         mixed = self.mixed(size)
         taps = 0 if isinstance(self.conv, str) else self.conv
-        state = 4 * size.heads * size.rows * columns + mixed * max(0, taps - 1) * itemsize
+        state = 4 * size.heads * size.memories * size.rows * columns + mixed * max(0, taps - 1) * itemsize
         state += width * itemsize if self.shift != "none" else 0
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
@@ -422,8 +460,8 @@ class Linear(Mixer):
         return chunked_linear.matmul_flops(
             # The bonus is read one token before it is written, which takes one more.
             length + int(self.skip == "bonus"),
-            key_heads=size.key_heads,
-            value_heads=size.heads,
+            key_heads=size.key_heads * size.memories,
+            value_heads=size.heads * size.memories,
             key_dim=size.features,
             value_dim=columns,
             rule=self.rule,
@@ -432,8 +470,9 @@ class Linear(Mixer):
 
     def mixed(self, size: Sizes) -> int:
         """Channels of queries, keys and values."""
-        keys = size.key_heads * size.key_dim
-        return keys * (1 if self.key == "forget" else 2) + size.heads * size.value_dim
+        keys, values = size.key_heads * size.key_dim, size.heads * size.value_dim
+        own = size.copies if size.copies == size.memories else 1
+        return keys * (1 if self.key == "forget" else 1 + own) + own * values
 
     def _decay_kind(self) -> str:
         """The decay as the chunked recurrence has it."""
@@ -445,7 +484,10 @@ class Linear(Mixer):
         """The projections that a token shift gives inputs of their own."""
         from_input = self.gated_decay and self.forget_form != "key"
         writes = (
-            self.rule in ("delta", "dplr") or self.in_gate in ("sigmoid", "exp") or self.value_gate != "none"
+            self.memories != "none"
+            or self.rule in ("delta", "dplr")
+            or self.in_gate in ("sigmoid", "exp")
+            or self.value_gate != "none"
         )
         used = {
             "q": True,
@@ -461,12 +503,13 @@ class Linear(Mixer):
         """What the module is made of beside its projection, by argument, in the order in which weights are drawn."""
         size = self.sizes(width)
         heads, value_dim = size.heads, size.value_dim
+        sets = heads * size.copies
         decays = (
             self.forget_form,
             float(self.forget.arguments[0]) if isinstance(self.forget, Form) else float(USUAL_TEMPERATURE),
             self.rank(width),
             width,
-            heads,
+            sets,
         )
         found: dict[str, Piece] = {}
         if not isinstance(self.conv, str):
@@ -481,7 +524,7 @@ class Linear(Mixer):
         elif self.decay != "none":
             found["decay"] = pieces.fixed_decay_piece(self.decay, heads, self.place)
         if self.rule == "delta":
-            found["beta"] = pieces.strength_piece(width, heads, self.beta)
+            found["beta"] = pieces.strength_piece(width, sets, self.beta)
         found[self.skip if self.skip in ("bonus", "late") else "skip"] = pieces.skip_piece(
             self.skip, heads, value_dim, size.features
         )
@@ -498,18 +541,25 @@ class Linear(Mixer):
         if self.decay == "both":
             found["value_decay"] = pieces.decay_piece(*decays, value_dim, self.place)
         gate = "exp_gate" if self.in_gate == "exp" else "write_gate"
-        found[gate] = pieces.in_gate_piece(self.in_gate, width, heads)
+        found[gate] = pieces.in_gate_piece(self.in_gate, width, sets)
         value_rank = None if isinstance(self.value_gate, str) else self.value_gate
-        found["value_gate"] = pieces.value_gate_piece(value_rank, width, heads, value_dim)
+        found["value_gate"] = pieces.value_gate_piece(value_rank, width, sets, value_dim)
         if self.norm == "length":
-            found["length_gate"] = pieces.length_piece(heads)
+            found["length_gate"] = pieces.length_piece(sets)
         if self.values == "shared":
             found["blend"] = pieces.blend_piece(width, heads, value_dim)
         if self.key == "latent":
             found["latent"] = Piece(part=Part(LatentDecay))
         if self.init == "learned":
-            first = Part(FirstState, heads=heads, features=size.rows, value_dim=value_dim)
-            found["first"] = Piece(part=first, params=heads * size.rows * value_dim)
+            states = heads * size.memories
+            first = Part(FirstState, heads=states, features=size.rows, value_dim=value_dim)
+            found["first"] = Piece(part=first, params=states * size.rows * value_dim)
+        if isinstance(self.memories, Form):
+            count, top_k = (int(each) for each in self.memories.arguments)
+            is_shared = self.memories.name == "parts"
+            found["memories"] = pieces.memories_piece(width, count, top_k, is_shared)
+            if is_shared:
+                found["apart"] = pieces.apart_piece(width, size.key_heads * size.key_dim, value_dim)
         return found
 
     def build(self, width: int, backend: Backend) -> Part:
@@ -524,6 +574,7 @@ class Linear(Mixer):
         operation, one_step = self._operation(backend)
         others: dict[str, Any] = {
             "beside": size.beside,
+            "copies": size.copies,
             "spread": self.pos == "xpos",
             "act": silu if self.conv == "none" and self.activation == "silu" else None,
             "key": self.key,
@@ -534,7 +585,7 @@ class Linear(Mixer):
             "reads": self._reads() if self.shift != "none" else None,
             "noise": float(self.init.arguments[0]) if isinstance(self.init, Form) else 0.0,
         }
-        usual = {"key": "own", "spread": False, "noise": 0.0, "beside": 0}
+        usual = {"key": "own", "spread": False, "noise": 0.0, "beside": 0, "copies": 1}
         first = ("conv", "decay", "beta", "skip", "output", "feature")
         others |= {name: part for name, part in parts.items() if name not in first}
         make, decoded = self._decoder(size) if backend == "triton" else (LinearAttention, {})
@@ -598,6 +649,7 @@ class Sizes:
 
     channels: key channels after the feature map. features: those of queries and keys, twice as many where an angle
     doubles them. rows: of the state, which are features or slots. beside: its columns beside those of the values.
+    memories: states of a head. copies: sets of keys, values and gates that these have.
     """
 
     heads: int
@@ -608,3 +660,5 @@ class Sizes:
     features: int
     rows: int
     beside: int
+    memories: int
+    copies: int

@@ -45,6 +45,7 @@ from mixforge.search_space.parts.linear_output import (
     NormedOutput,
     SimpleNorm,
 )
+from mixforge.search_space.parts.memories import ApartKeys, Memories
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.piece import NOTHING, Piece
 from mixforge.search_space.parts.removal_keys import RATE_RANK, RemovalKeys
@@ -204,6 +205,18 @@ def removal_piece(width: int, heads: int, features: int, most: int) -> Piece:
     matrix = RATE_RANK * (width + heads * features)
     made = Part(RemovalKeys, width=width, heads=heads, features=features, most=most)
     return Piece(part=made, params=matrix + 3 * heads * features, macs=matrix)
+
+
+def memories_piece(width: int, count: int, top_k: int, is_shared: bool) -> Piece:
+    """The router of several memories."""
+    made = Part(Memories, width=width, count=count, top_k=top_k, is_shared=is_shared)
+    return Piece(part=made, params=width * count, macs=width * count)
+
+
+def apart_piece(width: int, keys: int, rank: int) -> Piece:
+    """What the queries and keys of the partitions have beside the others."""
+    matrix = 2 * rank * (width + keys)
+    return Piece(part=Part(ApartKeys, width=width, keys=keys, rank=rank), params=matrix, macs=matrix)
 
 
 def in_gate_piece(in_gate: str, width: int, heads: int) -> Piece:

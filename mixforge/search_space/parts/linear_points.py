@@ -26,6 +26,7 @@ equations.
   gsa       Zhang et al. 2024 (arXiv 2409.07146), with 64 slots. The decays have a bias; log alpha_t >= -5.
   hla2      Zhang, Qin and Gu 2025 (arXiv 2510.27258), without a decay or a sum to divide by. One state less, see
             `kernels/second_order`.
+  mom       Du et al. 2025 (arXiv 2502.13685) over gdn, of four memories two, see `parts/memories`.
   based     The linear layer of Arora et al. 2024 (arXiv 2402.18668). Each product k_i k_j, i != j, is kept once,
             weighed by sqrt(2), and not twice: the same function with about half the state.
   gateloop  Katsch 2023 (arXiv 2311.01927). Heads have a state of K by V, where the paper's models have 1 by 1; only
@@ -122,6 +123,7 @@ POINTS: Mapping[str, Mapping[str, GeneValue]] = {
         "out_gate": "self",
     },
     "hla2": {"rule": "second", "conv": "none", "out_gate": "none"},
+    "mom": {"rule": "delta", "decay": "scalar", "memories": Form("top", (4, 2))},
     "based": {
         "phi": TAYLOR,
         "norm": "denominator",

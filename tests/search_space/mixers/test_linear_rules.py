@@ -8,8 +8,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_linear import HEADS, LENGTH, ORACLES, WIDTH, Weights, built, rms, sequence, sigmoid, silu
-from test_linear_points import DIM, MORE, by_heads, grouped, projected, zeros
+from test_linear import (
+    HEADS,
+    LENGTH,
+    ORACLES,
+    WIDTH,
+    Weights,
+    built,
+    convolved,
+    rms,
+    sequence,
+    sigmoid,
+    silu,
+    softplus,
+)
+from test_linear_points import DIM, MORE, by_heads, gated, grouped, projected, zeros
 from torch import Tensor
 
 from mixforge.search_space.genes import Form
@@ -85,7 +98,36 @@ def hla2(w: Weights, x: Tensor) -> Tensor:
     return torch.stack(rows) @ w["output.out.weight"].T
 
 
-RULES = [rwkv7, gsa, hla2]
+def mom(w: Weights, x: Tensor) -> Tensor:
+    """Gated delta rule in memory 0 and in two of four others, whose state only their own tokens move."""
+    inner = WIDTH * 5
+    mixed = convolved(x @ w["mixed.weight"].T, w)
+    q, k, v = mixed.split([WIDTH, inner, inner], 1)
+    q, k, v = by_heads(q), k.view(LENGTH, 5, HEADS, DIM), v.view(LENGTH, 5, HEADS, DIM)
+    alpha = torch.exp(
+        -torch.exp(w["decay.rate"]) * softplus(x @ w["decay.step_size.weight"].T + w["decay.bias"])
+    )
+    alpha = alpha.view(LENGTH, 5, HEADS)
+    beta = sigmoid(x @ w["beta.logit.weight"].T).view(LENGTH, 5, HEADS)
+    share = torch.softmax(x @ w["memories.router.logits.weight"].T, 1)
+    state, rows = zeros(5, HEADS, DIM, DIM), []
+    for t in range(LENGTH):
+        chosen = share[t].argsort(descending=True)[:2]
+        weights = {0: 1.0} | {int(m) + 1: float(share[t, m] / share[t, chosen].sum()) for m in chosen}
+        heads = []
+        for h in range(HEADS):
+            o = zeros(DIM)
+            for m, weight in weights.items():
+                key = k[t, m, h] / k[t, m, h].norm()
+                move = alpha[t, m, h] * (torch.eye(DIM) - beta[t, m, h] * torch.outer(key, key))
+                state[m, h] = move @ state[m, h] + beta[t, m, h] * torch.outer(key, v[t, m, h])
+                o = o + weight * (q[t, h] / q[t, h].norm() / math.sqrt(DIM)) @ state[m, h]
+            heads.append(rms(o, w["output.norm.weight"]))
+        rows.append(torch.cat(heads))
+    return gated(rows, w, x, silu)
+
+
+RULES = [rwkv7, gsa, hla2, mom]
 
 
 @torch.no_grad()
@@ -115,6 +157,45 @@ def test_layers_of_rwkv7_blend_in_the_values_of_the_first() -> None:
     torch.testing.assert_close(y[0], rwkv7(weights, x, first), rtol=1e-7, atol=1e-7)
 
 
+@torch.no_grad()
+def test_partitions_of_a_state_are_written_and_read_by_their_share() -> None:
+    """SSE over gated linear attention: o = q S_0 + p_m q' S_m for the partition m with the largest p."""
+    mixer = Linear(
+        decay="channel",
+        forget="sigmoid",
+        phi="softmax",
+        conv="none",
+        memories=Form("parts", (4, 1)),
+        heads=HEADS,
+        out_gate="none",
+    )
+    module, w = built(mixer)
+    x = sequence()
+    y, _ = module(x[None], None, Pass(torch.arange(LENGTH), 0))
+    q, k, v = (x @ w["mixed.weight"].T).split(WIDTH, 1)
+    apart = [x @ w[f"apart.{name}_down.weight"].T @ w[f"apart.{name}_up.weight"].T for name in "qk"]
+    queries = [by_heads(each).softmax(-1) for each in (q, q + apart[0])]
+    keys = [by_heads(each).softmax(-1) for each in (k, k + apart[1])]
+    v = by_heads(v)
+    logit = x @ w["decay.down.weight"].T @ w["decay.up.weight"].T + w["decay.up.bias"]
+    alpha = (sigmoid(logit) ** (1 / 16)).view(LENGTH, 2, HEADS, DIM)
+    share = torch.softmax(x @ w["memories.router.logits.weight"].T, 1)
+    assert len(set(share.argmax(1).tolist())) > 1
+    state, rows = zeros(5, HEADS, DIM, DIM), []
+    for t in range(LENGTH):
+        m = int(share[t].argmax())
+        heads = []
+        for h in range(HEADS):
+            o = zeros(DIM)
+            for of, place, weight in ((0, 0, 1.0), (1, m + 1, float(share[t, m]))):
+                kept = torch.diag(alpha[t, of, h]) @ state[place, h]
+                state[place, h] = kept + torch.outer(weight * keys[of][t, h], v[t, h])
+                o = o + weight * queries[of][t, h] @ state[place, h]
+            heads.append(rms(o, w["output.norm.weight"]))
+        rows.append(torch.cat(heads))
+    torch.testing.assert_close(y[0], torch.stack(rows) @ w["output.out.weight"].T, rtol=1e-7, atol=1e-7)
+
+
 def test_what_does_not_go_together_is_named() -> None:
     for mixer, sentence in {
         Linear(rule="dplr", norm="max1"): "norm=max1 needs rule=add",
@@ -124,6 +205,10 @@ def test_what_does_not_go_together_is_named() -> None:
         Linear(rule=Form("slots", (4,)), decay="channel", norm="max1"): "reads by a softmax",
         Linear(rule=Form("slots", (4,)), decay="channel", pos="lrpe"): "does not turn its slots",
         Linear(rule="second", norm="max1", in_gate="exp"): "needs rule=add or delta",
+        Linear(memories=Form("top", (4, 5))): "cannot have 5",
+        Linear(memories=Form("top", (4, 2)), rule="dplr"): "needs rule=add or delta",
+        Linear(memories=Form("top", (4, 2)), skip="head"): "skip=none",
+        Linear(memories=Form("parts", (4, 1)), pos="lrpe"): "say pos=none, rope or xpos",
         Linear(skip="late", out_norm="gated"): "say out_norm=rms, group or none",
         Linear(out_gate="inner"): "say its rank",
     }.items():
