@@ -241,14 +241,15 @@ def output_piece(
 ) -> Piece:
     """Norm, gate and output projection."""
     inner = heads * value_dim
-    weights = {"rms": value_dim, "joint": inner, "gated": inner, "group": 2 * inner}.get(out_norm, 0)
-    norm: Part | None = None
-    if out_norm == "simple":
-        norm = Part(SimpleNorm)
-    elif out_norm == "group":
-        norm = Part(GroupNorm, heads=heads, value_dim=value_dim)
-    elif out_norm != "none":
-        norm = norm_part(weights, backend)
+    norms: dict[str, tuple[Part | None, int]] = {
+        "rms": (norm_part(value_dim, backend), value_dim),
+        "joint": (norm_part(inner, backend), inner),
+        "gated": (norm_part(inner, backend), inner),
+        "simple": (Part(SimpleNorm), 0),
+        "group": (Part(GroupNorm, heads=heads, value_dim=value_dim), 2 * inner),
+        "none": (None, 0),
+    }
+    norm, weights = norms[out_norm]
     macs = width * inner
     bias = 0
     others: dict[str, int | bool] = {}
