@@ -18,6 +18,7 @@ Departures: the load is balanced over the tokens of a pass, not over each sequen
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -142,7 +143,11 @@ class Moe(Mixer):
         return {"experts": self._loan(width)} if self.weights == "own" else {}
 
     def borrows(self, width: int) -> Mapping[str, Loan]:
-        return {"experts": replace(self._loan(width), read=self.top_k)} if self.weights == "shared" else {}
+        return (
+            {"experts": dataclasses.replace(self._loan(width), read=self.top_k)}
+            if self.weights == "shared"
+            else {}
+        )
 
     def _loan(self, width: int) -> Loan:
         hidden = self.hidden(width)
