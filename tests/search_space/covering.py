@@ -1,12 +1,12 @@
 """Which points of a mixer's gene space the contract tests look at.
 
-`singles`: the default, every alias, and each legal value of each gene with all others at their default. `pairs`: a
-covering array of strength two, over one value of each domain of numbers. Rows are taken greedily (as in Cohen et
-al. 1997, the AETG system): each row starts from the uncovered pair of (gene, value) that comes first, is filled up
-at random around it, and of five such rows the one that covers most new pairs is kept. A pair counts as covered
-where both values are still there in the row's canonical form, so that a gene without effect covers nothing; a pair
-that no row in ten tries makes legal is given up. Everything follows from the mixer's name, so the array is the same
-in every process.
+`famous`: the default and every alias. `singles`: those, and each legal value of each gene with all others at their
+default. `pairs`: a covering array of strength two, over one value of each domain of numbers. Rows are taken
+greedily (as in Cohen et al. 1997, the AETG system): each row starts from the uncovered pair of (gene, value) that
+comes first, is filled up at random around it, and of five such rows the one that covers most new pairs is kept. A
+pair counts as covered where both values are still there in the row's canonical form, so that a gene without effect
+covers nothing; a pair that no row in ten tries makes legal is given up. Everything follows from the mixer's name,
+so the array is the same in every process.
 """
 
 from __future__ import annotations
@@ -63,12 +63,20 @@ def genes(mixer: type[Mixer], most: int = 3) -> dict[str, tuple[GeneValue, ...]]
 
 
 @cache
+def famous(word: str) -> tuple[Mixer, ...]:
+    """The default and every alias, in canonical form, where they are legal at this width."""
+    mixer = CATALOGUE[word]
+    found = [mixer(), *(mixer(**given) for given in mixer.aliases.values())]
+    return tuple(dict.fromkeys(each.canonical(WIDTH) for each in found if why_illegal(each, WIDTH) is None))
+
+
+@cache
 def singles(word: str) -> tuple[Mixer, ...]:
     """The legal ones among the default, the aliases and each gene's values in turn, in canonical form."""
     mixer = CATALOGUE[word]
-    found = [mixer(), *(mixer(**given) for given in mixer.aliases.values())]
-    found += [replace(mixer(), **{name: value}) for name, some in genes(mixer).items() for value in some]
-    return tuple(dict.fromkeys(each.canonical(WIDTH) for each in found if why_illegal(each, WIDTH) is None))
+    each_gene = [replace(mixer(), **{name: value}) for name, some in genes(mixer).items() for value in some]
+    legal = (each.canonical(WIDTH) for each in each_gene if why_illegal(each, WIDTH) is None)
+    return tuple(dict.fromkeys([*famous(word), *legal]))
 
 
 @cache

@@ -1,17 +1,19 @@
 """What every mixer of the catalogue keeps to, over a spread of its genes.
 
-No mixer is named here: genes and their legal values are read from the catalogue. Every alias and every value of a gene
-passes each test by itself; the covering array of pairs (see `covering`) passes the short form of all of them at the end.
+No mixer is named here: genes and their legal values are read from the catalogue. The default and every alias pass each
+test by itself; each value of each gene, and a covering array of pairs of them (see `covering`), pass the short form of
+them all at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
-from covering import WIDTH, genes, pairs, singles
+from covering import WIDTH, famous, genes, pairs, singles
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -23,9 +25,8 @@ from mixforge.search_space.settled import why_illegal
 LENGTHS = (1, 13, 63)
 
 
-def cases(rows: str) -> pytest.MarkDecorator:
+def cases(chosen: Callable[[str], Iterable[Mixer]]) -> pytest.MarkDecorator:
     """One test for each point, those of a mixer in one group of tests."""
-    chosen = {"singles": singles, "pairs": pairs}[rows]
     return pytest.mark.parametrize(
         "mixer",
         [
@@ -36,7 +37,12 @@ def cases(rows: str) -> pytest.MarkDecorator:
     )
 
 
-every_mixer = cases("singles")
+def other_points(word: str) -> list[Mixer]:
+    """Each gene in turn and the covering array of pairs, without the famous points."""
+    return [each for each in dict.fromkeys([*singles(word), *pairs(word)]) if each not in famous(word)]
+
+
+every_mixer = cases(famous)
 
 
 def built(
@@ -337,8 +343,8 @@ def test_a_gene_put_back_to_its_default_changes_no_module() -> None:
                 assert given.cost(WIDTH, 13) == given.canonical(WIDTH).cost(WIDTH, 13)
 
 
-@cases("pairs")
-def test_every_pair_of_genes_keeps_to_it(mixer: Mixer) -> None:
+@cases(other_points)
+def test_every_gene_and_pair_of_genes_keeps_to_it(mixer: Mixer) -> None:
     test_canonical_is_idempotent_and_the_same_model(mixer)
     module = built(mixer, torch.float32)
     cost = mixer.cost(WIDTH, 29)
@@ -346,6 +352,9 @@ def test_every_pair_of_genes_keeps_to_it(mixer: Mixer) -> None:
     assert cost.flops == counted_flops(module, mixer, 29)
     kept = module.initial_state(1, 29, torch.device("cpu"), torch.float32)
     assert cost.state_bytes == sum(tensor.nbytes for tensor in kept.values())
+    fewer = mixer.cost(WIDTH, 5)
+    step = fewer.active_params * 4 + fewer.state_bytes + borrowed_bytes(mixer, 5, 4)
+    assert fewer.decode_bytes >= step
     # Heads of two or three channels behind a norm make more of a rounding.
     _check_bfloat16(mixer, 0.3)
     _check_sequence_forms(mixer)

@@ -158,7 +158,7 @@ class Moe(Mixer):
         router = width * self.experts
         one = width * (rows + hidden)
         one_bias = has_bias * (rows + width)
-        shared = self.shared * one + (width if self.shared_gate == "sigmoid" else 0)
+        shared = self.shared * one + (width if self.shared and self.shared_gate == "sigmoid" else 0)
         shared_bias = has_bias * (self.shared * rows + width) if self.shared > 0 else 0
         own = self.weights == "own"
         common = router + has_bias * self.experts + shared + shared_bias

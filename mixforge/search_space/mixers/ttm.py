@@ -137,7 +137,8 @@ class Ttm(Mixer):
         read = heads * (pieces * piece_flops(self.chunk, dims, momentum) + piece_flops(rest, dims, momentum))
         conv_state = 3 * inner * max(0, taps - 1) * itemsize
         # What every token writes, and the chunk's start, which the first token of a chunk does.
-        moving = 4 * matrices * (1 + momentum + (self.retention != "l2"))
+        remembers = self.retention not in ("l2", Form("lq", (2,)))
+        moving = 4 * matrices * (1 + momentum + remembers)
         state = conv_state + moving + 4 * matrices
         begun = 4 * matrices if length % self.chunk == 0 else 0
         return Cost(
