@@ -1,4 +1,4 @@
-"""The page of the catalogue: its texts are legal and train, what it names exists, and its counts are those of its tables."""
+"""The page of the catalogue: texts are legal and train, what it names exists, counts are those of its tables."""
 
 from __future__ import annotations
 
