@@ -92,13 +92,19 @@ def test_tests_exist() -> None:
 @pytest.mark.parametrize("row", A + B, ids=lambda row: row["name"])
 def test_an_oracle_is_what_the_tests_are(row: dict[str, str]) -> None:
     folders = {"transformers": "tests/transformers/", "fla-core": "tests/oracle/"}
-    oracles = set(row["oracle"].split("; "))
-    assert oracles <= {"float64 loop", *folders}
+    parts = [each.partition(": ") for each in row["oracle"].split("; ")]
+    oracles = {oracle: names for oracle, _, names in parts}
+    assert oracles.keys() <= {"float64 loop", *folders}
     files = [each.split("::")[0] for each in MARKS.findall(row["tests"])]
-    for oracle, folder in folders.items():
-        assert (oracle in oracles) == any(file.startswith(folder) for file in files)
     if "float64 loop" in oracles:
         assert any(re.search(r"float64|\.double\(\)", (ROOT / file).read_text()) for file in files)
+    for oracle, folder in folders.items():
+        held = [file for file in files if file.startswith(folder)]
+        assert (oracle in oracles) == bool(held)
+        if held:
+            text = "".join(file.read_text() for file in sorted((ROOT / folder).glob("*.py")))
+            for name in oracles[oracle].split(", "):
+                assert re.search(rf"\b{name}(Config|Attention)\b|[\"_]{name}\b", text), name
 
 
 def test_names_stand_once() -> None:
