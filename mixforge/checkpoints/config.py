@@ -51,6 +51,13 @@ class Config:
             raise ValueError(f"config.json: {name} is {value!r}; expected a list of whole numbers")
         return tuple(value)
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of so many numbers, of ones where it is missing."""
+        value = self._get(name, [1.0] * count)
+        if not isinstance(value, list) or len(value) != count:
+            raise ValueError(f"config.json: {name} is {value!r}; expected a list of {count} numbers")
+        return tuple(float(each) for each in value)
+
     def choice(self, name: str, known: Mapping[str, str], default: str | None = None) -> str:
         """A name of theirs as the name of ours that `known` gives it."""
         value = self._get(name, default)
@@ -67,6 +74,15 @@ class Config:
         if value != wanted:
             raise ValueError(f"config.json: {name} is {value!r}, and only {wanted!r} can be said: {why}")
 
+    def unlimited(self, name: str) -> None:
+        """Refuse limits, a pair of numbers, that leave anything out."""
+        value = self.values.get(name)
+        if value is None:
+            return
+        # JSON has no infinity, so that writers have forms of their own for it.
+        if not isinstance(value, list) or value[0] != 0 or "inf" not in str(value[1]).lower():
+            raise ValueError(f"config.json: {name} is {value!r}, and only (0, infinity) can be said")
+
     def table(self, name: str) -> Config:
         """A table inside, empty where it is missing or null."""
         value = self.values.get(name)
@@ -76,15 +92,20 @@ class Config:
             raise ValueError(f"config.json: {name} is {value!r}; expected a table")
         return Config(value)
 
-    def theta(self, default: float = 10_000.0) -> float:
-        """The base of rotary position. Scaled frequencies (YaRN, linear, ...) are refused."""
-        rope = self.table("rope_parameters") if "rope_parameters" in self else self.table("rope_scaling")
+    def theta(self, default: float = 10_000.0, layer_type: str | None = None) -> float:
+        """The base of rotary position, of layers of this type. Scaled frequencies (YaRN, linear, ...) are refused."""
+        rope = self.rope(layer_type)
         kind = rope.values.get("rope_type", rope.values.get("type", "default"))
         if kind != "default":
             raise ValueError(
                 f"config.json: rope_type is {kind!r}, and only 'default' can be said: theta is one number"
             )
         return rope.number("rope_theta", self.number("rope_theta", default))
+
+    def rope(self, layer_type: str | None = None) -> Config:
+        """The table of rotary position, of layers of this type where each has its own."""
+        rope = self.table("rope_parameters") if "rope_parameters" in self else self.table("rope_scaling")
+        return rope.table(layer_type) if layer_type is not None and layer_type in rope else rope
 
     def _get(self, name: str, default: object) -> object:
         value = self.values.get(name)

@@ -26,6 +26,15 @@ class Tensors:
             raise ValueError(f"the checkpoint has no tensor {name}, which its class and config.json ask for")
         return self.left.pop(name)
 
+    def put(self, name: str, value: Tensor) -> None:
+        """A part of a tensor that was taken, to be taken under a name that is read elsewhere."""
+        self.left[name] = value
+
+    def rename(self, prefix: str, wanted: str) -> None:
+        """Tensors whose names start so, under the names that are read elsewhere."""
+        for name in [name for name in self.left if name.startswith(prefix)]:
+            self.left[wanted + name.removeprefix(prefix)] = self.left.pop(name)
+
     def drop(self, ending: str) -> None:
         """Leave out buffers that follow from the configuration."""
         for name in [name for name in self.left if name.endswith(ending)]:

@@ -46,7 +46,7 @@ def _feature(x, inside, FEATURE: tl.constexpr, UNIT: tl.constexpr):
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.where(inside, x, 0.0)
     if UNIT:
-        x = x / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-6)
+        x = x / tl.sqrt(tl.sum(x * x, 0) + 1e-6)
     return x
 
 

@@ -88,8 +88,8 @@ def test_shards_are_read_and_names_in_the_index_do_not_lead_out(tmp_path: Path) 
         ({}, {"model.norm.weight": None}, "has no tensor model.norm.weight"),
         (
             {},
-            {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)},
-            "1 tensors have no place in lm.*q_proj.bias",
+            {"model.layers.0.self_attn.q_scale": torch.ones(16)},
+            "1 tensors have no place in lm.*q_scale",
         ),
         ({"num_attention_heads": 3}, {}, "cannot be built: .*2 key/value heads do not divide 3"),
     ],

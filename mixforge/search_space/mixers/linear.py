@@ -21,6 +21,8 @@ Genes, from the input to the output:
                 Queries are divided by sqrt(K), but for maps that scale themselves and where the paper does not.
     in_gate     what is written times dt, sigmoid or exp of a projection, or 1 - D_t (tied; by channel that is a
                 gate of the keys); tempered: the keys times the gate of forget=tempered
+    gate_cap    z becomes cap tanh(z / cap) in in_gate=exp and in decay=scalar, forget=sigmoid (Beck et al. 2025, arXiv
+                2503.13427)
     value_gate  a gate of this rank on each value channel
     beta        the delta rule's beta_t is `beta` sigmoid(W x_t); 2 reaches negative eigenvalues (Grazzi et al. 2024,
                 arXiv 2411.12537)
@@ -31,7 +33,7 @@ Genes, from the input to the output:
     skip        head adds d_h v_t to o_t, channel d_hc v_t, v_t before its gates; bonus reads the state before it is
                 written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t
     out_norm    rms and group normalise each head before the gate, joint and simple (no weights) all heads at once
-                before it, gated all at once after it
+                before it, gated all at once after it, grouped the heads of each key head at once after it
     out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number
 
 Its famous points, with their papers and departures, are in `parts/linear_points`.
@@ -102,11 +104,12 @@ class Linear(Mixer):
         str | Form, Choice("none", "rope", "xpos", "lrpe", "phase"), Call("cosine", Whole(64, 1 << 20))
     ] = "none"
     in_gate: Annotated[str, Choice("none", "dt", "sigmoid", "exp", "tied", "tempered")] = "none"
+    gate_cap: Annotated[str | int | float, Choice("none"), Real(1, 1000)] = "none"
     value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
     values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
     init: Annotated[str | Form, Choice("zero", "learned"), Call("noise", Real(0.001, 10))] = "zero"
     skip: Annotated[str, Choice("none", "head", "channel", "bonus")] = "none"
-    out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "none")] = "rms"
+    out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "grouped", "none")] = "rms"
     out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "none")] = "silu"
     gate_rank: Annotated[str | int, Choice("full"), Whole(1, 1024)] = "full"
     heads: Annotated[int | None, Whole(1, 256)] = None
@@ -188,6 +191,11 @@ class Linear(Mixer):
             self.decay == "layer",
         )
         return not any(without)
+
+    @property
+    def has_caps(self) -> bool:
+        """Whether it has gates that gate_cap reaches."""
+        return self.in_gate == "exp" or (self.decay == "scalar" and self.forget_form == "sigmoid")
 
     @property
     def activation(self) -> str:
@@ -323,12 +331,15 @@ class Linear(Mixer):
         out_norm = self.out_norm
         if out_norm == "joint":
             out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
+        if out_norm == "grouped" and size.key_heads == 1:
+            out_norm = "gated"
         return replace(
             self,
             forget=forget if self.gated_decay else "softplus",
             forget_rank=None if not ranked or self.rank(width) == usual_rank else self.forget_rank,
             qk_norm=None if self.unit_keys == (self.rule == "delta") else self.qk_norm,
             beta=self.beta if self.rule == "delta" else 1,
+            gate_cap=self._cap() if self.has_caps else "none",
             act=None if self.activation == replace(self, act=None).activation else self.act,
             bias="none" if self.conv == "none" else self.bias,
             out_norm=out_norm,
@@ -338,6 +349,11 @@ class Linear(Mixer):
             key_dim=key_dim,
             value_dim=value_dim,
         )
+
+    def _cap(self) -> str | int | float:
+        """The cap, with one form for each number."""
+        cap = self.gate_cap
+        return int(cap) if not isinstance(cap, str) and float(cap).is_integer() else cap
 
     def narrow(self, width: int, share: Fraction) -> Self:
         size = self.sizes(width)
@@ -413,6 +429,7 @@ class Linear(Mixer):
             width,
             heads,
         )
+        cap = None if isinstance(self.gate_cap, str) else float(self.gate_cap)
         found: dict[str, Piece] = {}
         if not isinstance(self.conv, str):
             found["conv"] = pieces.conv_piece(
@@ -420,7 +437,9 @@ class Linear(Mixer):
             )
         if self.gated_decay:
             channels = size.channels if self.by_channel else None
-            found["decay"] = pieces.decay_piece(*decays, channels, self.place)
+            found["decay"] = pieces.decay_piece(
+                *decays, channels, self.place, cap if self.decay == "scalar" else None
+            )
         elif self.decay != "none":
             found["decay"] = pieces.fixed_decay_piece(self.decay, heads, self.place)
         if self.rule == "delta":
@@ -430,7 +449,7 @@ class Linear(Mixer):
         )
         rank = None if isinstance(self.gate_rank, str) else self.gate_rank
         found["output"] = pieces.output_piece(
-            self.out_norm, self.out_gate, rank, width, heads, value_dim, backend
+            self.out_norm, self.out_gate, rank, width, heads, value_dim, backend, size.key_heads
         )
         uses = 1 if self.key == "forget" else 2
         found["feature"] = pieces.map_piece(self.phi, size.key_heads, size.key_dim, uses)[1]
@@ -439,7 +458,7 @@ class Linear(Mixer):
         if self.decay == "both":
             found["value_decay"] = pieces.decay_piece(*decays, value_dim, self.place)
         gate = "exp_gate" if self.in_gate == "exp" else "write_gate"
-        found[gate] = pieces.in_gate_piece(self.in_gate, width, heads)
+        found[gate] = pieces.in_gate_piece(self.in_gate, width, heads, cap)
         value_rank = None if isinstance(self.value_gate, str) else self.value_gate
         found["value_gate"] = pieces.value_gate_piece(value_rank, width, heads, value_dim)
         if self.norm == "length":

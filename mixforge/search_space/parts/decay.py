@@ -37,6 +37,11 @@ def exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(x / cap): Beck et al. 2025 (arXiv 2503.13427), section 3.2."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
 def draw_dt_bias(count: int) -> Tensor:
     """b with softplus(b) log-uniform between 0.001 and 0.1 (Gu and Dao 2023, section 3.6)."""
     dt = torch.exp(torch.empty(count).uniform_(math.log(0.001), math.log(0.1)))
@@ -98,16 +103,17 @@ class SoftplusDecay(nn.Module):
 
 
 class SigmoidDecay(nn.Module):
-    """log D_t = log sigmoid(W x + b) / tau [B, T, H]."""
+    """log D_t = log sigmoid(W x + b) / tau [B, T, H]; with a cap, W x + b becomes cap tanh((W x + b) / cap)."""
 
-    def __init__(self, width: int, heads: int, temperature: float = 16.0) -> None:
+    def __init__(self, width: int, heads: int, temperature: float = 16.0, cap: float | None = None) -> None:
         super().__init__()
         self.temperature = temperature
+        self.cap = cap
         self.logit = nn.Linear(width, heads)
         remember_(self.logit.bias, temperature)
 
     def forward(self, x_BTD: Tensor, k_BTHK: Tensor) -> tuple[Tensor, Tensor | None]:
-        return F.logsigmoid(exact(self.logit(x_BTD))) / self.temperature, None
+        return F.logsigmoid(capped(exact(self.logit(x_BTD)), self.cap)) / self.temperature, None
 
 
 class SoftplusChannelDecay(nn.Module):

@@ -269,7 +269,7 @@ class LinearAttention(TokenMixer):
             x_BTHK = self.feature(x_BTHK)
         if angle is not None:
             x_BTHK = turned(x_BTHK, angle)
-        return F.normalize(x_BTHK, dim=-1, eps=1e-6) if self.unit_keys else x_BTHK
+        return unit(x_BTHK) if self.unit_keys else x_BTHK
 
     def gate_writes(
         self, read: Reads, gate: Tensor | None, inputs: Inputs, state: State | None, after: State, at: Pass
@@ -378,3 +378,8 @@ class FirstState(nn.Module):
     def forward(self, batch: int, columns: int) -> Tensor:
         padded = F.pad(self.weight, (0, columns - self.weight.shape[-1]))
         return padded.expand(batch, *padded.shape)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, which is how the published models of the delta rule have it."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -27,6 +27,7 @@ TAKES: dict[str, tuple[GeneValue, ...]] = {
     "norm": ("none",),
     "pos": ("none",),
     "in_gate": ("none", "dt"),
+    "gate_cap": ("none",),
     "value_gate": ("none",),
     "values": ("plain",),
     "shift": ("none",),

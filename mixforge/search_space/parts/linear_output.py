@@ -56,6 +56,20 @@ class SimpleNorm(nn.Module):
         return (wide * wide.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype)
 
 
+class PartsNorm(nn.Module):
+    """RMS norm of each of `parts` equal pieces of the last axis; weights for all channels."""
+
+    def __init__(self, parts: int, channels: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.parts = parts
+        self.norm = norm
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, o_BTF: Tensor) -> Tensor:
+        y_BTF: Tensor = self.norm(torch.unflatten(o_BTF, -1, (self.parts, -1))).flatten(-2)
+        return y_BTF * self.weight
+
+
 class GroupNorm(nn.Module):
     """Layer norm of each head [..., H, V], weights and biases for all channels: Wu and He 2018 (arXiv 1803.08494)."""
 

@@ -43,9 +43,10 @@ from mixforge.search_space.parts.linear_output import (
     GroupNorm,
     HeadSkip,
     NormedOutput,
+    PartsNorm,
     SimpleNorm,
 )
-from mixforge.search_space.parts.norm import norm_part
+from mixforge.search_space.parts.norm import SimpleRMSNorm, norm_part
 from mixforge.search_space.parts.piece import NOTHING, Piece
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 from mixforge.search_space.parts.token_shift import SHIFT_RANK, TokenShift
@@ -118,6 +119,7 @@ def decay_piece(
     heads: int,
     channels: int | None,
     place: tuple[int, int],
+    cap: float | None = None,
 ) -> Piece:
     """A decay that follows from the input: one for each head, or for each of its `channels`."""
     count = heads if channels is None else heads * channels
@@ -133,7 +135,8 @@ def decay_piece(
         )
     if forget == "sigmoid":
         sigmoid_decay = SigmoidDecay if channels is None else SigmoidChannelDecay
-        made = Part(sigmoid_decay, width=width, heads=heads, **by_rank, temperature=temperature)
+        others = {**by_rank, **({} if cap is None else {"cap": cap})}
+        made = Part(sigmoid_decay, width=width, heads=heads, **others, temperature=temperature)
         return Piece(part=made, params=matrix + count, macs=matrix)
     if forget == "tempered":
         return Piece(
@@ -190,11 +193,12 @@ def strength_piece(width: int, heads: int, most: int) -> Piece:
     return Piece(part=made, params=width * heads, macs=width * heads)
 
 
-def in_gate_piece(in_gate: str, width: int, heads: int) -> Piece:
+def in_gate_piece(in_gate: str, width: int, heads: int, cap: float | None = None) -> Piece:
     """in_gate=sigmoid and in_gate=exp."""
     if in_gate not in ("sigmoid", "exp"):
         return NOTHING
-    made = Part(SigmoidGate if in_gate == "sigmoid" else ExpGate, width=width, heads=heads)
+    capped = {} if cap is None or in_gate == "sigmoid" else {"cap": cap}
+    made = Part(SigmoidGate if in_gate == "sigmoid" else ExpGate, width=width, heads=heads, **capped)
     return Piece(part=made, params=(width + 1) * heads, macs=width * heads)
 
 
@@ -238,6 +242,7 @@ def output_piece(
     heads: int,
     value_dim: int,
     backend: Backend,
+    groups: int = 1,
 ) -> Piece:
     """Norm, gate and output projection."""
     inner = heads * value_dim
@@ -245,6 +250,7 @@ def output_piece(
         "rms": (norm_part(value_dim, backend), value_dim),
         "joint": (norm_part(inner, backend), inner),
         "gated": (norm_part(inner, backend), inner),
+        "grouped": (Part(PartsNorm, parts=groups, channels=inner, norm=Part(SimpleRMSNorm)), inner),
         "simple": (Part(SimpleNorm), 0),
         "group": (Part(GroupNorm, heads=heads, value_dim=value_dim), 2 * inner),
         "none": (None, 0),
@@ -262,7 +268,7 @@ def output_piece(
     if out_norm in ("joint", "simple"):
         others["joint"] = True
     made = Part(
-        GatedOutput if out_norm == "gated" else NormedOutput,
+        GatedOutput if out_norm in ("gated", "grouped") else NormedOutput,
         width=width,
         heads=heads,
         value_dim=value_dim,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.decay import capped, exact
 from mixforge.search_space.parts.layer import split_heads
 
 BLEND_RANK = 32
@@ -51,15 +51,16 @@ class ExpGate(nn.Module):
     The state is m [B, H], 0 before the first token. No output depends on m, so it passes no gradient.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, cap: float | None = None) -> None:
         super().__init__()
+        self.cap = cap
         self.logit = nn.Linear(width, heads)
 
     def forward(
         self, x_BTD: Tensor, log: Tensor | None, before_BH: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(gate, log decay, m), each [B, T, H]."""
-        i_BTH = exact(self.logit(x_BTD))
+        i_BTH = capped(exact(self.logit(x_BTD)), self.cap)
         log_BTH = torch.zeros_like(i_BTH) if log is None else log.expand_as(i_BTH)
         with torch.no_grad():
             # m_t - G_t is the largest of m_0 and i_s - G_s so far, G the sum of the log decays.

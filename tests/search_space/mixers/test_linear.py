@@ -49,7 +49,8 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).sum())
+    """The papers' x / |x| with the small term of the published models under the root."""
+    return x / torch.sqrt((x * x).sum() + 1e-6)
 
 
 def convolved(x_TF: Tensor, weights: Weights) -> Tensor:

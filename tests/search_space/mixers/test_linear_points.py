@@ -94,12 +94,12 @@ def hgrn2(w: Weights, x: Tensor) -> Tensor:
     return torch.stack(rows) @ w["output.out.weight"].T
 
 
-def mlstm(w: Weights, x: Tensor) -> Tensor:
+def mlstm(w: Weights, x: Tensor, cap: Callable[[Tensor], Tensor] = lambda logit: logit) -> Tensor:
     """C = f C + i v k^T, n = f n + i k, h = C q / max(|n q|, 1), without the stabiliser."""
     q, k, v = projected(w, x, DIM // 2, DIM)
     k = k / math.sqrt(DIM // 2)
-    f = sigmoid(x @ w["decay.logit.weight"].T + w["decay.logit.bias"])
-    i = torch.exp(x @ w["exp_gate.logit.weight"].T + w["exp_gate.logit.bias"])
+    f = sigmoid(cap(x @ w["decay.logit.weight"].T + w["decay.logit.bias"]))
+    i = torch.exp(cap(x @ w["exp_gate.logit.weight"].T + w["exp_gate.logit.bias"]))
     memory, normaliser, rows = zeros(HEADS, DIM, DIM // 2), zeros(HEADS, DIM // 2), []
     for t in range(LENGTH):
         heads = []
@@ -204,6 +204,20 @@ def test_alias_is_its_papers_recurrence(oracle: Callable[[Weights, Tensor], Tens
     x_TD = sequence()
     y_TD, weights, _ = output(mixer.placed(1, 3), x_TD)
     torch.testing.assert_close(y_TD, oracle(weights, x_TD), rtol=1e-7, atol=1e-7)
+
+
+@torch.no_grad()
+def test_gate_cap_bends_the_logits_of_mlstms_gates() -> None:
+    mixer = replace(Linear(**Linear.aliases["mlstm"]), heads=HEADS, gate_cap=2)
+    x_TD = sequence()
+    y_TD, weights, _ = output(mixer, x_TD)
+    expected = mlstm(weights, x_TD, lambda logit: 2 * torch.tanh(logit / 2))
+    torch.testing.assert_close(y_TD, expected, rtol=1e-7, atol=1e-7)
+    assert (y_TD - mlstm(weights, x_TD)).abs().max() > 1e-3
+
+
+def test_gate_cap_without_such_gates_is_dropped() -> None:
+    assert Linear(gate_cap=15).canonical(WIDTH) == Linear().canonical(WIDTH)
 
 
 def test_every_alias_has_an_oracle() -> None:
@@ -330,7 +344,7 @@ def test_cottention_divides_values_by_a_power_of_their_position() -> None:
     x = sequence()
     y, w, _ = output(mixer, x)
     q, k, v = projected(w, x, DIM, DIM)
-    q, k = (each / each.norm(dim=-1, keepdim=True) for each in (q, k))
+    q, k = (each / (each.square().sum(-1, keepdim=True) + 1e-6).sqrt() for each in (q, k))
     rows = []
     for t in range(LENGTH):
         o = zeros(HEADS, DIM)
