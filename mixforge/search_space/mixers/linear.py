@@ -3,7 +3,12 @@
     S <- D_t S_{t-1}                                                  decay
     S_t = S + k_t v_t^T                                               rule=add
     S_t = S + k_t (beta_t (v_t - S^T k_t))^T                          rule=delta
+    S_t = S - (a_t kappa_t) (S_{t-1}^T kappa_t)^T + k_t v_t^T         rule=dplr
     o_t = S_t^T q_t
+
+With rule=dplr kappa_t is a removal key and a_t a rate for each key channel (`parts/removal_keys`). rule=second adds
+with the keys that a recurrence over the keys reads (`kernels/second_order`); rule=slots(m) attends to m slots, whose
+decays are those of channels (`kernels/slot_attention`).
 
 Genes, from the input to the output:
     shift       what each projection reads of the token before (`parts/token_shift`)
@@ -24,29 +29,33 @@ Genes, from the input to the output:
     gate_cap    z becomes cap tanh(z / cap) in in_gate=exp and in decay=scalar, forget=sigmoid (Beck et al. 2025, arXiv
                 2503.13427)
     value_gate  a gate of this rank on each value channel
-    beta        the delta rule's beta_t is `beta` sigmoid(W x_t); 2 reaches negative eigenvalues (Grazzi et al. 2024,
-                arXiv 2411.12537)
+    beta        the delta rule's beta_t, and dplr's a_t, are `beta` sigmoid(W x_t); 2 reaches negative eigenvalues
+                (Grazzi et al. 2024, arXiv 2411.12537)
+    memories    top(n, k) and parts(n, k): n more states for each head, of which a token has k (`parts/memories`)
     init        the state before the first token: zero, learned (Young 2026, arXiv 2604.01168), or in training
                 noise(sd) (Buitrago and Gu 2025, arXiv 2507.02782), drawn from torch's global generator
     norm        denominator divides o_t by q_t . z_t, z_t the same recurrence over ones in place of values; max1 by
                 max(|q_t . z_t|, 1); length divides each value by a power of its position as it is written
     skip        head adds d_h v_t to o_t, channel d_hc v_t, v_t before its gates; bonus reads the state before it is
-                written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t
+                written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t; late adds (q_t . (u k_t)) v_t after the norm
     out_norm    rms and group normalise each head before the gate, joint and simple (no weights) all heads at once
                 before it, gated all at once after it, grouped the heads of each key head at once after it
-    out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number
+    out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number; inner is
+                W_2 sigmoid(W_1 x), self the sigmoid of the output itself
 
 Its famous points, with their papers and departures, are in `parts/linear_points`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from mixforge.kernels import chunked_linear, twofold_linear
+from torch import Tensor
+
+from mixforge.kernels import chunked_linear, dplr, second_order, slot_attention, twofold_linear
 from mixforge.kernels.backend import triton_form
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
@@ -61,8 +70,16 @@ from mixforge.search_space.parts.linear_decode import TAKES, FusedLinearAttentio
 from mixforge.search_space.parts.linear_points import POINTS, TAYLOR
 from mixforge.search_space.parts.piece import Piece
 
+Recurrence = Callable[..., tuple[Tensor, Tensor]]
+
 # Ranks of W where forget_rank says nothing; with forget=softplus it is the value dim.
-USUAL_RANKS: dict[str, int | str] = {"sigmoid": 16, "bounded": "full", "exp": 64, "tempered": "full"}
+USUAL_RANKS: dict[str, int | str] = {
+    "sigmoid": 16,
+    "bounded": "full",
+    "exp": 64,
+    "capped": 64,
+    "tempered": "full",
+}
 # tau of forget=sigmoid.
 USUAL_TEMPERATURE = 16
 MOST_FEATURES = 1 << 20
@@ -77,11 +94,13 @@ class Linear(Mixer):
     kind: ClassVar[Literal["token", "channel"]] = "token"
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = POINTS
 
-    rule: Annotated[str, Choice("add", "delta")] = "add"
+    rule: Annotated[str | Form, Choice("add", "delta", "dplr", "second"), Call("slots", Whole(1, 1024))] = (
+        "add"
+    )
     decay: Annotated[str, Choice("none", "head", "layer", "scalar", "channel", "both")] = "none"
     forget: Annotated[
         str | Form,
-        Choice("softplus", "sigmoid", "key", "bounded", "exp", "tempered"),
+        Choice("softplus", "sigmoid", "key", "bounded", "exp", "capped", "tempered"),
         Call("sigmoid", Whole(1, 64)),
     ] = "softplus"
     forget_rank: Annotated[int | str | None, Choice("full"), Whole(1, 1024)] = None
@@ -107,10 +126,16 @@ class Linear(Mixer):
     gate_cap: Annotated[str | int | float, Choice("none"), Real(1, 1000)] = "none"
     value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
     values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
+    memories: Annotated[
+        str | Form,
+        Choice("none"),
+        Call("top", Whole(4, 64), Whole(1, 64)),
+        Call("parts", Whole(4, 64), Whole(1, 64)),
+    ] = "none"
     init: Annotated[str | Form, Choice("zero", "learned"), Call("noise", Real(0.001, 10))] = "zero"
-    skip: Annotated[str, Choice("none", "head", "channel", "bonus")] = "none"
+    skip: Annotated[str, Choice("none", "head", "channel", "bonus", "late")] = "none"
     out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "grouped", "none")] = "rms"
-    out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "none")] = "silu"
+    out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "inner", "self", "none")] = "silu"
     gate_rank: Annotated[str | int, Choice("full"), Whole(1, 1024)] = "full"
     heads: Annotated[int | None, Whole(1, 256)] = None
     key_heads: Annotated[int | None, Whole(1, 256)] = None
@@ -135,13 +160,22 @@ class Linear(Mixer):
             usual if self.value_dim is None else 2 * usual if self.value_dim == "double" else self.value_dim
         )
         channels = pieces.mapped_channels(self.phi, int(key_dim))
+        features = 2 * channels if self.turns else channels
         return Sizes(
             heads=heads,
             key_heads=heads if self.key_heads is None else self.key_heads,
             key_dim=int(key_dim),
             value_dim=int(value_dim),
             channels=channels,
-            features=2 * channels if self.turns else channels,
+            features=features,
+            rows=int(self.rule.arguments[0]) if isinstance(self.rule, Form) else features,
+            beside=features if isinstance(self.rule, Form) or self.rule == "second" else 0,
+            memories=1 if isinstance(self.memories, str) else 1 + int(self.memories.arguments[0]),
+            copies=1
+            if isinstance(self.memories, str)
+            else 2
+            if self.memories.name == "parts"
+            else 1 + int(self.memories.arguments[0]),
         )
 
     @property
@@ -188,6 +222,8 @@ class Linear(Mixer):
             self.in_gate == "dt",
             self.norm == "length",
             self.skip == "bonus",
+            self.rule == "dplr",
+            isinstance(self.rule, Form),
             self.decay == "layer",
         )
         return not any(without)
@@ -242,29 +278,74 @@ class Linear(Mixer):
                 f"phi={self.phi} makes {size.features} features of key_dim {size.key_dim} (mixer linear); "
                 f"give a key_dim with at most {MOST_FEATURES}"
             )
-        found = self._why_uneven() or self._why_ungated() or self._why_no_keys(size)
+        found = (
+            self._why_no_memories()
+            or self._why_uneven(size)
+            or self._why_ungated()
+            or self._why_no_keys(size)
+        )
         return None if found is None else f"{found} (mixer linear)"
 
-    def _why_uneven(self) -> str | None:
+    def _why_uneven(self, size: Sizes) -> str | None:
         """A rule, a norm or a read that the rest does not fit."""
         if self.rule == "delta" and not self.unit_keys:
             return "rule=delta needs keys of length 1: leave qk_norm out or say qk_norm=l2"
-        if self.normalised and self.rule == "delta":
-            return f"norm={self.norm} needs rule=add: under rule=delta the sum of weights may be 0"
+        if isinstance(self.rule, Form):
+            return self._why_no_slots(self.rule)
+        if self.rule == "second" and self.in_gate == "exp":
+            return "in_gate=exp keeps a scale of what is written alone, so it needs rule=add or delta, not second"
+        if self.rule == "dplr" and size.key_heads != size.heads:
+            return f"rule=dplr has a removal key for each of {size.heads} heads: leave key_heads out"
+        if self.normalised and self.rule in ("delta", "dplr"):
+            return f"norm={self.norm} needs rule=add: under rule={self.rule} the sum of weights may be 0"
         if self.norm == "denominator" and self.phi != TAYLOR and self.phi_name not in POSITIVE:
             return f"norm=denominator needs positive features: phi={', '.join(POSITIVE)} or taylor(2); or say norm=max1"
         if self.norm == "denominator" and self.pos in ("lrpe", "phase"):
             return f"norm=denominator needs positive features, and pos={self.pos} turns them; say norm=max1"
-        if self.decay == "both" and self.rule == "delta":
-            return "decay=both needs rule=add: there is no chunked form of it for rule=delta"
+        if self.decay == "both" and self.rule != "add":
+            return f"decay=both needs rule=add: there is no chunked form of it for rule={self.rule}"
         if self.skip == "bonus" and (
-            self.rule == "delta" or self.decay == "both" or self.key == "latent" or self.in_gate == "exp"
+            self.rule != "add" or self.decay == "both" or self.key == "latent" or self.in_gate == "exp"
         ):
             return (
                 "skip=bonus reads the state before it is written: it needs rule=add, and neither decay=both, "
                 "key=latent nor in_gate=exp"
             )
+        if self.skip == "late" and self.out_norm in ("joint", "simple", "gated"):
+            return f"skip=late is added after the norm of each head: say out_norm=rms, group or none, not {self.out_norm}"
+        if self.out_gate == "inner" and isinstance(self.gate_rank, str):
+            return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"
         return None
+
+    def _why_no_memories(self) -> str | None:
+        if isinstance(self.memories, str):
+            return None
+        count, top_k = (int(each) for each in self.memories.arguments)
+        if top_k > count:
+            return f"memories={self.memories} has {count} memories, of which a token cannot have {top_k}"
+        if self.rule not in ("add", "delta") or self.decay == "both" or self.key != "own":
+            return f"memories={self.memories} needs rule=add or delta, key=own and another decay than both"
+        if self.normalised or self.skip != "none" or self.values != "plain" or self.in_gate == "exp":
+            return (
+                f"memories={self.memories} needs norm=none or length, skip=none, values=plain and another in_gate "
+                f"than exp"
+            )
+        if self.turns or self.phi_name in ("learned", "hedgehog", "outer", "favor"):
+            return (
+                f"memories={self.memories} has more keys than queries: say pos=none, rope or xpos, and a feature map "
+                f"without a matrix"
+            )
+        return None
+
+    def _why_no_slots(self, rule: Form) -> str | None:
+        if self.decay != "channel" or self.forget_form == "key" or self.key != "own":
+            return f"rule={rule} has a decay for each slot: say decay=channel, and neither forget=key nor key=forget"
+        if self.normalised or self.skip == "bonus" or self.in_gate not in ("none", "sigmoid"):
+            return (
+                f"rule={rule} writes 1 - decay and reads by a softmax: it needs norm=none or length, in_gate=none or "
+                f"sigmoid, and another skip than bonus"
+            )
+        return f"rule={rule} does not turn its slots: say pos=none, rope or xpos" if self.turns else None
 
     def _why_ungated(self) -> str | None:
         """A gate that the decay does not have."""
@@ -310,7 +391,7 @@ class Linear(Mixer):
             if self.pos in ("rope", "xpos"):
                 return f"key=forget has gates for keys, which pos={self.pos} does not rotate: say pos=lrpe or none"
         if self.key == "latent":
-            if self.decay != "none" or self.rule == "delta" or self.pos != "none" or self.phi != "none":
+            if self.decay != "none" or self.rule != "add" or self.pos != "none" or self.phi != "none":
                 return "key=latent makes keys and decay: it needs rule=add, decay=none, phi=none and pos=none"
             if self.unit_keys or self.normalised or self.in_gate != "none":
                 return "key=latent has weights that sum to 1: it needs norm=none or length, qk_norm=none and in_gate=none"
@@ -338,12 +419,12 @@ class Linear(Mixer):
             forget=forget if self.gated_decay else "softplus",
             forget_rank=None if not ranked or self.rank(width) == usual_rank else self.forget_rank,
             qk_norm=None if self.unit_keys == (self.rule == "delta") else self.qk_norm,
-            beta=self.beta if self.rule == "delta" else 1,
+            beta=self.beta if self.rule in ("delta", "dplr") else 1,
             gate_cap=self._cap() if self.has_caps else "none",
             act=None if self.activation == replace(self, act=None).activation else self.act,
             bias="none" if self.conv == "none" else self.bias,
             out_norm=out_norm,
-            gate_rank="full" if self.out_gate == "none" else self.gate_rank,
+            gate_rank="full" if self.out_gate in ("none", "self") else self.gate_rank,
             heads=None if size.heads == default_heads(width) else size.heads,
             key_heads=None if size.key_heads == size.heads else size.key_heads,
             key_dim=key_dim,
@@ -366,37 +447,48 @@ class Linear(Mixer):
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         size = self.sizes(width)
         found = self._pieces(width, "torch").values()
-        columns = size.value_dim + int(self.normalised)
+        columns = size.value_dim + int(self.normalised) + size.beside
         mixed = self.mixed(size)
         taps = 0 if isinstance(self.conv, str) else self.conv
-        state = 4 * size.heads * size.features * columns + mixed * max(0, taps - 1) * itemsize
+        state = 4 * size.heads * size.memories * size.rows * columns + mixed * max(0, taps - 1) * itemsize
         state += width * itemsize if self.shift != "none" else 0
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
         state += 4 * size.heads if self.in_gate == "exp" else 0
-        flops = chunked_linear.matmul_flops(
+        params = width * mixed + sum(piece.params for piece in found)
+        macs = width * mixed + sum(piece.macs for piece in found)
+        return Cost(
+            params=params,
+            flops=2 * length * macs + self._recurrence_flops(size, length),
+            state_bytes=state,
+            decode_bytes=params * itemsize + 2 * state,
+        )
+
+    def _recurrence_flops(self, size: Sizes, length: int) -> int:
+        columns = size.value_dim + int(self.normalised)
+        sizes = {"heads": size.heads, "key_dim": size.features, "value_dim": columns}
+        if isinstance(self.rule, Form):
+            return slot_attention.matmul_flops(length, **sizes, slots=size.rows)
+        if self.rule == "dplr":
+            return dplr.matmul_flops(length, **sizes)
+        if self.rule == "second":
+            return second_order.matmul_flops(length, **sizes, decay=self._decay_kind())
+        return chunked_linear.matmul_flops(
             # The bonus is read one token before it is written, which takes one more.
             length + int(self.skip == "bonus"),
-            key_heads=size.key_heads,
-            value_heads=size.heads,
+            key_heads=size.key_heads * size.memories,
+            value_heads=size.heads * size.memories,
             key_dim=size.features,
             value_dim=columns,
             rule=self.rule,
             decay=self._decay_kind(),
         )
-        params = width * mixed + sum(piece.params for piece in found)
-        macs = width * mixed + sum(piece.macs for piece in found)
-        return Cost(
-            params=params,
-            flops=2 * length * macs + flops,
-            state_bytes=state,
-            decode_bytes=params * itemsize + 2 * state,
-        )
 
     def mixed(self, size: Sizes) -> int:
         """Channels of queries, keys and values."""
-        keys = size.key_heads * size.key_dim
-        return keys * (1 if self.key == "forget" else 2) + size.heads * size.value_dim
+        keys, values = size.key_heads * size.key_dim, size.heads * size.value_dim
+        own = size.copies if size.copies == size.memories else 1
+        return keys * (1 if self.key == "forget" else 1 + own) + own * values
 
     def _decay_kind(self) -> str:
         """The decay as the chunked recurrence has it."""
@@ -407,14 +499,19 @@ class Linear(Mixer):
     def _reads(self) -> list[str]:
         """The projections that a token shift gives inputs of their own."""
         from_input = self.gated_decay and self.forget_form != "key"
-        writes = self.rule == "delta" or self.in_gate in ("sigmoid", "exp") or self.value_gate != "none"
+        writes = (
+            self.memories != "none"
+            or self.rule in ("delta", "dplr")
+            or self.in_gate in ("sigmoid", "exp")
+            or self.value_gate != "none"
+        )
         used = {
             "q": True,
             "k": self.key != "forget",
             "v": True,
             "forget": from_input or self.pos == "phase",
             "write": writes,
-            "out": self.out_gate != "none",
+            "out": self.out_gate not in ("none", "self"),
         }
         return [name for name, is_used in used.items() if is_used]
 
@@ -422,12 +519,13 @@ class Linear(Mixer):
         """What the module is made of beside its projection, by argument, in the order in which weights are drawn."""
         size = self.sizes(width)
         heads, value_dim = size.heads, size.value_dim
+        sets = heads * size.copies
         decays = (
             self.forget_form,
             float(self.forget.arguments[0]) if isinstance(self.forget, Form) else float(USUAL_TEMPERATURE),
             self.rank(width),
             width,
-            heads,
+            sets,
         )
         cap = None if isinstance(self.gate_cap, str) else float(self.gate_cap)
         found: dict[str, Piece] = {}
@@ -436,15 +534,17 @@ class Linear(Mixer):
                 self.mixed(size), self.conv, self.activation, self.bias == "conv", backend
             )
         if self.gated_decay:
-            channels = size.channels if self.by_channel else None
+            channels = None
+            if self.by_channel:
+                channels = size.rows if isinstance(self.rule, Form) else size.channels
             found["decay"] = pieces.decay_piece(
                 *decays, channels, self.place, cap if self.decay == "scalar" else None
             )
         elif self.decay != "none":
             found["decay"] = pieces.fixed_decay_piece(self.decay, heads, self.place)
         if self.rule == "delta":
-            found["beta"] = pieces.strength_piece(width, heads, self.beta)
-        found["bonus" if self.skip == "bonus" else "skip"] = pieces.skip_piece(
+            found["beta"] = pieces.strength_piece(width, sets, self.beta)
+        found[self.skip if self.skip in ("bonus", "late") else "skip"] = pieces.skip_piece(
             self.skip, heads, value_dim, size.features
         )
         rank = None if isinstance(self.gate_rank, str) else self.gate_rank
@@ -455,21 +555,30 @@ class Linear(Mixer):
         found["feature"] = pieces.map_piece(self.phi, size.key_heads, size.key_dim, uses)[1]
         found["turn"] = pieces.turn_piece(self.pos, width, size.key_heads, size.channels)
         found["shift"] = pieces.shift_piece(self.shift, width, len(self._reads()))
+        if self.rule == "dplr":
+            found["removal"] = pieces.removal_piece(width, heads, size.features, self.beta)
         if self.decay == "both":
             found["value_decay"] = pieces.decay_piece(*decays, value_dim, self.place)
         gate = "exp_gate" if self.in_gate == "exp" else "write_gate"
-        found[gate] = pieces.in_gate_piece(self.in_gate, width, heads, cap)
+        found[gate] = pieces.in_gate_piece(self.in_gate, width, sets, cap)
         value_rank = None if isinstance(self.value_gate, str) else self.value_gate
-        found["value_gate"] = pieces.value_gate_piece(value_rank, width, heads, value_dim)
+        found["value_gate"] = pieces.value_gate_piece(value_rank, width, sets, value_dim)
         if self.norm == "length":
-            found["length_gate"] = pieces.length_piece(heads)
+            found["length_gate"] = pieces.length_piece(sets)
         if self.values == "shared":
             found["blend"] = pieces.blend_piece(width, heads, value_dim)
         if self.key == "latent":
             found["latent"] = Piece(part=Part(LatentDecay))
         if self.init == "learned":
-            first = Part(FirstState, heads=heads, features=size.features, value_dim=value_dim)
-            found["first"] = Piece(part=first, params=heads * size.features * value_dim)
+            states = heads * size.memories
+            first = Part(FirstState, heads=states, features=size.rows, value_dim=value_dim)
+            found["first"] = Piece(part=first, params=states * size.rows * value_dim)
+        if isinstance(self.memories, Form):
+            count, top_k = (int(each) for each in self.memories.arguments)
+            is_shared = self.memories.name == "parts"
+            found["memories"] = pieces.memories_piece(width, count, top_k, is_shared)
+            if is_shared:
+                found["apart"] = pieces.apart_piece(width, size.key_heads * size.key_dim, value_dim)
         return found
 
     def build(self, width: int, backend: Backend) -> Part:
@@ -481,8 +590,10 @@ class Linear(Mixer):
             )
         parts = {name: piece.part for name, piece in self._pieces(width, backend).items()}
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
-        both = self.decay == "both"
+        operation, one_step = self._operation(backend)
         others: dict[str, Any] = {
+            "beside": size.beside,
+            "copies": size.copies,
             "spread": self.pos == "xpos",
             "act": silu if self.conv == "none" and self.activation == "silu" else None,
             "key": self.key,
@@ -493,7 +604,7 @@ class Linear(Mixer):
             "reads": self._reads() if self.shift != "none" else None,
             "noise": float(self.init.arguments[0]) if isinstance(self.init, Form) else 0.0,
         }
-        usual = {"key": "own", "spread": False, "noise": 0.0}
+        usual = {"key": "own", "spread": False, "noise": 0.0, "beside": 0, "copies": 1}
         first = ("conv", "decay", "beta", "skip", "output", "feature")
         others |= {name: part for name, part in parts.items() if name not in first}
         make, decoded = self._decoder(size) if backend == "triton" else (LinearAttention, {})
@@ -505,12 +616,10 @@ class Linear(Mixer):
             key_heads=size.key_heads,
             key_dim=size.key_dim,
             value_dim=size.value_dim,
-            features=size.features,
+            features=size.rows,
             scale=size.key_dim**-0.5 if self.scales_queries else 1.0,
-            operation=twofold_linear.form(backend)
-            if both
-            else chunked_linear.form(backend, self.rule, self._decay_kind()),
-            one_step=twofold_linear.twofold_step if both else chunked_linear.step_form(backend),
+            operation=operation,
+            one_step=one_step,
             conv=parts.get("conv"),
             theta=10000.0 if self.pos in ("rope", "xpos") else None,
             feature=parts["feature"] if function is None else function,
@@ -523,6 +632,19 @@ class Linear(Mixer):
             output=parts["output"],
             **{name: value for name, value in others.items() if value not in (None, False, usual.get(name))},
         )
+
+    def _operation(self, backend: Backend) -> tuple[Recurrence, Recurrence]:
+        """The recurrence over a sequence and over one token."""
+        if isinstance(self.rule, Form):
+            return slot_attention.form(backend), slot_attention.slot_attention_step
+        if self.rule == "second":
+            return second_order.form(backend), second_order.second_order_step
+        if self.rule == "dplr":
+            return dplr.form(backend), dplr.dplr_step
+        if self.decay == "both":
+            return twofold_linear.form(backend), twofold_linear.twofold_step
+        of_sequence = chunked_linear.form(backend, self.rule, self._decay_kind())
+        return of_sequence, chunked_linear.step_form(backend)
 
     def _decoder(self, size: Sizes) -> tuple[type[TokenMixer], dict[str, Any]]:
         """The module whose step is one kernel between its projections, where that kernel takes these genes."""
@@ -544,7 +666,9 @@ class Linear(Mixer):
 class Sizes:
     """Heads (of values), key heads, and the dims of a head.
 
-    channels: key channels after the feature map. features: rows of the state, twice as many where an angle doubles them.
+    channels: key channels after the feature map. features: those of queries and keys, twice as many where an angle
+    doubles them. rows: of the state, which are features or slots. beside: its columns beside those of the values.
+    memories: states of a head. copies: sets of keys, values and gates that these have.
     """
 
     heads: int
@@ -553,3 +677,7 @@ class Sizes:
     value_dim: int
     channels: int
     features: int
+    rows: int
+    beside: int
+    memories: int
+    copies: int

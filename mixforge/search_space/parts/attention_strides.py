@@ -127,9 +127,7 @@ class Blocks(Pattern):
     def meets(self, start: int, length: int, device: torch.device) -> Tensor:
         past = torch.arange(start, device=device)
         own = (
-            past >= start // self.size * self.size
-            if self.near
-            else torch.zeros_like(past, dtype=torch.bool)
+            past >= start // self.size * self.size if self.near else torch.zeros_like(past, dtype=torch.bool)
         )
         return torch.cat([past[self.is_kept(past) | own], torch.arange(start, start + length, device=device)])
 

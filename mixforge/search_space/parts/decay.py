@@ -9,6 +9,7 @@
     key       log sigmoid(k) / 16, or of the mean of k: Lan et al. 2025 (arXiv 2503.01496)
     bounded   log(gamma + (1 - gamma) sigmoid(W x)): Qin et al. 2024 (arXiv 2404.07904)
     exp       -exp(W x + b): Peng et al. 2024 (arXiv 2404.05892)
+    capped    -e^(-1/2) sigmoid(W x + b): Peng et al. 2025 (arXiv 2503.14456), section 4
     tempered  -g tau, g = softplus(W x + b), tau = sigmoid(W' x + b'), and the gate g^tau of the keys: He et al. 2024
               (arXiv 2410.06577)
 
@@ -192,16 +193,21 @@ class BoundedDecay(nn.Module):
 
 
 class ExpDecay(nn.Module):
-    """log D_t = -exp(W x + b), b from -6 to -1 over a head's channels or the heads.
+    """log D_t = -exp(W x + b), b from -6 to -1, or with `capped` -e^(-1/2) sigmoid(W x + b), b from -5.5 to 0.5.
 
-    [B, T, H], or [B, T, H, K] and at least -5 with `channels`; W x is W_2 tanh(W_1 x) with a rank.
+    b grows over a head's channels or the heads. [B, T, H], or [B, T, H, K] and at least -5 with `channels`; W x is
+    W_2 tanh(W_1 x) with a rank.
     """
 
-    def __init__(self, width: int, heads: int, channels: int | None, rank: int | None) -> None:
+    def __init__(
+        self, width: int, heads: int, channels: int | None, rank: int | None, capped: bool = False
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.by_channel = channels is not None
-        start = torch.linspace(-6, -1, heads if channels is None else channels)
+        self.capped = capped
+        first, last = (-5.5, 0.5) if capped else (-6.0, -1.0)
+        start = torch.linspace(first, last, heads if channels is None else channels)
         self.down = None if rank is None else nn.Linear(width, rank, bias=False)
         self.up = nn.Linear(width if rank is None else rank, heads * (1 if channels is None else channels))
         with torch.no_grad():
@@ -209,8 +215,9 @@ class ExpDecay(nn.Module):
 
     def forward(self, x_BTD: Tensor, k_BTHK: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x_BTD if self.down is None else torch.tanh(self.down(x_BTD))
+        logit = exact(self.up(x))
         # e^4 forgets everything in float64 too; what is larger only overflows.
-        log = -exact(self.up(x)).clamp(max=4).exp()
+        log = -math.exp(-0.5) * torch.sigmoid(logit) if self.capped else -logit.clamp(max=4).exp()
         return (split_heads(log, self.heads).clamp(min=CHANNEL_FLOOR) if self.by_channel else log), None
 
 

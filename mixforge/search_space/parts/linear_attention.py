@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
+from mixforge.search_space.parts.memories import Memories
 from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 from mixforge.search_space.parts.token_shift import TokenShift
@@ -29,7 +30,7 @@ class Reads:
 
     decay: None, or log decays [H], [B, T, H] or [B, T, H, K].
     write_BTHV: the values as they are written, with a column of gates where the output is normalised.
-    strength: beta [B, T, H] of the delta rule, or the log decays [B, T, H, V] of the values.
+    strength: beta [B, T, H] of the delta rule, the log decays [B, T, H, V] of the values, or what rule=dplr removes.
     floor_BTH: what the normaliser is at least, for norm=max1 with in_gate=exp.
     """
 
@@ -94,6 +95,12 @@ class LinearAttention(TokenMixer):
         blend: nn.Module | None = None,
         lends_values: bool = False,
         bonus: nn.Module | None = None,
+        late: nn.Module | None = None,
+        beside: int = 0,
+        memories: Memories | None = None,
+        apart: nn.Module | None = None,
+        copies: int = 1,
+        removal: nn.Module | None = None,
         shift: TokenShift | None = None,
         reads: list[str] | None = None,
         first: nn.Module | None = None,
@@ -118,8 +125,14 @@ class LinearAttention(TokenMixer):
         self.floor = floor
         self.lends_values = lends_values
         self.noise = noise
-        keys = key_heads * key_dim
-        self.rows = [keys, 0 if key == "forget" else keys, heads * value_dim]
+        self.memories = memories
+        self.apart = apart
+        # How many sets of queries, and of keys, values and gates, there are for the memories.
+        self.copies_q, self.copies = 1 if apart is None else copies, copies
+        self.states = heads if memories is None else heads * (1 + memories.count)
+        keys, own = key_heads * key_dim, 1 if apart is not None else copies
+        self.rows = [keys, 0 if key == "forget" else own * keys, own * heads * value_dim]
+        self.widths = self.rows if apart is None else [copies * row for row in self.rows]
         self.mixed = nn.Linear(width, sum(self.rows), bias=False)
         self.shift = shift
         self.reads = [] if reads is None else reads
@@ -134,14 +147,20 @@ class LinearAttention(TokenMixer):
         self.length_gate = length_gate
         self.blend = blend
         self.bonus = bonus
+        self.late = late
+        # Columns of the state beside those of the values.
+        self.beside = beside
+        self.removal = removal
         self.first = first
         self.skip = skip
         self.output = output
 
     def initial_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> State:
-        columns = self.value_dim + int(self.normalised)
+        columns = self.value_dim + int(self.normalised) + self.beside
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        state = {"matrix": torch.zeros(batch, self.heads, self.features, columns, device=device, dtype=exact)}
+        state = {
+            "matrix": torch.zeros(batch, self.states, self.features, columns, device=device, dtype=exact)
+        }
         if self.first is not None:
             state["matrix"].copy_(self.first(batch, columns))
         if self.conv is not None:
@@ -166,6 +185,7 @@ class LinearAttention(TokenMixer):
         if self.conv is not None:
             mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
         read = self.reads_of(mixed_BTF, inputs, state, after, at)
+        weight_BTE = self.routed(self.memories, read, inputs)
         matrix = self.first_matrix(read) if state is None else state["matrix"]
         if self.bonus is None:
             o_BTHV, after["matrix"] = self.operation(
@@ -173,6 +193,8 @@ class LinearAttention(TokenMixer):
             )
         else:
             o_BTHV, after["matrix"] = self.read_before_write(self.bonus, read, matrix)
+        if self.memories is not None:
+            o_BTHV = self.memories.joined(o_BTHV, weight_BTE)
         return self.finish(o_BTHV, read, inputs), None if state is None else after
 
     def step(self, x_BD: Tensor, state: State, at: Pass) -> tuple[Tensor, State]:
@@ -182,6 +204,7 @@ class LinearAttention(TokenMixer):
         if self.conv is not None:
             mixed_BF = self.conv.step(mixed_BF, state["conv"])
         read = self.reads_of(mixed_BF[:, None], inputs, state, after, at)
+        weight_BTE = self.routed(self.memories, read, inputs)
         decay, strength = read.decay, read.strength
         now = decay if decay is None or decay.dim() == 1 else decay[:, 0]
         before = state["matrix"]
@@ -200,6 +223,8 @@ class LinearAttention(TokenMixer):
             before,
         )
         o_BHV = o_BHV if added_BHV is None else added_BHV
+        if self.memories is not None:
+            o_BHV = self.memories.joined(o_BHV[:, None], weight_BTE)[:, 0]
         for name, tensor in after.items():
             if tensor is not state[name]:
                 state[name].copy_(tensor)
@@ -228,11 +253,14 @@ class LinearAttention(TokenMixer):
         self, mixed_BTF: Tensor, inputs: Inputs, state: State | None, after: State, at: Pass
     ) -> Reads:
         """Queries, keys and values by heads, then the gates."""
+        if self.apart is not None:
+            mixed_BTF = self.apart(mixed_BTF, inputs.q, inputs.k)
         if self.act is not None:
             mixed_BTF = self.act(mixed_BTF)
-        q, k, v = torch.split(mixed_BTF, self.rows, -1)
-        q_BTHK, v_BTHV = split_heads(q, self.key_heads), split_heads(v, self.heads)
-        k_BTHK = q_BTHK if self.key == "forget" else split_heads(k, self.key_heads)
+        q, k, v = torch.split(mixed_BTF, self.widths, -1)
+        q_BTHK = split_heads(q, self.key_heads * self.copies_q)
+        v_BTHV = split_heads(v, self.heads * self.copies)
+        k_BTHK = q_BTHK if self.key == "forget" else split_heads(k, self.key_heads * self.copies)
         if self.lends_values:
             at.shared["values"] = (v_BTHV,)
         if self.blend is not None:
@@ -316,19 +344,45 @@ class LinearAttention(TokenMixer):
             read.q_BTHK = read.q_BTHK.repeat_interleave(group, 2)
             read.k_BTHK = read.k_BTHK.repeat_interleave(group, 2) * factor.to(dtype)
         read.write_BTHV = write_BTHV
+        if self.removal is not None:
+            read.k_BTHK, read.strength = self.removal(inputs.write, read.k_BTHK)
+            if read.decay is not None and read.decay.dim() < 4:
+                read.decay = read.decay[..., None].expand(read.k_BTHK.shape)
+
+    def routed(self, memories: Memories | None, read: Reads, inputs: Inputs) -> Tensor:
+        """What each memory reads and is written, laid out as heads; gives the weights [B, T, E] of what they read."""
+        if memories is None:
+            return read.v_BTHV
+        weight_BTE: Tensor = memories(inputs.write)
+        each_BTH = weight_BTE.repeat_interleave(self.heads, 2)
+        is_read_BTH = each_BTH > 0
+        read.q_BTHK = memories.spread(read.q_BTHK, self.copies_q)
+        read.k_BTHK = memories.spread(read.k_BTHK, self.copies)
+        read.write_BTHV = memories.spread(read.write_BTHV, self.copies)
+        factor_BTH = each_BTH if memories.is_shared else is_read_BTH
+        if read.strength is None:
+            read.write_BTHV = read.write_BTHV * factor_BTH[..., None].to(read.write_BTHV.dtype)
+        else:
+            read.strength = memories.spread(read.strength, self.copies) * factor_BTH
+        if read.decay is not None:
+            fixed = read.decay.dim() == 1
+            decay = read.decay.expand(*weight_BTE.shape[:2], -1) if fixed else read.decay
+            decay = memories.spread(decay, 1 if fixed else self.copies)
+            keeps = ~is_read_BTH if decay.dim() == 3 else ~is_read_BTH[..., None]
+            read.decay = decay.masked_fill(keeps, 0)
+        return weight_BTE
 
     def first_matrix(self, read: Reads) -> Tensor | None:
         """The state before the first token of a training sequence; None for zeros."""
-        batch, columns = read.write_BTHV.shape[0], read.write_BTHV.shape[-1]
+        batch, columns = read.write_BTHV.shape[0], read.write_BTHV.shape[-1] + self.beside
         if self.first is not None:
             matrix: Tensor = self.first(batch, columns)
             return matrix
         if self.noise == 0 or not self.training:
             return None
-        shape = (batch, self.heads, self.features, columns)
+        shape = (batch, self.states, self.features, columns)
         matrix = self.noise * torch.randn(shape, device=read.v_BTHV.device)
-        if self.normalised:
-            matrix[..., -1] = 0
+        matrix[..., self.value_dim :] = 0
         return matrix
 
     def read_before_write(
@@ -364,12 +418,13 @@ class LinearAttention(TokenMixer):
             o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + 1e-6)
         if self.skip is not None:
             o_BTHV = o_BTHV + self.skip(read.v_BTHV)
-        y: Tensor = self.output(o_BTHV, inputs.out)
+        late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)
+        y: Tensor = self.output(o_BTHV, inputs.out, *late)
         return y
 
 
 class FirstState(nn.Module):
-    """A learned state before the first token, [H, K, V]; the sum of a normaliser starts at 0."""
+    """A learned state before the first token, [H, K, V]; what stands beside the values starts at 0."""
 
     def __init__(self, heads: int, features: int, value_dim: int) -> None:
         super().__init__()

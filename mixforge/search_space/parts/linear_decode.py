@@ -20,6 +20,8 @@ from mixforge.search_space.parts.linear_attention import LinearAttention
 
 # The values of genes that the kernel takes; it does not look at the others.
 TAKES: dict[str, tuple[GeneValue, ...]] = {
+    "rule": ("add", "delta"),
+    "memories": ("none",),
     "decay": ("none", "head", "scalar", "channel"),
     "forget": ("softplus", "sigmoid"),
     "key": ("own",),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.activation import silu
 from mixforge.search_space.parts.decay import exact
 
 
@@ -96,8 +97,24 @@ class LowRankGate(nn.Module):
         return y_BTF
 
 
+class InnerGate(nn.Module):
+    """W_2 sigmoid(W_1 x): the gate of Peng et al. 2025 (arXiv 2503.14456)."""
+
+    def __init__(self, width: int, channels: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, channels, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTF: Tensor = self.up(torch.sigmoid(self.down(x_BTD)))
+        return y_BTF
+
+
 class NormedOutput(nn.Module):
-    """W_out (norm(o) * act(W_gate x)), the norm over each head or, with `joint`, over all at once."""
+    """W_out ((norm(o) + r) * act(W_gate x)), the norm over each head or, with `joint`, over all at once.
+
+    r, where it is given, is what no norm sees. With `own` the gate is the sigmoid of what it gates.
+    """
 
     def __init__(
         self,
@@ -108,28 +125,35 @@ class NormedOutput(nn.Module):
         activation: Callable[[Tensor], Tensor] | None,
         rank: int | None = None,
         joint: bool = False,
+        inner: bool = False,
+        own: bool = False,
     ) -> None:
         super().__init__()
         self.norm = norm
+        self.own = own
         self.joint = joint
         self.activation = activation
-        self.gate = None if activation is None else gate_of(width, heads * value_dim, rank)
+        self.gate = None if activation is None else gate_of(width, heads * value_dim, rank, inner)
         self.out = nn.Linear(heads * value_dim, width, bias=False)
 
-    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
+    def forward(self, o_BTHV: Tensor, x_BTD: Tensor, late_BTHV: Tensor | None = None) -> Tensor:
         if self.joint:
             o_BTHV = o_BTHV.flatten(2)
         if self.norm is not None:
             o_BTHV = self.norm(o_BTHV)
+        if late_BTHV is not None:
+            o_BTHV = o_BTHV + late_BTHV
         o_BTF = o_BTHV if self.joint else o_BTHV.flatten(2)
         if self.activation is not None and self.gate is not None:
             o_BTF = o_BTF * self.activation(self.gate(x_BTD))
+        elif self.own:
+            o_BTF = silu(o_BTF)
         y: Tensor = self.out(o_BTF)
         return y
 
 
 class GatedOutput(nn.Module):
-    """W_out norm(o * act(W_gate x)), the norm over all heads at once."""
+    """W_out norm(o * act(W_gate x)), the norm over all heads at once; with `own` the gate is sigmoid(o)."""
 
     def __init__(
         self,
@@ -139,21 +163,28 @@ class GatedOutput(nn.Module):
         norm: nn.Module,
         activation: Callable[[Tensor], Tensor] | None,
         rank: int | None = None,
+        inner: bool = False,
+        own: bool = False,
     ) -> None:
         super().__init__()
         self.norm = norm
+        self.own = own
         self.activation = activation
-        self.gate = None if activation is None else gate_of(width, heads * value_dim, rank)
+        self.gate = None if activation is None else gate_of(width, heads * value_dim, rank, inner)
         self.out = nn.Linear(heads * value_dim, width, bias=False)
 
     def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
         o_BTF = o_BTHV.flatten(2)
         if self.activation is not None and self.gate is not None:
             o_BTF = o_BTF * self.activation(self.gate(x_BTD))
+        elif self.own:
+            o_BTF = silu(o_BTF)
         y: Tensor = self.out(self.norm(o_BTF))
         return y
 
 
-def gate_of(width: int, channels: int, rank: int | None) -> nn.Module:
+def gate_of(width: int, channels: int, rank: int | None, inner: bool = False) -> nn.Module:
     """The projection in front of a gate's activation."""
+    if inner and rank is not None:
+        return InnerGate(width, channels, rank)
     return nn.Linear(width, channels, bias=False) if rank is None else LowRankGate(width, channels, rank)

@@ -46,8 +46,10 @@ from mixforge.search_space.parts.linear_output import (
     PartsNorm,
     SimpleNorm,
 )
+from mixforge.search_space.parts.memories import ApartKeys, Memories
 from mixforge.search_space.parts.norm import SimpleRMSNorm, norm_part
 from mixforge.search_space.parts.piece import NOTHING, Piece
+from mixforge.search_space.parts.removal_keys import RATE_RANK, RemovalKeys
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 from mixforge.search_space.parts.token_shift import SHIFT_RANK, TokenShift
 from mixforge.search_space.parts.turn import FixedTurn, LearnedTurn, PhaseTurn
@@ -73,7 +75,14 @@ PLAIN_MAPS: dict[str, Map | None] = {
     "softmax": softmax,
 }
 TAYLOR_MAPS: dict[int, Map] = {1: taylor_line, 2: taylor, 3: taylor_cubic}
-GATES: dict[str, Map | None] = {"silu": silu, "sigmoid": sigmoid, "linear": identity, "none": None}
+GATES: dict[str, Map | None] = {
+    "silu": silu,
+    "sigmoid": sigmoid,
+    "linear": identity,
+    "inner": identity,
+    "self": None,
+    "none": None,
+}
 
 
 def mapped_channels(phi: str | Form, channels: int) -> int:
@@ -144,8 +153,9 @@ def decay_piece(
         )
     either = {"width": width, "heads": heads, "channels": channels}
     either["rank"] = None if channels is None else rank
-    if forget == "exp":
-        return Piece(part=Part(ExpDecay, **either), params=matrix + count, macs=matrix)
+    if forget in ("exp", "capped"):
+        capped = {"capped": True} if forget == "capped" else {}
+        return Piece(part=Part(ExpDecay, **either, **capped), params=matrix + count, macs=matrix)
     made = Part(BoundedDecay, **either, layer=place[0], layers=place[1])
     return Piece(part=made, params=matrix + count, macs=matrix)
 
@@ -193,6 +203,25 @@ def strength_piece(width: int, heads: int, most: int) -> Piece:
     return Piece(part=made, params=width * heads, macs=width * heads)
 
 
+def removal_piece(width: int, heads: int, features: int, most: int) -> Piece:
+    """What rule=dplr removes and how strongly."""
+    matrix = RATE_RANK * (width + heads * features)
+    made = Part(RemovalKeys, width=width, heads=heads, features=features, most=most)
+    return Piece(part=made, params=matrix + 3 * heads * features, macs=matrix)
+
+
+def memories_piece(width: int, count: int, top_k: int, is_shared: bool) -> Piece:
+    """The router of several memories."""
+    made = Part(Memories, width=width, count=count, top_k=top_k, is_shared=is_shared)
+    return Piece(part=made, params=width * count, macs=width * count)
+
+
+def apart_piece(width: int, keys: int, rank: int) -> Piece:
+    """What the queries and keys of the partitions have beside the others."""
+    matrix = 2 * rank * (width + keys)
+    return Piece(part=Part(ApartKeys, width=width, keys=keys, rank=rank), params=matrix, macs=matrix)
+
+
 def in_gate_piece(in_gate: str, width: int, heads: int, cap: float | None = None) -> Piece:
     """in_gate=sigmoid and in_gate=exp."""
     if in_gate not in ("sigmoid", "exp"):
@@ -229,7 +258,7 @@ def skip_piece(skip: str, heads: int, value_dim: int, features: int) -> Piece:
         return Piece(part=Part(HeadSkip, heads=heads), params=heads)
     if skip == "channel":
         return Piece(part=Part(ChannelSkip, heads=heads, value_dim=value_dim), params=heads * value_dim)
-    if skip == "bonus":
+    if skip in ("bonus", "late"):
         return Piece(part=Part(Bonus, heads=heads, features=features), params=heads * features)
     return NOTHING
 
@@ -259,12 +288,15 @@ def output_piece(
     macs = width * inner
     bias = 0
     others: dict[str, int | bool] = {}
-    if out_gate != "none" and gate_rank is not None:
+    if out_gate not in ("none", "self") and gate_rank is not None:
         macs += gate_rank * (width + inner)
-        bias = inner
+        bias = 0 if out_gate == "inner" else inner
         others["rank"] = gate_rank
-    elif out_gate != "none":
+        others |= {"inner": True} if out_gate == "inner" else {}
+    elif out_gate not in ("none", "self"):
         macs += width * inner
+    if out_gate == "self":
+        others["own"] = True
     if out_norm in ("joint", "simple"):
         others["joint"] = True
     made = Part(

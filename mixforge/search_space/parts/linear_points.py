@@ -20,6 +20,13 @@ equations.
             convolution, keys half as wide as values. The recurrence is run as e^-m S, whose decay and gate are
             at most 1.
   rwkv6     Peng et al. 2024 (arXiv 2404.05892), Finch. One rank, 32, for all shifts; log D_t >= -5.
+  rwkv7     Peng et al. 2025 (arXiv 2503.14456), Goose. The first of its layers has values=own, the others values=shared.
+            Ranks are 64 for decays and rates, 32 for the shared values and 128 for the gate; the group norm's epsilon
+            is 1e-5; weights start as in `parts/removal_keys` and `parts/decay`.
+  gsa       Zhang et al. 2024 (arXiv 2409.07146), with 64 slots. The decays have a bias; log alpha_t >= -5.
+  hla2      Zhang, Qin and Gu 2025 (arXiv 2510.27258), without a decay or a sum to divide by. One state less, see
+            `kernels/second_order`.
+  mom       Du et al. 2025 (arXiv 2502.13685) over gdn, of four memories two, see `parts/memories`.
   based     The linear layer of Arora et al. 2024 (arXiv 2402.18668). Each product k_i k_j, i != j, is kept once,
             weighed by sqrt(2), and not twice: the same function with about half the state.
   gateloop  Katsch 2023 (arXiv 2311.01927). Heads have a state of K by V, where the paper's models have 1 by 1; only
@@ -94,6 +101,29 @@ POINTS: Mapping[str, Mapping[str, GeneValue]] = {
         "conv": "none",
         "out_norm": "group",
     },
+    "rwkv7": {
+        "rule": "dplr",
+        "decay": "channel",
+        "forget": "capped",
+        "skip": "late",
+        "shift": "lerp",
+        "conv": "none",
+        "out_norm": "group",
+        "out_gate": "inner",
+        "gate_rank": 128,
+    },
+    "gsa": {
+        "rule": Form("slots", (64,)),
+        "decay": "channel",
+        "forget": Form("sigmoid", (8,)),
+        "forget_rank": "full",
+        "conv": "none",
+        "act": "silu",
+        "out_norm": "gated",
+        "out_gate": "self",
+    },
+    "hla2": {"rule": "second", "conv": "none", "out_gate": "none"},
+    "mom": {"rule": "delta", "decay": "scalar", "memories": Form("top", (4, 2))},
     "based": {
         "phi": TAYLOR,
         "norm": "denominator",

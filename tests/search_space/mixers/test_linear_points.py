@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_linear import HEADS, LENGTH, ORACLES, WIDTH, Weights, built, rms, sequence, sigmoid, silu, softplus
+from test_linear import HEADS, LENGTH, WIDTH, Weights, built, rms, sequence, sigmoid, silu, softplus
 from torch import Tensor
 
 from mixforge.search_space.genes import Form
@@ -218,10 +218,6 @@ def test_gate_cap_bends_the_logits_of_mlstms_gates() -> None:
 
 def test_gate_cap_without_such_gates_is_dropped() -> None:
     assert Linear(gate_cap=15).canonical(WIDTH) == Linear().canonical(WIDTH)
-
-
-def test_every_alias_has_an_oracle() -> None:
-    assert set(Linear.aliases) == {oracle.__name__ for oracle in [*ORACLES, *MORE]}
 
 
 @torch.no_grad()

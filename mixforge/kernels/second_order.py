@@ -1,0 +1,114 @@
+"""Second-order linear attention: keys that are what a first recurrence over the keys reads.
+
+For each head, with states S [K, K] and H [K, V] and log decay g:
+
+    S_t = e^g_t S_{t-1} + k_t k_t^T        H_t = e^g_t H_{t-1} + (S_t q_t) v_t^T        o_t = H_t^T q_t
+
+Without a decay this is the masked second-order attention of the source, whose states are S, C_t = sum q_j v_j^T and
+G_t = sum k_i k_i^T C_{i-1}: H_t = S_t C_t - G_t, since both are the sum of k_i (k_i . q_j) v_j^T over i <= j <= t. One
+state less, and two recurrences of `chunked_linear`: (q, k, k) and (q, S_t q_t, v).
+
+All forms take the arguments of `chunked_linear` with None in the place of beta; the state_BGKF has H and S side by side.
+
+Source: Zhang, Qin and Gu 2025 (arXiv 2510.27258), section 3 and the masked identity. Departure: with a decay, H decays
+too, where the source decays S, C and G each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mixforge.kernels import chunked_linear
+from mixforge.kernels.chunked_linear import chunked_linear_reference, chunked_linear_torch, linear_step
+
+
+def second_order_reference(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None = None,
+    strength: None = None,
+    state_BGKF: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both recurrences, one token after the other."""
+    return _twice(chunked_linear_reference, q_BTHK, k_BTHK, v_BTGV, decay, state_BGKF)
+
+
+def second_order_torch(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None = None,
+    strength: None = None,
+    state_BGKF: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both recurrences in chunks, as matrix products."""
+    return _twice(chunked_linear_torch, q_BTHK, k_BTHK, v_BTGV, decay, state_BGKF)
+
+
+def _twice(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    state_BGKF: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    value_dim, group = v_BTGV.shape[3], v_BTGV.shape[2] // q_BTHK.shape[2]
+    dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
+    q, k = (x.to(dtype).repeat_interleave(group, 2) for x in (q_BTHK, k_BTHK))
+    values, keys = (None, None) if state_BGKF is None else state_BGKF.tensor_split((value_dim,), -1)
+    read, keys = run(q, k, k, decay, None, keys)
+    o, values = run(q, read, v_BTGV.to(dtype), decay, None, values)
+    return o.to(v_BTGV.dtype), torch.cat([values, keys], -1)
+
+
+def second_order_step(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BGV: Tensor,
+    decay_now: Tensor | None,
+    strength: None,
+    state_BGKF: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of both recurrences: (o_BGV, state_BGKF)."""
+    value_dim, group = v_BGV.shape[2], v_BGV.shape[1] // q_BHK.shape[1]
+    q, k = (x.to(state_BGKF.dtype).repeat_interleave(group, 1) for x in (q_BHK, k_BHK))
+    values, keys = state_BGKF.tensor_split((value_dim,), -1)
+    read, keys = linear_step(q, k, k, decay_now, None, keys)
+    o_BGV, values = linear_step(q, read, v_BGV.to(q.dtype), decay_now, None, values)
+    return o_BGV.to(v_BGV.dtype), torch.cat([values, keys], -1)
+
+
+def matmul_flops(length: int, *, heads: int, key_dim: int, value_dim: int, decay: str) -> int:
+    """Matmul FLOPs of the torch form's forward pass over one sequence, two for each multiply-add; padding counts."""
+    return sum(
+        chunked_linear.matmul_flops(
+            length,
+            key_heads=heads,
+            value_heads=heads,
+            key_dim=key_dim,
+            value_dim=columns,
+            rule="add",
+            decay=decay,
+        )
+        for columns in (key_dim, value_dim)
+    )
+
+
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": second_order_reference,
+    "torch": second_order_torch,
+}
+
+
+def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The form of one backend. Raises ValueError for triton, which has none yet."""
+    if backend not in FORMS:
+        raise ValueError(
+            f"backend={backend!r} has no rule second yet; say rule=add, or build with backend='torch'"
+        )
+    return FORMS[backend]
