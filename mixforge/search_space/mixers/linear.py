@@ -468,6 +468,7 @@ class Linear(Mixer):
             "act": silu if self.conv == "none" and self.activation == "silu" else None,
             "key": self.key,
             "gated_keys": self.by_channel and self.in_gate in ("tied", "tempered"),
+            "tempered_keys": self.in_gate == "tempered",
             "gated_values": self.in_gate == "tied" and self.decay != "channel",
             "floor": self.norm == "max1",
             "lends_values": self.values == "own",
