@@ -320,6 +320,7 @@ class Attn(Mixer):
             kv = "mha"
         if isinstance(window, Form) and window.arguments[0] == window.arguments[1]:
             window = int(window.arguments[0])
+        qk_norm = "rms" if self.qk_norm == "rms_all" and heads == 1 else self.qk_norm
         default_dim = max(1, width // heads)
         without = {
             "sink": self.first > 0 and window == "none",
@@ -337,6 +338,7 @@ class Attn(Mixer):
             head_dim=None if head_dim == default_dim and width % heads == 0 else head_dim,
             kv=kv,
             window=window,
+            qk_norm=qk_norm,
             **{name: getattr(plain, name) for name, idle in without.items() if idle},
         )
 

@@ -321,7 +321,7 @@ class Linear(Mixer):
         ranked = self.by_channel and self.forget_form != "key"
         usual_rank = replace(self, forget_rank=None).rank(width)
         out_norm = self.out_norm
-        if out_norm == "joint":
+        if out_norm == "joint" or (out_norm == "gated" and self.out_gate == "none"):
             out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
         return replace(
             self,
