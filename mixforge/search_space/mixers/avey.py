@@ -34,6 +34,8 @@ from mixforge.search_space.parts.layer import Pass, TokenMixer
 
 LEAST_EXPAND = 0.5
 LEAST_CONTEXT = 0.125
+# Of a token's likeness: worth is told apart by no less.
+LEVELS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +274,15 @@ class NeuralProcessor(TokenMixer):
 
 def best(worth: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The places of the `count` largest in their order, and their shares of the largest; absent ones first, share 0."""
-    value, index = worth.topk(count, -1)
+    # Tokens that come again make splits of one worth but for rounding, which is another in a step than in a sequence:
+    # of those that differ by less, the later ones are taken.
+    blocks = worth.shape[-1]
+    level = (worth.double() * LEVELS).round() * blocks + torch.arange(blocks, device=worth.device)
+    index = level.topk(count, -1).indices
+    value = worth.gather(-1, index)
     is_there = value > -torch.inf
     value = torch.where(is_there, value, 0)
-    share = (value / value[..., :1].clamp(min=1e-8)).clamp(min=0)
+    share = (value / worth.amax(-1, keepdim=True).clamp(min=1e-8)).clamp(min=0)
     index, order = torch.where(is_there, index, -1).sort(dim=-1)
     return index.clamp(min=0), share.gather(-1, order)
 
