@@ -406,6 +406,7 @@ class Attn(Mixer):
             kv = "mha"
         if isinstance(window, Form) and window.arguments[0] == window.arguments[1]:
             window = int(window.arguments[0])
+        qk_norm = "rms" if self.qk_norm == "rms_all" and heads == 1 else self.qk_norm
         default_dim = max(1, width // heads)
         return replace(
             self,
@@ -420,6 +421,7 @@ class Attn(Mixer):
             lambda_init=None if self.diff == "none" else self.lambda_init,
             # A differential layer has its norm.
             out_norm=self.out_norm if self.diff == "none" else "none",
+            qk_norm=qk_norm,
         )
 
     def narrow(self, width: int, share: Fraction) -> Self:

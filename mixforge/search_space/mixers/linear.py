@@ -417,7 +417,7 @@ class Linear(Mixer):
         if forget_rank is not None and self.rank(width) == replace(self, forget_rank=None).rank(width):
             forget_rank = None
         out_norm = self.out_norm
-        if out_norm == "joint":
+        if out_norm == "joint" or (out_norm == "gated" and self.out_gate == "none"):
             out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
         if out_norm == "grouped" and size.key_heads == 1:
             out_norm = "gated"
@@ -605,6 +605,7 @@ class Linear(Mixer):
             "act": silu if self.conv == "none" and self.activation == "silu" else None,
             "key": self.key,
             "gated_keys": self.by_channel and self.in_gate in ("tied", "tempered"),
+            "tempered_keys": self.in_gate == "tempered",
             "gated_values": self.in_gate == "tied" and self.decay != "channel",
             "floor": self.norm == "max1",
             "lends_values": self.values == "own",
