@@ -31,6 +31,8 @@ Genes, from the input to the output:
     value_gate  a gate of this rank on each value channel
     beta        the delta rule's beta_t, and dplr's a_t, are `beta` sigmoid(W x_t); 2 reaches negative eigenvalues
                 (Grazzi et al. 2024, arXiv 2411.12537)
+    levels      log keeps a state for each level of a Fenwick tree over the past and adds what they read, weighed by
+                numbers that follow from the input (`kernels/log_linear`)
     memories    top(n, k) and parts(n, k): n more states for each head, of which a token has k (`parts/memories`)
     init        the state before the first token: zero, learned (Young 2026, arXiv 2604.01168), or in training
                 noise(sd) (Buitrago and Gu 2025, arXiv 2507.02782), drawn from torch's global generator
@@ -56,7 +58,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from mixforge.kernels import chunked_linear, dplr, second_order, slot_attention, twofold_linear
+from mixforge.kernels import chunked_linear, dplr, log_linear, second_order, slot_attention, twofold_linear
 from mixforge.kernels.backend import triton_form
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
@@ -71,7 +73,7 @@ from mixforge.search_space.parts.linear_decode import TAKES, FusedLinearAttentio
 from mixforge.search_space.parts.linear_points import POINTS, TAYLOR
 from mixforge.search_space.parts.piece import Piece
 
-Recurrence = Callable[..., tuple[Tensor, Tensor]]
+Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
 
 # Ranks of W where forget_rank says nothing; with forget=softplus it is the value dim.
 USUAL_RANKS: dict[str, int | str] = {
@@ -126,6 +128,7 @@ class Linear(Mixer):
     in_gate: Annotated[str, Choice("none", "dt", "sigmoid", "exp", "tied", "tempered")] = "none"
     value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
     values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
+    levels: Annotated[str, Choice("one", "log")] = "one"
     memories: Annotated[
         str | Form,
         Choice("none"),
@@ -284,7 +287,8 @@ class Linear(Mixer):
                 f"give a key_dim with at most {MOST_FEATURES}"
             )
         found = (
-            self._why_no_memories()
+            self._why_no_levels()
+            or self._why_no_memories()
             or self._why_uneven(size)
             or self._why_ungated()
             or self._why_no_keys(size)
@@ -320,6 +324,18 @@ class Linear(Mixer):
             return f"skip=late is added after the norm of each head: say out_norm=rms, group or none, not {self.out_norm}"
         if self.out_gate == "inner" and isinstance(self.gate_rank, str):
             return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"
+        return None
+
+    def _why_no_levels(self) -> str | None:
+        if self.levels == "one":
+            return None
+        if self.rule not in ("add", "delta") or self.decay not in ("head", "layer", "scalar"):
+            return (
+                f"levels=log needs rule=add or delta and decay=head, layer or scalar, not rule={self.rule}, "
+                f"decay={self.decay}"
+            )
+        if self.skip == "bonus" or self.memories != "none" or self.init != "zero":
+            return "levels=log needs memories=none, init=zero and another skip than bonus"
         return None
 
     def _why_no_memories(self) -> str | None:
@@ -457,7 +473,8 @@ class Linear(Mixer):
         columns = size.value_dim + int(self.normalised) + size.beside
         mixed = self.mixed(size)
         taps = 0 if isinstance(self.conv, str) else self.conv
-        state = 4 * size.heads * size.memories * size.rows * columns + mixed * max(0, taps - 1) * itemsize
+        matrix = 4 * size.heads * size.memories * size.rows * columns
+        state = matrix * self._states(length) + mixed * max(0, taps - 1) * itemsize
         state += width * itemsize if self.shift != "none" else 0
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
@@ -468,12 +485,20 @@ class Linear(Mixer):
             params=params,
             flops=2 * length * macs + self._recurrence_flops(size, length),
             state_bytes=state,
-            decode_bytes=params * itemsize + 2 * state,
+            decode_bytes=params * itemsize
+            + 2 * state
+            + matrix * (self._states(length + 1) - self._states(length)),
         )
+
+    def _states(self, length: int) -> int:
+        """Of a head, with room for this many tokens."""
+        return length.bit_length() if self.levels == "log" else 1
 
     def _recurrence_flops(self, size: Sizes, length: int) -> int:
         columns = size.value_dim + int(self.normalised)
         sizes = {"heads": size.heads, "key_dim": size.features, "value_dim": columns}
+        if self.levels == "log":
+            return log_linear.matmul_flops(length, **sizes, rule=str(self.rule))
         if isinstance(self.rule, Form):
             return slot_attention.matmul_flops(length, **sizes, slots=size.rows)
         if self.rule == "dplr":
@@ -508,6 +533,7 @@ class Linear(Mixer):
         from_input = self.gated_decay and self.forget_form != "key"
         writes = (
             self.memories != "none"
+            or self.levels != "one"
             or self.rule in ("delta", "dplr")
             or self.in_gate in ("sigmoid", "exp")
             or self.value_gate != "none"
@@ -580,6 +606,8 @@ class Linear(Mixer):
             states = heads * size.memories
             first = Part(FirstState, heads=states, features=size.rows, value_dim=value_dim)
             found["first"] = Piece(part=first, params=states * size.rows * value_dim)
+        if self.levels == "log":
+            found["levels"] = pieces.levels_piece(width, heads)
         if isinstance(self.memories, Form):
             count, top_k = (int(each) for each in self.memories.arguments)
             is_shared = self.memories.name == "parts"
@@ -643,6 +671,8 @@ class Linear(Mixer):
 
     def _operation(self, backend: Backend) -> tuple[Recurrence, Recurrence]:
         """The recurrence over a sequence and over one token."""
+        if self.levels == "log":
+            return log_linear.form(backend), log_linear.log_linear_step
         if isinstance(self.rule, Form):
             return slot_attention.form(backend), slot_attention.slot_attention_step
         if self.rule == "second":
