@@ -320,7 +320,7 @@ class Linear(Mixer):
                 "skip=bonus reads the state before it is written: it needs rule=add, and neither decay=both, "
                 "key=latent nor in_gate=exp"
             )
-        if self.skip == "late" and self.out_norm in ("joint", "simple", "gated"):
+        if self.skip == "late" and self.out_norm in ("joint", "simple", "gated", "grouped"):
             return f"skip=late is added after the norm of each head: say out_norm=rms, group or none, not {self.out_norm}"
         if self.out_gate == "inner" and isinstance(self.gate_rank, str):
             return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"

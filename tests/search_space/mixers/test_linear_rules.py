@@ -21,6 +21,7 @@ from test_linear import (
     sigmoid,
     silu,
     softplus,
+    unit,
 )
 from test_linear_points import DIM, MORE, by_heads, gated, grouped, projected, zeros
 from torch import Tensor
@@ -118,10 +119,10 @@ def mom(w: Weights, x: Tensor) -> Tensor:
         for h in range(HEADS):
             o = zeros(DIM)
             for m, weight in weights.items():
-                key = k[t, m, h] / k[t, m, h].norm()
+                key = unit(k[t, m, h])
                 move = alpha[t, m, h] * (torch.eye(DIM) - beta[t, m, h] * torch.outer(key, key))
                 state[m, h] = move @ state[m, h] + beta[t, m, h] * torch.outer(key, v[t, m, h])
-                o = o + weight * (q[t, h] / q[t, h].norm() / math.sqrt(DIM)) @ state[m, h]
+                o = o + weight * (unit(q[t, h]) / math.sqrt(DIM)) @ state[m, h]
             heads.append(rms(o, w["output.norm.weight"]))
         rows.append(torch.cat(heads))
     return gated(rows, w, x, silu)
@@ -209,7 +210,7 @@ def test_levels_weigh_the_past_by_buckets(rule: str) -> None:
     alpha = torch.exp(-rate * softplus(x @ w["decay.step_size.weight"].T + w["decay.bias"]))
     weight = softplus(w["levels.scale"] * by_heads(x @ w["levels.logit.weight"].T))
     if rule == "delta":
-        q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        q, k = (each / torch.sqrt((each * each).sum(-1, keepdim=True) + 1e-6) for each in (q, k))
         beta = sigmoid(x @ w["beta.logit.weight"].T)
     rows = []
     for t in range(LENGTH):
