@@ -299,8 +299,9 @@ class Linear(Mixer):
         """A rule, a norm or a read that the rest does not fit."""
         if self.rule == "delta" and not self.unit_keys:
             return "rule=delta needs keys of length 1: leave qk_norm out or say qk_norm=l2"
-        if isinstance(self.rule, Form):
-            return self._why_no_slots(self.rule)
+        no_slots = self._why_no_slots(self.rule) if isinstance(self.rule, Form) else None
+        if no_slots is not None:
+            return no_slots
         if self.rule == "second" and self.in_gate == "exp":
             return "in_gate=exp keeps a scale of what is written alone, so it needs rule=add or delta, not second"
         if self.rule == "dplr" and size.key_heads != size.heads:
@@ -433,10 +434,10 @@ class Linear(Mixer):
         if forget_rank is not None and self.rank(width) == replace(self, forget_rank=None).rank(width):
             forget_rank = None
         out_norm = self.out_norm
-        if out_norm == "joint" or (out_norm == "gated" and self.out_gate == "none"):
-            out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
         if out_norm == "grouped" and size.key_heads == 1:
             out_norm = "gated"
+        if out_norm == "joint" or (out_norm == "gated" and self.out_gate == "none"):
+            out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
         return replace(
             self,
             forget=forget if self.gated_decay else "softplus",

@@ -243,6 +243,9 @@ def test_what_does_not_go_together_is_named() -> None:
         Linear(rule=Form("slots", (4,))): "say decay=channel",
         Linear(rule=Form("slots", (4,)), decay="channel", norm="max1"): "reads by a softmax",
         Linear(rule=Form("slots", (4,)), decay="channel", pos="lrpe"): "does not turn its slots",
+        Linear(
+            rule=Form("slots", (4,)), decay="channel", skip="late", out_norm="gated"
+        ): "say out_norm=rms, group or none",
         Linear(rule="second", norm="max1", in_gate="exp"): "needs rule=add or delta",
         Linear(memories=Form("top", (4, 5))): "cannot have 5",
         Linear(memories=Form("top", (4, 2)), rule="dplr"): "needs rule=add or delta",
