@@ -62,6 +62,7 @@ from mixforge.kernels import chunked_linear, dplr, log_linear, second_order, slo
 from mixforge.kernels.backend import triton_form
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.linear_legality import why_unfit
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts import linear_pieces as pieces
@@ -70,7 +71,7 @@ from mixforge.search_space.parts.decay import LatentDecay
 from mixforge.search_space.parts.layer import TokenMixer
 from mixforge.search_space.parts.linear_attention import FirstState, LinearAttention
 from mixforge.search_space.parts.linear_decode import TAKES, FusedLinearAttention
-from mixforge.search_space.parts.linear_points import POINTS, TAYLOR
+from mixforge.search_space.parts.linear_points import POINTS
 from mixforge.search_space.parts.piece import Piece
 
 Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
@@ -86,8 +87,6 @@ USUAL_RANKS: dict[str, int | str] = {
 # tau of forget=sigmoid.
 USUAL_TEMPERATURE = 16
 MOST_FEATURES = 1 << 20
-# Feature maps whose features are never negative, beside taylor(2).
-POSITIVE = ("elu1", "relu", "exp", "softmax", "learned", "hedgehog", "favor", "outer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,138 +285,8 @@ class Linear(Mixer):
                 f"phi={self.phi} makes {size.features} features of key_dim {size.key_dim} (mixer linear); "
                 f"give a key_dim with at most {MOST_FEATURES}"
             )
-        found = (
-            self._why_no_levels()
-            or self._why_no_memories()
-            or self._why_uneven(size)
-            or self._why_ungated()
-            or self._why_no_keys(size)
-        )
+        found = why_unfit(self, size)
         return None if found is None else f"{found} (mixer linear)"
-
-    def _why_uneven(self, size: Sizes) -> str | None:
-        """A rule, a norm or a read that the rest does not fit."""
-        if self.rule == "delta" and not self.unit_keys:
-            return "rule=delta needs keys of length 1: leave qk_norm out or say qk_norm=l2"
-        no_slots = self._why_no_slots(self.rule) if isinstance(self.rule, Form) else None
-        if no_slots is not None:
-            return no_slots
-        if self.rule == "second" and self.in_gate == "exp":
-            return "in_gate=exp keeps a scale of what is written alone, so it needs rule=add or delta, not second"
-        if self.rule == "dplr" and size.key_heads != size.heads:
-            return f"rule=dplr has a removal key for each of {size.heads} heads: leave key_heads out"
-        if self.normalised and self.rule in ("delta", "dplr"):
-            return f"norm={self.norm} needs rule=add: under rule={self.rule} the sum of weights may be 0"
-        if self.norm == "denominator" and self.phi != TAYLOR and self.phi_name not in POSITIVE:
-            return f"norm=denominator needs positive features: phi={', '.join(POSITIVE)} or taylor(2); or say norm=max1"
-        if self.norm == "denominator" and self.pos in ("lrpe", "phase"):
-            return f"norm=denominator needs positive features, and pos={self.pos} turns them; say norm=max1"
-        if self.decay == "both" and self.rule != "add":
-            return f"decay=both needs rule=add: there is no chunked form of it for rule={self.rule}"
-        if self.skip == "bonus" and (
-            self.rule != "add" or self.decay == "both" or self.key == "latent" or self.in_gate == "exp"
-        ):
-            return (
-                "skip=bonus reads the state before it is written: it needs rule=add, and neither decay=both, "
-                "key=latent nor in_gate=exp"
-            )
-        if self.skip == "late" and self.out_norm in ("joint", "simple", "gated", "grouped"):
-            return f"skip=late is added after the norm of each head: say out_norm=rms, group or none, not {self.out_norm}"
-        if self.out_gate == "inner" and isinstance(self.gate_rank, str):
-            return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"
-        return None
-
-    def _why_no_levels(self) -> str | None:
-        if self.levels == "one":
-            return None
-        if self.rule not in ("add", "delta") or self.decay not in ("head", "layer", "scalar"):
-            return (
-                f"levels=log needs rule=add or delta and decay=head, layer or scalar, not rule={self.rule}, "
-                f"decay={self.decay}"
-            )
-        if self.skip == "bonus" or self.memories != "none" or self.init != "zero":
-            return "levels=log needs memories=none, init=zero and another skip than bonus"
-        return None
-
-    def _why_no_memories(self) -> str | None:
-        if isinstance(self.memories, str):
-            return None
-        count, top_k = (int(each) for each in self.memories.arguments)
-        if top_k > count:
-            return f"memories={self.memories} has {count} memories, of which a token cannot have {top_k}"
-        if self.rule not in ("add", "delta") or self.decay == "both" or self.key != "own":
-            return f"memories={self.memories} needs rule=add or delta, key=own and another decay than both"
-        if self.normalised or self.skip != "none" or self.values != "plain" or self.in_gate == "exp":
-            return (
-                f"memories={self.memories} needs norm=none or length, skip=none, values=plain and another in_gate "
-                f"than exp"
-            )
-        if self.turns or self.phi_name in ("learned", "hedgehog", "outer", "favor"):
-            return (
-                f"memories={self.memories} has more keys than queries: say pos=none, rope or xpos, and a feature map "
-                f"without a matrix"
-            )
-        return None
-
-    def _why_no_slots(self, rule: Form) -> str | None:
-        if self.decay != "channel" or self.forget_form == "key" or self.key != "own":
-            return f"rule={rule} has a decay for each slot: say decay=channel, and neither forget=key nor key=forget"
-        if self.normalised or self.skip == "bonus" or self.in_gate not in ("none", "sigmoid"):
-            return (
-                f"rule={rule} writes 1 - decay and reads by a softmax: it needs norm=none or length, in_gate=none or "
-                f"sigmoid, and another skip than bonus"
-            )
-        return f"rule={rule} does not turn its slots: say pos=none, rope or xpos" if self.turns else None
-
-    def _why_ungated(self) -> str | None:
-        """A gate that the decay does not have."""
-        form = self.forget_form
-        if self.in_gate == "dt" and (self.decay != "scalar" or form != "softplus"):
-            return "in_gate=dt needs the dt of decay=scalar, forget=softplus"
-        if self.in_gate == "exp" and not self.normalised:
-            return "in_gate=exp has no bound, so it needs norm=max1 or norm=denominator"
-        if self.in_gate == "exp" and self.by_channel:
-            return (
-                "in_gate=exp keeps one scale for each head, so it needs decay=none, head, layer or scalar, "
-                f"not {self.decay}"
-            )
-        if self.in_gate == "tied" and not self.gated_decay:
-            return "in_gate=tied is 1 - decay: it needs decay=scalar, channel or both"
-        if self.in_gate in ("tied", "tempered") and self.by_channel and self.rule == "delta":
-            return f"in_gate={self.in_gate} scales keys, and rule=delta needs keys of length 1: say rule=add"
-        if self.in_gate == "tempered" and (form != "tempered" or not self.gated_decay):
-            return "in_gate=tempered belongs to decay=channel, forget=tempered: say them too"
-        if self.gated_decay and form == "tempered" and self.decay != "channel":
-            return f"forget=tempered needs decay=channel, not {self.decay}"
-        if self.decay == "both" and form == "key":
-            return "forget=key has no decay of the values: say decay=channel"
-        return None
-
-    def _why_no_keys(self, size: Sizes) -> str | None:
-        """Keys that cannot be made so."""
-        form = self.forget_form
-        if self.by_channel and form == "key" and size.channels != size.key_dim:
-            return (
-                f"forget=key has a decay for each of {size.key_dim} key channels, and phi={self.phi} makes "
-                f"{size.channels}: say decay=scalar or a map that keeps the channels"
-            )
-        if self.key == "forget":
-            if not self.by_channel:
-                return "key=forget takes its keys from decay=channel or both: say one of them"
-            if form == "key":
-                return "key=forget and forget=key would each follow from the other: give one of them up"
-            if self.in_gate in ("tied", "tempered"):
-                return f"key=forget has a gate in its keys already: leave in_gate={self.in_gate} out"
-            if size.key_heads != size.heads:
-                return f"key=forget has a key for each of {size.heads} heads: leave key_heads out"
-            if self.pos in ("rope", "xpos"):
-                return f"key=forget has gates for keys, which pos={self.pos} does not rotate: say pos=lrpe or none"
-        if self.key == "latent":
-            if self.decay != "none" or self.rule != "add" or self.pos != "none" or self.phi != "none":
-                return "key=latent makes keys and decay: it needs rule=add, decay=none, phi=none and pos=none"
-            if self.unit_keys or self.normalised or self.in_gate != "none":
-                return "key=latent has weights that sum to 1: it needs norm=none or length, qk_norm=none and in_gate=none"
-        return None
 
     def canonical(self, width: int) -> Self:
         size = self.sizes(width)
