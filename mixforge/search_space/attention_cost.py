@@ -94,7 +94,11 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     rows, pairs = block_pairs(length, size, beside)
     if gene.scores == "fused":
         pairs = fused_pairs(length, window, gene.dilation, gene.first)
-    both = heads * (gene.key_dim(width) + gene.value_dim(width))
+    keys, values = gene.key_dim(width), gene.value_dim(width)
+    if gene.scores == "fused" and window is None:
+        # The narrower ones are widened (`causal_attention_torch`).
+        keys = values = max(keys, values)
+    both = heads * (keys + values)
     flops = 2 * pairs * both
     if gene.clip is not None:
         flops += 2 * rows * (gene.clip + 1) * both

@@ -225,3 +225,10 @@ def test_a_gpu_is_as_exact_as_the_torch_form(
     ]
     assert_as_good(*windows, inputs)
     assert_as_good(*(partial(form(name), start=past) for name in ("triton", "torch", "reference")), inputs)
+
+
+@pytest.mark.parametrize("width", [5, 17])
+def test_values_wider_or_narrower_than_keys(width: int) -> None:
+    q, k, v = draw(23)
+    wide = torch.cat([v, v + 1, -v], 3)[..., :width]
+    assert_equal(partial(FORMS["torch"], start=0), partial(FORMS["reference"], start=0), [q, k, wide])
