@@ -251,7 +251,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="also write the figures, with every repeat, to this file")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes alone")
-    for name, default in (("repeats", 9), ("batch", 4), ("length", 256), ("width", 64)):
+    for name, default in (("repeats", 7), ("batch", 4), ("length", 256), ("width", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     torch.set_num_threads(1)
