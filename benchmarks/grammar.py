@@ -58,6 +58,7 @@ KEPT = {
     "legal_names",
     "default_heads",
     "_reader",
+    "_defaults",
 }
 
 Input = TypeVar("Input")

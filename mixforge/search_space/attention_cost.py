@@ -63,7 +63,8 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     turning = 1 if gene.latent is not None else kv_heads
     matrices += [(width, heads * (gene.forget == "head")), (width, turning * (gene.pos == "carope"))]
     vectors += heads * ((gene.forget == "head") + (gene.sink == "learned"))
-    vectors += turning * int(gene.turning(width)) // 2 * (gene.pos == "lrpe")
+    if gene.pos == "lrpe":
+        vectors += turning * int(gene.turning(width)) // 2
     if gene.clip is not None:
         vectors += (gene.clip + 1) * (head_dim + gene.value_dim(width))
     if isinstance(gene.headmix, Form):

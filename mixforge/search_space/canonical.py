@@ -63,8 +63,9 @@ def canonical_unit(unit: Unit, width: int) -> tuple[Unit, ...]:
             return _canonical_reuse(unit, width)
         case Segment():
             body = tuple(each for inner in unit.body for each in canonical_unit(inner, width))
-            # Layers that mix no tokens do the same in a segment as outside.
-            return (replace(unit, body=body),) if any(map(mixes_tokens, body)) else body
+            # Layers that mix no tokens do the same in a segment as outside, unless it is a matrix that carries.
+            carries = unit.carry != "tokens" or any(map(mixes_tokens, body))
+            return (replace(unit, body=body),) if carries else body
 
 
 def _canonical_beside(unit: Beside, width: int) -> Beside:

@@ -14,11 +14,12 @@ def hidden_width(expand: int | float, width: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def shortest_expand(expand: int | float, width: int) -> int | float:
-    """The number with the fewest digits that means the same hidden width: one for each model."""
+def shortest_expand(expand: int | float, width: int, narrowest: int | float = NARROWEST) -> int | float:
+    """The number with the fewest digits, from `narrowest` up, that means the same hidden width: one for each model."""
     hidden = hidden_width(expand, width)
     for digits in range(8):
         short = round(hidden / width, digits)
-        if NARROWEST <= short <= WIDEST and hidden_width(short, width) == hidden:
+        if narrowest <= short <= WIDEST and hidden_width(short, width) == hidden:
             return int(short) if short.is_integer() else short
-    return expand
+    # Where the hidden width over the model's is below the range, its end is what means that width.
+    return narrowest if hidden_width(narrowest, width) == hidden else expand

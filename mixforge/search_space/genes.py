@@ -11,10 +11,10 @@ A value is an int, a float, a name (`str`), a `Form` such as `gqa(4)`, or None f
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from operator import attrgetter
+from itertools import compress
+from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, TypeVar, cast, get_type_hints
 
 if TYPE_CHECKING:
@@ -148,9 +148,24 @@ def _reader(mixer: type[DataclassInstance]) -> attrgetter[tuple[GeneValue, ...]]
     return attrgetter(*names, "__class__", "__class__")
 
 
+@lru_cache(maxsize=1_024)
+def _defaults(mixer: type[DataclassInstance]) -> tuple[tuple[Gene, ...], tuple[GeneValue, ...]]:
+    genes = tuple(genes_of(mixer).values())
+    return genes, tuple(gene.default for gene in genes)
+
+
 def gene_values(mixer: DataclassInstance) -> zip[tuple[Gene, GeneValue]]:
     """Each gene of a mixer with its value, in the order of its file."""
     return zip(genes_of(type(mixer)).values(), _reader(type(mixer))(mixer), strict=False)
+
+
+def changed_genes(mixer: DataclassInstance) -> list[tuple[Gene, GeneValue]]:
+    """Those of `gene_values` that are not at their default."""
+    genes, defaults = _defaults(type(mixer))
+    values = _reader(type(mixer))(mixer)
+    # Most genes hold their default itself. Finding that out without a Python loop is four times as fast.
+    moved = compress(zip(genes, values, strict=False), map(is_not, values, defaults))
+    return [(gene, value) for gene, value in moved if value != gene.default]
 
 
 Genes = TypeVar("Genes", bound="DataclassInstance")
@@ -161,5 +176,7 @@ def replace(mixer: Genes, **genes: GeneValue) -> Genes:
     making a mixer of twenty genes anew takes longer than everything else that is done with one."""
     for name, value in genes.items():
         if getattr(mixer, name) != value:
-            return dataclasses.replace(mixer, **genes)
+            # What dataclasses.replace does, which looks at every field by name.
+            kind = type(mixer)
+            return kind(**{**dict(zip(genes_of(kind), _reader(kind)(mixer), strict=False)), **genes})
     return mixer

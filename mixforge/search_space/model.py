@@ -354,11 +354,14 @@ def build(
     The weights that end a residual branch are divided by the square root of the number of branches, so that
     the residual stream of a deep stack starts as small as that of a shallow one (Radford et al. 2019, GPT-2,
     section 2.3). The model is in evaluation mode; call `train()` before training
-    it. Raises ValueError where the architecture is illegal or the backend cannot run it.
+    it. On the device `meta` it has shapes alone: nothing is drawn, and no memory is taken. Raises ValueError where the
+    architecture is illegal or the backend cannot run it.
     """
     part = language_model(architecture, backend)
     factors = _rate_factors(architecture) if architecture.scale == "mup" else {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    # Weights are drawn where every device draws the same.
+    drawn_on = "meta" if torch.device(device).type == "meta" else "cpu"
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device(drawn_on):
         torch.manual_seed(seed)
         model: LanguageModel = part.build()
         shrink = 1 / math.sqrt(architecture.depth)

@@ -121,6 +121,9 @@ def _layer(tree: Expression) -> Layer:
 
 
 def _units(tree: Expression) -> list[Unit]:
+    # Most trees are a mixer's.
+    if isinstance(tree, Name) or (isinstance(tree, Apply) and tree.function not in FORMS):
+        return [_layer(tree)]
     match tree:
         case Operation(symbol="+"):
             units = [unit for operand in operands(tree, "+") for unit in _units(operand)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, gene_values, genes_of
+from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, changed_genes, genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.syntax import spell_number
 
@@ -235,12 +235,7 @@ def mixers(units: tuple[Unit, ...]) -> Iterator[Mixer]:
 
 def genes(mixer: Mixer) -> tuple[tuple[str, GeneValue], ...]:
     """The genes that differ from their defaults, in the order of their names."""
-    found = [
-        (gene.name, value)
-        for gene, value in gene_values(mixer)
-        if value is not gene.default and value != gene.default
-    ]
-    return tuple(sorted(found))
+    return tuple(sorted([(gene.name, value) for gene, value in changed_genes(mixer)]))
 
 
 @lru_cache(maxsize=1_024)
@@ -262,11 +257,13 @@ def _write_mixer(mixer: Mixer) -> str:
 
 def gene_json(value: GeneValue) -> str:
     """A gene's value as canonical JSON."""
-    match value:
-        case Form():
-            return json.dumps(str(value))
-        case int() | float():
-            return spell_number(value)
+    if isinstance(value, int | float):
+        return spell_number(value)
+    return _quoted(value if value is None else str(value))
+
+
+@lru_cache(maxsize=4_096)
+def _quoted(value: str | None) -> str:
     return json.dumps(value)
 
 

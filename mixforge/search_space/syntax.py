@@ -1,33 +1,41 @@
-"""The tree that text, Python and grammars share, and the reader that makes it from text.
+"""The reader that makes of a text the tree that text, Python and grammars share.
 
     lm(6 * (3 * (gdn + swiglu) + attn(window=1024) + swiglu), width=512)
 
 is Python's own expression syntax with Python's precedence, so the same characters typed into Python (with the
 names of `mixforge.words`) give the same tree. Text is read with `ast` and rebuilt from a closed list of node
-types; nothing is evaluated. This module knows no mixer and loads no torch: what names mean is said in
-`notation`.
+types, but for plain texts, which have a faster reader for the same trees (`plain_reader`); nothing is evaluated.
+This module knows no mixer and loads no torch: what names mean is said in `notation`.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
-import difflib
-import keyword
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeGuard, Union
 
-Symbol = Literal["+", "*", "|", "@", "**"]
-Operand = Union["Expression", int, float, str, None, Mapping["Expression", "Operand"], Callable[..., object]]
+from mixforge.search_space.expression import Apply as Apply
+from mixforge.search_space.expression import Expression as Expression
+from mixforge.search_space.expression import Name as Name
+from mixforge.search_space.expression import NotationError as NotationError
+from mixforge.search_space.expression import Number as Number
+from mixforge.search_space.expression import Operand as Operand
+from mixforge.search_space.expression import Operation as Operation
+from mixforge.search_space.expression import Symbol as Symbol
+from mixforge.search_space.expression import Table as Table
+from mixforge.search_space.expression import expression as expression
+from mixforge.search_space.expression import is_name as is_name
+from mixforge.search_space.expression import nearest as nearest
+from mixforge.search_space.expression import operands as operands
+from mixforge.search_space.expression import spell as spell
+from mixforge.search_space.expression import spell_number as spell_number
+from mixforge.search_space.expression import walk as walk
+from mixforge.search_space.plain_reader import plain
 
 LONGEST_TEXT = 16_384
 DEEPEST_NESTING = 64
 MOST_OPERATORS = 2_048
 
-_BINDING: dict[Symbol, int] = {"|": 1, "+": 2, "*": 3, "@": 3, "**": 5}
 _SYMBOLS: dict[type[ast.operator], Symbol] = {
     ast.Add: "+",
     ast.Mult: "*",
@@ -42,290 +50,6 @@ _TOKENS = re.compile(
     r"|\*\*|[-+*|@(),=:{}])*"
 )
 _BRACKETS = re.compile(r"[(){}]")
-
-
-class NotationError(ValueError):
-    """What is wrong with an expression: a sentence and, where the text is known, the line with a caret below
-    it.
-    """
-
-    def __init__(self, message: str, column: int | None = None, text: str | None = None) -> None:
-        super().__init__(message, column, text)
-        self.message = message
-        self.column = column
-        """Characters before the place in question, from the beginning of the text; None where it has no text.
-        """
-        self.text = text
-
-    def within(self, text: str) -> NotationError:
-        """The same error, showing `text`, where it does not show one yet."""
-        return self if self.text is not None else NotationError(self.message, self.column, text)
-
-    def __str__(self) -> str:
-        if self.text is None or self.column is None:
-            return self.message
-        column = min(self.column, len(self.text))
-        start = self.text.rfind("\n", 0, column) + 1
-        end = self.text.find("\n", column)
-        line = self.text[start : len(self.text) if end < 0 else end]
-        place = column - start
-        first = max(0, place - 60)
-        shown = "".join(sign if sign.isprintable() else "?" for sign in line[first : first + 100])
-        number = self.text.count("\n", 0, column) + 1
-        where = f"column {place + 1}" if number == 1 else f"line {number}, column {place + 1}"
-        return f"{self.message} ({where})\n    {shown}\n    {' ' * (place - first)}^"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'gdn'?` where a known name is near, else an empty text."""
-    matches = difflib.get_close_matches(name[:64].lower(), sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
-
-
-class Expression:
-    """A node. Frozen; equal by value, wherever in a text it stood. `a + b`, `3 * a`, `2 @ a`, `a | b` make
-    nodes.
-    """
-
-    __slots__ = ()
-    column: int | None
-    _hash: int
-
-    def __add__(self, other: Operand) -> Expression:
-        return Operation("+", self, expression(other))
-
-    def __radd__(self, other: Operand) -> Expression:
-        return Operation("+", expression(other), self)
-
-    def __mul__(self, other: Operand) -> Expression:
-        return Operation("*", self, expression(other))
-
-    def __rmul__(self, other: Operand) -> Expression:
-        return Operation("*", expression(other), self)
-
-    def __matmul__(self, other: Operand) -> Expression:
-        return Operation("@", self, expression(other))
-
-    def __rmatmul__(self, other: Operand) -> Expression:
-        return Operation("@", expression(other), self)
-
-    def __or__(self, other: Operand) -> Expression:
-        return Operation("|", self, expression(other))
-
-    def __ror__(self, other: Operand) -> Expression:
-        return Operation("|", expression(other), self)
-
-    def __pow__(self, other: Operand) -> Expression:
-        return Operation("**", self, expression(other))
-
-    def __rpow__(self, other: Operand) -> Expression:
-        return Operation("**", expression(other), self)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Expression):
-            return NotImplemented
-        return _same(self, other)
-
-    def __str__(self) -> str:
-        return spell(self)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Name(Expression):
-    """A word: a mixer, an alias, a gene's value, a rule. Calling it in Python makes an `Apply`."""
-
-    id: str
-    column: int | None = field(default=None, repr=False)
-    _hash: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((Name, self.id)))
-
-    def __call__(self, *arguments: Operand, **keywords: Operand) -> Expression:
-        return Apply(
-            self.id,
-            tuple(expression(argument) for argument in arguments),
-            tuple((name, expression(value)) for name, value in keywords.items()),
-        )
-
-    def __reduce__(self) -> tuple[type[Name], tuple[str, int | None]]:
-        return Name, (self.id, self.column)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Number(Expression):
-    """A whole or decimal number. `2` and `2.0` are equal."""
-
-    value: int | float
-    column: int | None = field(default=None, repr=False)
-    _hash: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((Number, self.value)))
-
-    def __reduce__(self) -> tuple[type[Number], tuple[int | float, int | None]]:
-        return Number, (self.value, self.column)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Apply(Expression):
-    """A name with arguments: `attn(window=64)`, `gqa(4)`, `any(a, b)`, `lm(stack, width=64)`."""
-
-    function: str
-    arguments: tuple[Expression, ...]
-    keywords: tuple[tuple[str, Expression], ...]
-    column: int | None = field(default=None, repr=False)
-    keyword_columns: tuple[int, ...] = field(default=(), repr=False)
-    _hash: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((Apply, self.function, self.arguments, self.keywords)))
-
-    def __reduce__(self) -> tuple[type[Apply], tuple[object, ...]]:
-        return Apply, (self.function, self.arguments, self.keywords, self.column, self.keyword_columns)
-
-    def keyword_column(self, word: str) -> int | None:
-        """Where a keyword stood in the text; the call's own place where that is not known."""
-        words = [each for each, _ in self.keywords]
-        # The last of a word that is given twice.
-        place = len(words) - 1 - words[::-1].index(word)
-        return self.keyword_columns[place] if self.keyword_columns else self.column
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Operation(Expression):
-    """Two operands and the operator between them."""
-
-    symbol: Symbol
-    left: Expression
-    right: Expression
-    column: int | None = field(default=None, repr=False)
-    _hash: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.symbol, self.left, self.right)))
-
-    def __reduce__(self) -> tuple[type[Operation], tuple[object, ...]]:
-        return Operation, (self.symbol, self.left, self.right, self.column)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Table(Expression):
-    """Weighted options, `{a: 3, b: 1}`."""
-
-    pairs: tuple[tuple[Expression, Expression], ...]
-    column: int | None = field(default=None, repr=False)
-    _hash: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((Table, self.pairs)))
-
-    def __reduce__(self) -> tuple[type[Table], tuple[object, ...]]:
-        return Table, (self.pairs, self.column)
-
-
-def _same(left: Expression, right: Expression) -> bool:
-    # The left spine of a long sum is walked in a loop: it may be deeper than Python's stack.
-    while left is not right:
-        if type(left) is not type(right) or left._hash != right._hash:
-            return False
-        if isinstance(left, Operation) and isinstance(right, Operation):
-            if left.symbol != right.symbol or left.right != right.right:
-                return False
-            left, right = left.left, right.left
-            continue
-        return _content(left) == _content(right)
-    return True
-
-
-def _content(node: Expression) -> tuple[object, ...]:
-    match node:
-        case Name():
-            return (node.id,)
-        case Number():
-            return (node.value,)
-        case Apply():
-            return (node.function, node.arguments, node.keywords)
-        case Table():
-            return node.pairs
-    raise AssertionError(f"{type(node).__name__} is not an expression node")
-
-
-def expression(value: Operand) -> Expression:
-    """A Python value as a node: numbers, strings that are names, None (`none`), a dict (a table), `sum` and
-    `any`.
-
-    Raises NotationError for anything else.
-    """
-    if isinstance(value, Expression):
-        return value
-    if value is None:
-        return Name("none")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Number(value)
-    if isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value):
-        return Name(value)
-    if isinstance(value, Mapping):
-        return Table(tuple((expression(option), expression(weight)) for option, weight in value.items()))
-    # `fuse=sum` reads the same in Python, where `sum` is a builtin.
-    for builtin in (builtins.sum, builtins.any):
-        if value is builtin:
-            return Name(builtin.__name__)
-    raise NotationError(f"{value!r} is neither a name, a number nor an expression")
-
-
-def operands(node: Expression, symbol: Symbol) -> list[Expression]:
-    """The operands of a chain of one operator, in order: `a + b + c` gives [a, b, c]."""
-    found: list[Expression] = []
-    while isinstance(node, Operation) and node.symbol == symbol:
-        found.append(node.right)
-        node = node.left
-    found.append(node)
-    return found[::-1]
-
-
-def spell(node: Expression) -> str:
-    """The text that `read` turns into this tree."""
-    return _spell(node, 0)
-
-
-def _spell(node: Expression, binding: int) -> str:
-    match node:
-        case Name():
-            return node.id
-        case Number():
-            return spell_number(node.value)
-        case Apply():
-            parts = [_spell(argument, 0) for argument in node.arguments]
-            parts += [f"{name}={_spell(value, 0)}" for name, value in node.keywords]
-            return f"{node.function}({', '.join(parts)})"
-        case Table():
-            return "{" + ", ".join(f"{_spell(key, 0)}: {_spell(value, 0)}" for key, value in node.pairs) + "}"
-        case Operation():
-            return _spell_operation(node, binding)
-    raise AssertionError(f"{type(node).__name__} is not an expression node")
-
-
-def _spell_operation(node: Operation, binding: int) -> str:
-    own = _BINDING[node.symbol]
-    first, *others = operands(node, node.symbol) if node.symbol != "**" else [node.left, node.right]
-    # `**` groups to the right, the others to the left; the side that would regroup takes brackets.
-    left, right = (own + 1, own) if node.symbol == "**" else (own, own + 1)
-    parts = [_spell(first, left), *(_spell(other, right) for other in others)]
-    text = f" {node.symbol} ".join(parts)
-    return f"({text})" if own < binding else text
-
-
-def spell_number(value: int | float) -> str:
-    """The shortest text of a number: a float that is whole has no decimal point."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e9:
-        return str(int(value))
-    return repr(value)
 
 
 def read(text: str) -> Expression:
@@ -350,6 +74,11 @@ class _Reader:
     def read(self) -> Expression:
         self._check_characters()
         self._check_nesting()
+        tree = plain(self.text)
+        return self._read_any() if tree is None else tree
+
+    def _read_any(self) -> Expression:
+        """With Python's own reader."""
         line = re.sub(r"[\t\r\n]", " ", self.text).strip()
         if not line:
             raise NotationError(
@@ -477,24 +206,3 @@ def _bounded(value: int | float, column: int | None) -> int | float:
     if abs(value) > 1e9 or not math.isfinite(value):
         raise NotationError("numbers go up to 1000000000", column)
     return value
-
-
-def is_name(node: Expression, *names: str) -> TypeGuard[Name]:
-    """Whether a node is one of these bare names."""
-    return isinstance(node, Name) and node.id in names
-
-
-def walk(node: Expression) -> Iterator[Expression]:
-    """Every node of a tree, in the order of its text."""
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        yield node
-        match node:
-            case Operation():
-                pending += [node.right, node.left]
-            case Apply():
-                pending += [value for _, value in reversed(node.keywords)]
-                pending += reversed(node.arguments)
-            case Table():
-                pending += [each for pair in reversed(node.pairs) for each in reversed(pair)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -12,6 +13,7 @@ from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.model import LanguageModel, language_model
 from mixforge.search_space.notation import parse
 from mixforge.search_space.part import Part
+from mixforge.search_space.presets import preset
 
 TEXTS = [
     "lm(2 * (attn + swiglu), width=16)",
@@ -209,3 +211,19 @@ def test_a_step_asks_the_device_for_no_value(text: str) -> None:
         state = model.initial_state(2, 9)
         logits, _ = model.advance(torch.zeros(2, dtype=torch.int64), state.position, state.layers)
     assert logits.shape == (2, architecture.vocab)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer_gqa", "gdn", "kda", "parallel_hybrid", "rodimus_plus", "deepseek_v2"]
+)
+def test_a_published_size_on_meta_takes_no_memory(name: str) -> None:
+    architecture = preset(name, "published")
+    before = torch.random.get_rng_state()
+    model = architecture.build(device="meta", dtype=torch.bfloat16)
+    weights = list(model.parameters())
+    assert sum(weight.numel() for weight in weights) == architecture.cost(1).params > 1e9
+    assert all(each.is_meta for each in [*weights, *model.buffers()])
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    plain = [value for module in model.modules() for value in vars(module).values()]
+    assert not any(isinstance(value, Tensor) for value in plain)
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -314,6 +314,36 @@ def test_words_that_say_what_holds_without_them_are_dropped(said: str, canonical
     assert parse(said).digest == parse(canonical).digest
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "width"),
+    [
+        ("mlp(expand=0.125)", "mlp(expand=0.13)", 65),
+        ("swiglu(expand=0.125)", "swiglu(expand=0.127)", 65),
+        ("moe(expand=0.1)", "moe(expand=0.094)", 64),
+        ("ttm(expand=0.15, heads=1)", "ttm(expand=0.14, heads=1)", 9),
+        ("avey(context=0.51)", "avey", 24),
+        ("avey(context=0.13, expand=1)", "avey(context=0.14, expand=1)", 24),
+        ("moe(top_k=4, experts=4, balance=bias)", "moe(top_k=4, experts=4)", 64),
+        ("attn(heads=1, qk_norm=rms_all)", "attn(heads=1, qk_norm=rms)", 24),
+        ("linear(heads=1, out_norm=gated, out_gate=none)", "linear(heads=1, out_gate=none)", 24),
+    ],
+)
+def test_genes_that_mean_one_model_have_one_digest(first: str, second: str, width: int) -> None:
+    both = [parse(f"lm({text} + conv, width={width})") for text in (first, second)]
+    assert both[0] == both[1]
+    assert both[0].digest == parse(str(both[0])).digest
+    assert both[0].why_illegal() is None
+
+
+def test_a_segment_of_channel_mixers_is_one_where_a_matrix_carries() -> None:
+    plain = parse("lm(segment(swiglu, length=8) + attn, width=16)")
+    assert plain == parse("lm(swiglu + attn, width=16)")
+    carried = parse("lm(segment(swiglu, length=8, carry=associative(4)) + attn, width=16)")
+    assert carried != plain
+    model = carried.build()
+    assert sum(weight.numel() for weight in model.parameters()) == carried.cost(20).params
+
+
 def test_digests_of_old_texts_stay() -> None:
     """Of architectures in people's databases: new words and forms leave them as they are."""
     assert {text: parse(text).digest[:12] for text in OLD_DIGESTS} == OLD_DIGESTS

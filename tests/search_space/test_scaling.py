@@ -103,5 +103,22 @@ def test_sigma_takes_every_matrix_of_the_stack() -> None:
     for module in model.modules():
         if isinstance(module, SigmaLinear):
             torch.testing.assert_close(
-                module.sigma, torch.linalg.matrix_norm(module.weight, 2), rtol=0.1, atol=0
+                module.sigma, torch.linalg.matrix_norm(module.matrix, 2), rtol=0.1, atol=0
             )
+
+
+@pytest.mark.parametrize(
+    "mixer", ["rnn(cell=gru)", "rnn(cell=lstm)", "rwkv6", "moe", "hyena", "attn(kv=mla(4, 2))"]
+)
+def test_sigma_takes_matrices_that_a_mixer_multiplies_itself(mixer: str) -> None:
+    """A sequence and steps see the same matrices, and every gamma is learned."""
+    model = parse(f"lm({mixer} + attn, width=16, vocab=11, weights=sigma)").build(dtype=torch.float64)
+    tokens_BT = torch.randint(11, (2, 20), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens_BT)
+    whole.square().sum().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+    state = model.initial_state(2, 20)
+    for t in range(20):
+        logits, state = model.step(tokens_BT[:, t], state)
+        torch.testing.assert_close(logits, whole[:, t].detach())

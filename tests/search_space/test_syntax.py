@@ -7,11 +7,13 @@ import copy
 import random
 import string
 import time
+from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mixforge.search_space.plain_reader import plain
 from mixforge.search_space.syntax import (
     LONGEST_TEXT,
     Apply,
@@ -234,3 +236,46 @@ def test_any_text_of_our_signs_is_read_or_refused(text: str) -> None:
     except NotationError:
         return
     assert read(str(tree)) == tree
+
+
+PLAIN = st.recursive(
+    st.sampled_from(["attn", "gdn", "7", "0", "2.5", "10000.0", "_x1", "f()", "f(a, 2, k=g(3), l=none,)"]),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(["+", " * ", "|", "\n@ "]), inner).map("".join),
+        inner.map(lambda text: f"( {text})"),
+        inner.map(lambda text: f"lm({text}, width = 64, k={text})"),
+    ),
+    max_leaves=8,
+)
+
+
+@given(PLAIN)
+@example("None * a")
+@example("a b")
+@example("f(a=1, a=2)")
+@example("f(a=1, 2)")
+@example("(a, b)")
+@example("3 * (attn + 007)")
+@example("f(x for x in y)")
+@example("{a: 1}")
+@example("1e3 * -2 ** a")
+@example("a +")
+@example("(a")
+@example("a = b")
+def test_plain_texts_give_what_python_reads(text: str) -> None:
+    """The same tree with the same places, or none."""
+    found = plain(text)
+    if found is not None:
+        with mock.patch("mixforge.search_space.syntax.plain", return_value=None):
+            expected = read(text)
+        assert repr(found) == repr(expected)
+        assert [(type(each), each.column) for each in walk(found)] == [
+            (type(each), each.column) for each in walk(expected)
+        ]
+        assert [each.keyword_columns for each in walk(found) if isinstance(each, Apply)] == [
+            each.keyword_columns for each in walk(expected) if isinstance(each, Apply)
+        ]
+
+
+def test_the_text_of_an_architecture_is_plain() -> None:
+    assert plain("lm(2 * (gdn + swiglu(expand=2.5)) + attn(kv=gqa(2)) | 2*mlp, width=64)") is not None

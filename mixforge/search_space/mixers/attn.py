@@ -46,6 +46,8 @@ from mixforge.search_space.parts.attention import Attention
 from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import ForgetGate
 
+# Of the angles of a turn.
+_BASE = 10000.0
 # What genes must be where one learned query scans keys and values.
 _SCAN_NEEDS: Mapping[str, GeneValue] = {
     "sparse": "none",
@@ -141,7 +143,7 @@ class Attn(Mixer):
         Choice("rope", "none", "xpos", "lrpe", "carope", "alibi", "alibi_rope"),
         Call("relative", Whole(1, 4096)),
     ] = "rope"
-    theta: Annotated[float, Real(1, 1e9)] = 10000.0
+    theta: Annotated[float, Real(1, 1e9)] = _BASE
     rotary: Annotated[float, Real(0.01, 1)] = 1.0
     qk_norm: Annotated[str, Choice("none", "rms", "rms_all", "l2")] = "none"
     bias: Annotated[str, Choice("none", "qkv", "all")] = "none"
@@ -404,24 +406,22 @@ class Attn(Mixer):
             kv = "mha"
         if isinstance(window, Form) and window.arguments[0] == window.arguments[1]:
             window = int(window.arguments[0])
+        qk_norm = "rms" if self.qk_norm == "rms_all" and heads == 1 else self.qk_norm
         default_dim = max(1, width // heads)
-        without = {
-            "sink": self.first > 0 and window == "none",
-            "theta": self.pos not in ("rope", "xpos", "lrpe", "alibi_rope"),
-            "rotary": not self.turns or self.latent is not None,
-            "kv_shift": kv == "shared",
-            "lambda_init": self.diff == "none",
-            # A differential layer has its norm.
-            "out_norm": self.diff != "none",
-        }
-        plain = Attn()
         return replace(
             self,
             heads=None if heads == default_heads(width) else heads,
             head_dim=None if head_dim == default_dim and width % heads == 0 else head_dim,
             kv=kv,
             window=window,
-            **{name: getattr(plain, name) for name, idle in without.items() if idle},
+            sink="none" if self.first > 0 and window == "none" else self.sink,
+            theta=self.theta if self.pos in ("rope", "xpos", "lrpe", "alibi_rope") else _BASE,
+            rotary=self.rotary if self.turns and self.latent is None else 1.0,
+            kv_shift="none" if kv == "shared" else self.kv_shift,
+            lambda_init=None if self.diff == "none" else self.lambda_init,
+            # A differential layer has its norm.
+            out_norm=self.out_norm if self.diff == "none" else "none",
+            qk_norm=qk_norm,
         )
 
     def narrow(self, width: int, share: Fraction) -> Self:

@@ -25,12 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.search_space.expansion import hidden_width, shortest_expand
+from mixforge.search_space.expansion import WIDEST, hidden_width, shortest_expand
 from mixforge.search_space.genes import Real, Whole
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
 from mixforge.search_space.parts.layer import Pass, TokenMixer
+
+LEAST_EXPAND = 0.5
+LEAST_CONTEXT = 0.125
+# Of a token's likeness: worth is told apart by no less.
+LEVELS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +48,13 @@ class Avey(Mixer):
 
     split: Annotated[int, Whole(1, 1024)] = 64
     splits: Annotated[int, Whole(1, 64)] = 7
-    expand: Annotated[int | float, Real(0.5, 32)] = 4
-    context: Annotated[int | float, Real(0.125, 1)] = 0.5
+    expand: Annotated[int | float, Real(LEAST_EXPAND, WIDEST)] = 4
+    context: Annotated[int | float, Real(LEAST_CONTEXT, 1)] = 0.5
 
     def sizes(self, width: int) -> tuple[int, int]:
         """Channels that mix (and as many that gate them), and channels that pass by."""
         hidden = hidden_width(self.expand, width)
-        mixing = max(1, int(hidden * self.context / 2))
+        mixing = channels_that_mix(hidden, self.context)
         return mixing, hidden - 2 * mixing
 
     def why_illegal(self, width: int) -> str | None:
@@ -58,8 +63,20 @@ class Avey(Mixer):
         return None
 
     def canonical(self, width: int) -> Self:
-        share = int(self.context) if float(self.context).is_integer() else self.context
-        return replace(self, expand=shortest_expand(self.expand, width), context=share)
+        expand = shortest_expand(self.expand, width, LEAST_EXPAND)
+        return replace(self, expand=expand, context=self._shortest_context(width))
+
+    def _shortest_context(self, width: int) -> int | float:
+        """The default or the share with the fewest digits that mixes as many channels."""
+        mixing, passing = self.sizes(width)
+        hidden = 2 * mixing + passing
+        if channels_that_mix(hidden, 0.5) == mixing:
+            return 0.5
+        for digits in range(8):
+            for short in (round(2 * mixing / hidden, digits), round((2 * mixing + 1) / hidden, digits)):
+                if LEAST_CONTEXT <= short <= 1 and channels_that_mix(hidden, short) == mixing:
+                    return int(short) if short.is_integer() else short
+        return LEAST_CONTEXT if channels_that_mix(hidden, LEAST_CONTEXT) == mixing else self.context
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         mixing, passing = self.sizes(width)
@@ -98,6 +115,11 @@ class Avey(Mixer):
             split=self.split,
             splits=self.splits,
         )
+
+
+def channels_that_mix(hidden: int, context: int | float) -> int:
+    """Of so many enriched channels."""
+    return max(1, int(hidden * context / 2))
 
 
 class NeuralProcessor(TokenMixer):
@@ -252,10 +274,15 @@ class NeuralProcessor(TokenMixer):
 
 def best(worth: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The places of the `count` largest in their order, and their shares of the largest; absent ones first, share 0."""
-    value, index = worth.topk(count, -1)
+    # Tokens that come again make splits of one worth but for rounding, which is another in a step than in a sequence:
+    # of those that differ by less, the later ones are taken.
+    blocks = worth.shape[-1]
+    level = (worth.double() * LEVELS).round() * blocks + torch.arange(blocks, device=worth.device)
+    index = level.topk(count, -1).indices
+    value = worth.gather(-1, index)
     is_there = value > -torch.inf
     value = torch.where(is_there, value, 0)
-    share = (value / value[..., :1].clamp(min=1e-8)).clamp(min=0)
+    share = (value / worth.amax(-1, keepdim=True).clamp(min=1e-8)).clamp(min=0)
     index, order = torch.where(is_there, index, -1).sort(dim=-1)
     return index.clamp(min=0), share.gather(-1, order)
 

@@ -23,6 +23,11 @@ from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import ClampedSwiglu, bilinear, geglu, sigmoid_glu, swiglu
 
 
+def usual_hidden(width: int) -> int:
+    """Hidden width where `expand` says nothing."""
+    return 8 * math.ceil(width / 3)
+
+
 @dataclass(frozen=True, slots=True)
 class Glu(Mixer):
     """Gated feed-forward layer. Genes: the gate's activation, the hidden width over the model's, and biases."""
@@ -42,16 +47,17 @@ class Glu(Mixer):
     def hidden(self, width: int) -> int:
         """Hidden width."""
         if self.expand is None:
-            return 8 * math.ceil(width / 3)
+            return usual_hidden(width)
         return hidden_width(self.expand, width)
 
     def why_illegal(self, width: int) -> str | None:
         return None
 
     def canonical(self, width: int) -> Self:
-        if self.expand is not None and self.hidden(width) == replace(self, expand=None).hidden(width):
-            return replace(self, expand=None)
-        return self if self.expand is None else replace(self, expand=shortest_expand(self.expand, width))
+        if self.expand is None:
+            return self
+        usual = self.hidden(width) == usual_hidden(width)
+        return replace(self, expand=None if usual else shortest_expand(self.expand, width))
 
     def narrow(self, width: int, share: Fraction) -> Self:
         hidden = self.hidden(width) * share

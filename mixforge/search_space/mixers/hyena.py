@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +111,8 @@ class ImplicitFilters(nn.Module):
         z_WF = torch.cat([t_W[:, None] / self.window, angle_WJ.cos(), -angle_WJ.sin()], 1)
         # Sines of this frequency lose a filter that is computed in half precision.
         for layer in self.hidden:
-            assert isinstance(layer, nn.Linear)
+            # Or what stands in the place of one.
+            layer = cast("nn.Linear", layer)
             z_WF = torch.sin(
                 self.frequency.to(exact) * F.linear(z_WF, layer.weight.to(exact), layer.bias.to(exact))
             )

@@ -48,8 +48,9 @@ Its famous points, with their papers and departures, are in `parts/linear_points
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -57,7 +58,7 @@ from torch import Tensor
 
 from mixforge.kernels import chunked_linear, dplr, second_order, slot_attention, twofold_linear
 from mixforge.kernels.backend import triton_form
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
@@ -145,7 +146,7 @@ class Linear(Mixer):
     place: tuple[int, int] = field(default=(0, 1), init=False, compare=False, repr=False)
 
     def placed(self, index: int, count: int) -> Self:
-        placed = replace(self)
+        placed = dataclasses.replace(self)
         object.__setattr__(placed, "place", (index, count))
         return placed
 
@@ -236,14 +237,18 @@ class Linear(Mixer):
     @property
     def activation(self) -> str:
         """Of queries, keys and values."""
-        if self.act is not None:
-            return self.act
+        return self.usual_activation if self.act is None else self.act
+
+    @property
+    def usual_activation(self) -> str:
+        """Where `act` says nothing."""
         return "none" if self.conv == "none" else "silu"
 
     def rank(self, width: int) -> int | None:
         """Rank of the projection that makes the decays of channels; None for a full one."""
-        usual = USUAL_RANKS.get(self.forget_form, self.sizes(width).value_dim)
-        given = usual if self.forget_rank is None else self.forget_rank
+        given = USUAL_RANKS.get(self.forget_form) if self.forget_rank is None else self.forget_rank
+        if given is None:
+            return self.sizes(width).value_dim
         return None if isinstance(given, str) else given
 
     def lends(self, width: int) -> Mapping[str, Loan]:
@@ -408,20 +413,22 @@ class Linear(Mixer):
             value_dim = None if value_dim == usual else "double" if value_dim == 2 * usual else value_dim
         forget = "sigmoid" if self.forget == Form("sigmoid", (USUAL_TEMPERATURE,)) else self.forget
         ranked = self.by_channel and self.forget_form != "key"
-        usual_rank = replace(self, forget_rank=None).rank(width)
+        forget_rank = self.forget_rank if ranked else None
+        if forget_rank is not None and self.rank(width) == replace(self, forget_rank=None).rank(width):
+            forget_rank = None
         out_norm = self.out_norm
-        if out_norm == "joint":
+        if out_norm == "joint" or (out_norm == "gated" and self.out_gate == "none"):
             out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
         if out_norm == "grouped" and size.key_heads == 1:
             out_norm = "gated"
         return replace(
             self,
             forget=forget if self.gated_decay else "softplus",
-            forget_rank=None if not ranked or self.rank(width) == usual_rank else self.forget_rank,
+            forget_rank=forget_rank,
             qk_norm=None if self.unit_keys == (self.rule == "delta") else self.qk_norm,
             beta=self.beta if self.rule in ("delta", "dplr") else 1,
             gate_cap=self._cap() if self.has_caps else "none",
-            act=None if self.activation == replace(self, act=None).activation else self.act,
+            act=None if self.activation == self.usual_activation else self.act,
             bias="none" if self.conv == "none" else self.bias,
             out_norm=out_norm,
             gate_rank="full" if self.out_gate in ("none", "self") else self.gate_rank,
@@ -598,6 +605,7 @@ class Linear(Mixer):
             "act": silu if self.conv == "none" and self.activation == "silu" else None,
             "key": self.key,
             "gated_keys": self.by_channel and self.in_gate in ("tied", "tempered"),
+            "tempered_keys": self.in_gate == "tempered",
             "gated_values": self.in_gate == "tied" and self.decay != "channel",
             "floor": self.norm == "max1",
             "lends_values": self.values == "own",

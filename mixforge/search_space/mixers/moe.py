@@ -18,6 +18,7 @@ Departures: the load is balanced over the tokens of a pass, not over each sequen
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from mixforge.search_space.parts.routing import AttachLoss, Router
 
 # What balance=bias and balance=loss mean without a number: the rate of arXiv 2408.15664 and that of arXiv 2101.03961.
 USUAL_RATE = {"bias": 0.001, "loss": 0.01}
+# The narrowest expert.
+LEAST_EXPAND = NARROWEST / 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Moe(Mixer):
         Choice("swiglu", "geglu", "gelu", "relu", "relu2", "silu"),
         Call("clamped", Real(0.125, 1024)),
     ] = "swiglu"
-    expand: Annotated[int | float | None, Real(NARROWEST / 16, WIDEST)] = None
+    expand: Annotated[int | float | None, Real(LEAST_EXPAND, WIDEST)] = None
     score: Annotated[str, Choice("softmax", "sigmoid")] = "softmax"
     renorm: Annotated[str, Choice("sum", "none")] = "sum"
     scale: Annotated[int | float, Real(0.0625, 64)] = 1
@@ -113,12 +116,15 @@ class Moe(Mixer):
 
     def canonical(self, width: int) -> Self:
         limits = self.kept_groups()
-        expand = None if self.expand is None else shortest_expand(self.expand, width)
+        expand = None if self.expand is None else shortest_expand(self.expand, width, LEAST_EXPAND)
         if self.hidden(width) == replace(self, expand=None).hidden(width):
             expand = None
         balance = self.balance
         if isinstance(balance, Form) and balance.arguments == (USUAL_RATE[balance.name],):
             balance = balance.name
+        if self.top_k == self.experts:
+            # Every expert has every token.
+            balance = "none"
         return replace(
             self,
             expand=expand,
@@ -142,7 +148,11 @@ class Moe(Mixer):
         return {"experts": self._loan(width)} if self.weights == "own" else {}
 
     def borrows(self, width: int) -> Mapping[str, Loan]:
-        return {"experts": replace(self._loan(width), read=self.top_k)} if self.weights == "shared" else {}
+        return (
+            {"experts": dataclasses.replace(self._loan(width), read=self.top_k)}
+            if self.weights == "shared"
+            else {}
+        )
 
     def _loan(self, width: int) -> Loan:
         hidden = self.hidden(width)

@@ -119,13 +119,12 @@ class Rec(Mixer):
                 else (1, heads * head_dim)
             )
         follows = width % heads == 0 and head_dim == width // heads
-        usual = replace(self, conv=None, gate=None)
         return replace(
             self,
             heads=None if heads == default_heads(width) else heads,
             head_dim=None if follows else head_dim,
-            conv=None if self.taps() == usual.taps() else self.conv,
-            gate=None if self.activation() == usual.activation() else self.gate,
+            conv=None if self.taps() == _USUAL_CONV.get(self.cell, 1) else self.conv,
+            gate=None if self.activation() == _USUAL_GATE.get(self.cell, "none") else self.gate,
             phase=self.phase if self.cell == "hgrn" else "learned",
             floor=self.floor if self.cell == "hgrn" else None,
         )

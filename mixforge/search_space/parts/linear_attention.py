@@ -85,6 +85,7 @@ class LinearAttention(TokenMixer):
         key: str = "own",
         latent: nn.Module | None = None,
         gated_keys: bool = False,
+        tempered_keys: bool = False,
         gated_values: bool = False,
         value_decay: nn.Module | None = None,
         write_gate: nn.Module | None = None,
@@ -121,6 +122,7 @@ class LinearAttention(TokenMixer):
         self.key = key
         self.dt_values = dt_values
         self.gated_keys, self.gated_values = gated_keys, gated_values
+        self.tempered_keys = tempered_keys
         self.normalised = normalised
         self.floor = floor
         self.lends_values = lends_values
@@ -337,7 +339,7 @@ class LinearAttention(TokenMixer):
             write_BTHV = write_BTHV * factor[..., None].to(dtype)
         if self.gated_keys:
             assert read.decay is not None
-            factor = -torch.expm1(read.decay) if gate is None else gate
+            factor = gate if self.tempered_keys and gate is not None else -torch.expm1(read.decay)
             if factor.shape[-1] < self.features:
                 factor = torch.cat([factor, factor], -1)
             group = self.heads // self.key_heads

@@ -10,6 +10,7 @@ for `simple`, with eps under the root and not as a floor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class SimpleRMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+@lru_cache(maxsize=4_096)
 def norm_part(width: int, backend: Backend) -> Part:
     """The module with the operation of a backend."""
     return Part(RMSNorm, width=width, operation=norm.form(backend))

@@ -22,13 +22,13 @@ _FIRST = 16
 
 
 class SigmaLinear(nn.Module):
-    """A linear map of spectral norm gamma, in the place of another."""
+    """A linear map of spectral norm gamma, in the place of another; `matrix` is what is learned."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
         self.in_features = inner.in_features
         self.out_features = inner.out_features
-        self.weight = inner.weight
+        self.matrix = inner.weight
         self.bias = inner.bias
         self.gamma = nn.Parameter(torch.ones((), device=inner.weight.device, dtype=inner.weight.dtype))
         left = torch.randn(inner.out_features, device=inner.weight.device, dtype=inner.weight.dtype)
@@ -43,10 +43,10 @@ class SigmaLinear(nn.Module):
     def measure(self) -> Tensor:
         """One iteration; the spectral norm, with its gradient."""
         with torch.no_grad():
-            right = F.normalize(self.left @ self.weight, dim=0, eps=1e-12)
-            self.left.copy_(F.normalize(self.weight @ right, dim=0, eps=1e-12))
+            right = F.normalize(self.left @ self.matrix, dim=0, eps=1e-12)
+            self.left.copy_(F.normalize(self.matrix @ right, dim=0, eps=1e-12))
         # A matrix of zeros stays one.
-        return (self.left.clone() @ (self.weight @ right)).clamp_min(1e-6)
+        return (self.left.clone() @ (self.matrix @ right)).clamp_min(1e-6)
 
     def train(self, mode: bool = True) -> Self:
         """Leaving training measures sigma for all passes until the next training.
@@ -55,12 +55,20 @@ class SigmaLinear(nn.Module):
         """
         if self.training and not mode:
             with torch.no_grad():
-                self.sigma.copy_((self.left @ self.weight).norm().clamp_min(1e-6))
+                self.sigma.copy_((self.left @ self.matrix).norm().clamp_min(1e-6))
         return super().train(mode)
 
+    def scale(self) -> Tensor:
+        """What the matrix is multiplied by."""
+        return self.gamma / (self.measure() if self.training else self.sigma)
+
+    @property
+    def weight(self) -> Tensor:
+        """The divided matrix, for modules that take products with parts of it themselves."""
+        return self.matrix * self.scale()
+
     def forward(self, x: Tensor) -> Tensor:
-        sigma = self.measure() if self.training else self.sigma
-        y = F.linear(x, self.weight) * (self.gamma / sigma)
+        y = F.linear(x, self.matrix) * self.scale()
         return y if self.bias is None else y + self.bias
 
 

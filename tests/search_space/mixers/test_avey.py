@@ -56,3 +56,16 @@ def test_the_split_before_is_always_chosen_with_full_weight() -> None:
     assert chosen[:, 1:, 0].tolist() == [[0, 1, 2, 3, 4]] * 2
     torch.testing.assert_close(weight[:, 1:], torch.ones(2, 5, 1, dtype=torch.float64))
     assert weight[:, 0].abs().max() == 0
+
+
+@torch.no_grad()
+def test_splits_of_one_worth_are_chosen_alike_in_every_form() -> None:
+    """Tokens that come again, as in any text, make splits that are as like as each other."""
+    module = Avey(split=2, splits=2).build(6, "torch").build()
+    few = torch.randn(3, 6)
+    x_BTD = few[torch.randint(3, (2, 60), generator=torch.Generator().manual_seed(0))]
+    whole, _ = module(x_BTD, None, Pass(torch.arange(60), 0))
+    state = module.initial_state(2, 60, x_BTD.device, x_BTD.dtype)
+    for t in range(60):
+        y_BD, state = module.step(x_BTD[:, t], state, Pass(torch.arange(t, t + 1), 0))
+        torch.testing.assert_close(y_BD, whole[:, t], rtol=1e-4, atol=1e-5)

@@ -335,6 +335,22 @@ def test_liger_makes_its_gate_of_its_keys() -> None:
 
 
 @torch.no_grad()
+def test_a_tied_gate_is_what_a_tempered_decay_forgets() -> None:
+    """in_gate=tied is 1 - D_t for every decay; the gate g^tau of forget=tempered is in_gate=tempered alone."""
+    x = sequence()
+    y, w, _ = output(replace(PLAIN, decay="channel", forget="tempered", in_gate="tied"), x)
+    q, k, v = projected(w, x, DIM, DIM)
+    g, tau = (x @ w["decay.up.weight"].T + w["decay.up.bias"]).chunk(2, 1)
+    keep = by_heads(torch.exp(-softplus(g) * sigmoid(tau)).clamp(min=math.exp(-5)))
+    state, rows = zeros(HEADS, DIM, DIM), []
+    for t in range(LENGTH):
+        for h in range(HEADS):
+            state[h] = keep[t, h, :, None] * state[h] + torch.outer((1 - keep[t, h]) * k[t, h], v[t, h])
+        rows.append(torch.cat([q[t, h] / math.sqrt(DIM) @ state[h] for h in range(HEADS)]))
+    torch.testing.assert_close(y, torch.stack(rows) @ w["output.out.weight"].T, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_cottention_divides_values_by_a_power_of_their_position() -> None:
     mixer = Linear(qk_norm="l2", norm="length", conv="none", out_norm="none", out_gate="none", heads=HEADS)
     x = sequence()
