@@ -35,7 +35,7 @@ kernels: $(VENV)/.ready-dev $(OLDER)/.ready
 oracle: $(VENV)/.ready-dev $(ORACLE)/.ready $(HF)/.ready
 	$(ORACLE)/bin/python -m pytest tests/oracle
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(ORACLE)/bin/python -m pytest tests/oracle
-	$(HF)/bin/python -m pytest -n 2 tests/transformers
+	$(HF)/bin/python -m pytest -n 2 tests/oracle_transformers
 
 bench: $(VENV)/.ready-dev
 	# Status 2: what it measures is not here, such as a GPU.
@@ -71,8 +71,8 @@ $(OLDER)/.ready: tests/kernels/triton36.txt | $(VENV)/.ready-dev
 $(ORACLE)/.ready: tests/oracle/requirements.txt | $(VENV)/.ready-dev
 	$(call layer,$(ORACLE),--requirement tests/oracle/requirements.txt)
 
-$(HF)/.ready: tests/transformers/requirements.txt | $(VENV)/.ready-dev
-	$(call layer,$(HF),--requirement tests/transformers/requirements.txt)
+$(HF)/.ready: tests/oracle_transformers/requirements.txt | $(VENV)/.ready-dev
+	$(call layer,$(HF),--requirement tests/oracle_transformers/requirements.txt)
 
 clean:
 	rm -rf $(VENV) $(OLDER) $(ORACLE) $(HF) runs build *.egg-info

@@ -101,7 +101,7 @@ def test_tests_exist() -> None:
 
 @pytest.mark.parametrize("row", A + B, ids=lambda row: row["name"])
 def test_an_oracle_is_what_the_tests_are(row: dict[str, str]) -> None:
-    folders = {"transformers": "tests/transformers/", "fla-core": "tests/oracle/"}
+    folders = {"transformers": "tests/oracle_transformers/", "fla-core": "tests/oracle/"}
     parts = [each.partition(": ") for each in row["oracle"].split("; ")]
     oracles = {oracle: names for oracle, _, names in parts}
     assert oracles.keys() <= {"float64 loop", *folders}

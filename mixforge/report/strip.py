@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from html import escape
 from itertools import groupby
 
@@ -10,7 +11,7 @@ from mixforge.search_space.architecture import LayerEntry
 from mixforge.search_space.mixers import CATALOGUE
 
 # After Paul Tol's muted scheme, which people with any common colour blindness can tell apart, dark enough for
-# white letters. Each family also wears its letter.
+# white letters. There are more families than colours, so each also wears one or two letters of its own.
 _COLOURS = ("#332288", "#117733", "#882255", "#0a6c8a", "#8a5a00", "#aa4499", "#44546a", "#a63d2f", "#5f6f00")
 
 
@@ -29,7 +30,7 @@ def _cell(entry: LayerEntry) -> str:
     family = entry.mixer.word()
     title = escape(f"layer {entry.number}: {entry.text}", quote=True)
     return (
-        f'<i class="{entry.kind}" style="background:{colour(family)}" title="{title}">{family[0].upper()}</i>'
+        f'<i class="{entry.kind}" style="background:{colour(family)}" title="{title}">{letters(family)}</i>'
     )
 
 
@@ -44,7 +45,7 @@ def legend(architectures: Iterable[Iterable[LayerEntry]]) -> str:
     rows = []
     for family in sorted(names, key=lambda family: (kinds[family] != "token", family)):
         others = ", ".join(sorted(names[family] - {family}))
-        swatch = f'<i class="{kinds[family]}" style="background:{colour(family)}">{family[0].upper()}</i>'
+        swatch = f'<i class="{kinds[family]}" style="background:{colour(family)}">{letters(family)}</i>'
         rows.append(f"<span>{swatch} {escape(family)}{f' ({escape(others)})' if others else ''}</span>")
     return f'<div class="legend">{"".join(rows)}</div>'
 
@@ -52,3 +53,17 @@ def legend(architectures: Iterable[Iterable[LayerEntry]]) -> str:
 def colour(family: str) -> str:
     """The colour of a mixer's family, by its place in the catalogue."""
     return _COLOURS[list(CATALOGUE).index(family) % len(_COLOURS)]
+
+
+def letters(family: str) -> str:
+    """One or two letters of a mixer's family that no other has: its first, with the first later one that is free."""
+    return _letters()[family]
+
+
+@cache
+def _letters() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for family in CATALOGUE:
+        choices = [family[0], *(family[0] + other for other in family[1:])]
+        found[family] = next(each for each in choices if each not in found.values())
+    return {family: each.capitalize() for family, each in found.items()}

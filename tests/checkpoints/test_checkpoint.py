@@ -1,6 +1,6 @@
 """Checkpoints that cannot be said are refused with what is wrong; those that can become a text and its weights.
 
-That the logits are the class's own is shown in `tests/transformers`, where the class is at hand.
+That the logits are the class's own is shown in `tests/oracle_transformers`, where the class is at hand.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from mixforge.report.page import MOST_POINTS, page
-from mixforge.report.strip import colour, legend, strip
+from mixforge.report.strip import colour, legend, letters, strip
 from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.notation import parse
 
@@ -117,6 +117,8 @@ def test_strip_has_a_cell_for_each_mixer_and_a_unit_for_each_layer() -> None:
     assert names.index("attn") < names.index("glu")
 
 
-def test_each_family_has_its_own_colour_and_letter() -> None:
-    assert len({colour(family) for family in CATALOGUE}) == len(CATALOGUE)
-    assert len({family[0] for family in CATALOGUE}) == len(CATALOGUE)
+def test_each_family_has_its_own_letters_and_those_of_one_initial_their_own_colours() -> None:
+    assert len({letters(family) for family in CATALOGUE}) == len(CATALOGUE)
+    for initial in {family[0] for family in CATALOGUE}:
+        alike = [family for family in CATALOGUE if family[0] == initial]
+        assert len({colour(family) for family in alike}) == len(alike)

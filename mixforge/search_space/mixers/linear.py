@@ -124,7 +124,6 @@ class Linear(Mixer):
         str | Form, Choice("none", "rope", "xpos", "lrpe", "phase"), Call("cosine", Whole(64, 1 << 20))
     ] = "none"
     in_gate: Annotated[str, Choice("none", "dt", "sigmoid", "exp", "tied", "tempered")] = "none"
-    gate_cap: Annotated[str | int | float, Choice("none"), Real(1, 1000)] = "none"
     value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
     values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
     memories: Annotated[
@@ -142,6 +141,7 @@ class Linear(Mixer):
     key_heads: Annotated[int | None, Whole(1, 256)] = None
     key_dim: Annotated[int | str | None, Choice("half"), Whole(1, 1024)] = None
     value_dim: Annotated[int | str | None, Choice("double"), Whole(1, 1024)] = None
+    gate_cap: Annotated[str | int | float, Choice("none"), Real(1, 1000)] = "none"
     # Which of how many layers of this family it is: no gene, see `placed`.
     place: tuple[int, int] = field(default=(0, 1), init=False, compare=False, repr=False)
 

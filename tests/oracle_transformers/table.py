@@ -1,6 +1,6 @@
 """Write the table of measured differences into docs/oracles.md.
 
-.venv-transformers/bin/python tests/transformers/table.py docs/oracles.md
+.venv-transformers/bin/python tests/oracle_transformers/table.py docs/oracles.md
 """
 
 from __future__ import annotations
