@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mixforge.checkpoints.config import Config
+from mixforge.checkpoints.config import Config, spelled
 from mixforge.checkpoints.draft import Draft, Tensors, pointwise
 
 Layer = tuple[str, dict[str, Tensor]]
@@ -34,8 +34,10 @@ def sizes(config: Config) -> Genes:
 
 def rope(config: Config, layer_type: str | None = None) -> Genes:
     """The genes of rotary position."""
-    share = config.rope(layer_type).number("partial_rotary_factor", 1.0)
-    theta = f"{config.theta(layer_type=layer_type):g}"
+    share = config.rope(layer_type).number(
+        "partial_rotary_factor", config.number("partial_rotary_factor", 1.0)
+    )
+    theta = spelled(config.theta(layer_type=layer_type))
     return {"pos": "rope", "theta": theta, **({} if share == 1 else {"rotary": share})}
 
 
@@ -246,7 +248,7 @@ def finish(
     from_one: bool = False,
 ) -> Draft:
     """Embedding, last norm and head, and the number under the root of all norms."""
-    draft.words["eps"] = f"{config.number(eps, 1e-6):g}"
+    draft.words["eps"] = spelled(config.number(eps, 1e-6))
     table = tensors.take(f"{embedding}.weight")
     tied = config.flag("tie_word_embeddings", False)
     if tied and "lm_head.weight" in tensors:

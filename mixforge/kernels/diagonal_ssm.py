@@ -60,7 +60,7 @@ def diagonal_ssm_torch(
     length = x_BTD.shape[1]
     planes = powers(rate_DP.to(dtype), None if frequency_DP is None else frequency_DP.to(dtype), length)
     # The real part of a product is that of the real planes less that of the imaginary ones.
-    signed = c if frequency_DP is None else c * c.new_tensor([1.0, -1.0])
+    signed = conjugate(c)
     kernel_D1T = sum_of(torch.bmm(c_DP[:, None], a_DPT) for c_DP, a_DPT in pairs(signed, planes))
     size = 2 * length
     spectrum = torch.fft.rfft(kernel_D1T.transpose(1, 2), n=size, dim=1) * torch.fft.rfft(
@@ -71,8 +71,7 @@ def diagonal_ssm_torch(
         return y_DTB.permute(2, 1, 0).to(x_BTD.dtype), None
     # What the state before the first token is by the time of each token: one more power than of its own input.
     turned_BDPN = turned(state_BDPN.to(dtype), rate_DP, frequency_DP)
-    carried = product_of(c[None], turned_BDPN)
-    carried = carried if frequency_DP is None else carried * c.new_tensor([1.0, -1.0])
+    carried = conjugate(product_of(c[None], turned_BDPN))
     y_DTB = y_DTB + sum_of(
         torch.bmm(a_DPT.transpose(1, 2), h_BDP.permute(1, 2, 0)) for h_BDP, a_DPT in pairs(carried, planes)
     )
@@ -171,11 +170,14 @@ def product_of(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([p * r - q * s, p * s + q * r], -1)
 
 
+def conjugate(a: Tensor) -> Tensor:
+    """The imaginary plane, if there is one, with the other sign."""
+    return torch.cat([a[..., :1], -a[..., 1:]], -1)
+
+
 def read_out(c_DPN: Tensor, h: Tensor) -> Tensor:
     """Re sum_p c h: [..., D, P, N] -> [..., D], in the dtype of h."""
-    c = c_DPN.to(h.dtype)
-    signed = c if c.shape[-1] == 1 else c * c.new_tensor([1.0, -1.0])
-    return (signed * h).sum((-2, -1))
+    return (conjugate(c_DPN.to(h.dtype)) * h).sum((-2, -1))
 
 
 def check_diagonal(

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels import chunked_linear
-from mixforge.kernels.chunked_linear import chunked_linear_reference, chunked_linear_torch, linear_step
+from mixforge.kernels.chunked_linear import (
+    add_channel,
+    add_plain,
+    add_scalar,
+    chunked_linear_reference,
+    linear_step,
+)
 
 
 def second_order_reference(
@@ -46,7 +52,9 @@ def second_order_torch(
     state_BGKF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both recurrences in chunks, as matrix products."""
-    return _twice(chunked_linear_torch, q_BTHK, k_BTHK, v_BTGV, decay, state_BGKF)
+    # Not `chunked_linear_torch`, which knows all forms: an exported model would hold them.
+    run = add_plain if decay is None else add_channel if decay.dim() == 4 else add_scalar
+    return _twice(run, q_BTHK, k_BTHK, v_BTGV, decay, state_BGKF)
 
 
 def _twice(

@@ -60,6 +60,24 @@ def test_a_checkpoint_becomes_a_text_and_the_state_of_its_model(tmp_path: Path) 
     assert model(torch.arange(5)[None]).shape == (1, 5, 31)
 
 
+def test_settings_keep_their_last_digit(tmp_path: Path) -> None:
+    config: dict[str, object] = {
+        "rope_theta": 8388608.0,
+        "rms_norm_eps": 1.2345678e-05,
+        "partial_rotary_factor": 0.5,
+    }
+    text = str(read(write(tmp_path, config)).architecture)
+    assert "theta=8388608" in text
+    assert "eps=1.2345678e-05" in text
+    assert "rotary=0.5" in text
+
+
+def test_windows_begin_where_the_configuration_says(tmp_path: Path) -> None:
+    config: dict[str, object] = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+    stack = read(write(tmp_path, config)).architecture.layers
+    assert [layer.genes for layer in stack[::2]] == ["heads=4, kv=gqa(2)", "heads=4, kv=gqa(2), window=8"]
+
+
 def test_shards_are_read_and_names_in_the_index_do_not_lead_out(tmp_path: Path) -> None:
     expected = read(write(tmp_path)).weights
     (tmp_path / "model.safetensors").unlink()

@@ -68,7 +68,8 @@ def _moved(architecture: Architecture, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.03 * torch.randn(weight.shape, generator=random))
-    return model
+    # What is measured at the end of training follows the weights.
+    return model.train().eval()
 
 
 def _exported() -> list[Architecture]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from covering import WIDTH, famous, genes, pairs, singles
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mixforge.search_space.mixer import Loan, Mixer
@@ -292,6 +294,31 @@ def test_a_step_writes_into_the_state_that_it_was_given(mixer: Mixer) -> None:
     assert {name: tensor.data_ptr() for name, tensor in after.items()} == {
         name: tensor.data_ptr() for name, tensor in state.items()
     }
+
+
+class Apart(TorchDispatchMode):
+    """Refuses what waits for the host or brings a number from it, which a graph of a GPU's work cannot capture."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        refused = (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default)
+        assert func not in refused, f"a step calls {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@every_mixer
+@torch.no_grad()
+def test_a_step_exchanges_nothing_with_the_host(mixer: Mixer) -> None:
+    module = built(mixer, torch.float32)
+    state = module.initial_state(2, 4, torch.device("cpu"), torch.float32)
+    x_BD, place = inputs(1, torch.float32)[:, 0], at(mixer, 0, 1, torch.float32, 4)
+    with Apart():
+        module.step(x_BD, state, place)
 
 
 @every_mixer

@@ -21,11 +21,13 @@ from mixforge.checkpoints.layers import (
 
 
 def _layer_types(config: Config) -> tuple[str, ...]:
-    """Which layers have a window. Classes without a list have it in all layers or in none."""
+    """Which layers have a window. Classes without a list have it in none, or in all from `max_window_layers` on."""
     if "layer_types" in config:
         return config.names("layer_types")
     windowed = "sliding_window" in config and config.values.get("use_sliding_window", True)
-    return ("sliding_attention" if windowed else "full_attention",) * config.whole("num_hidden_layers")
+    layers = config.whole("num_hidden_layers")
+    full = min(config.whole("max_window_layers", 0), layers) if windowed else layers
+    return ("full_attention",) * full + ("sliding_attention",) * (layers - full)
 
 
 def _convert(config: Config, tensors: Tensors, place: str = "pre", differential: bool = False) -> Draft:

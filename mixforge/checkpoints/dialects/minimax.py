@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixforge.checkpoints.config import Config
+from mixforge.checkpoints.config import Config, spelled
 from mixforge.checkpoints.draft import Draft, Tensors
 from mixforge.checkpoints.layers import Genes, Layer, attention, call, experts, rope, sizes
 
@@ -102,7 +102,7 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
         draft.add(text, _folded(weights, stream, _residual(config, "mlp")), after=after)
     table = tensors.take("model.embed_tokens.weight").float()
     table = table * (table.square().mean(-1, keepdim=True) + eps).rsqrt() * norms[0]
-    draft.words |= {"place": "post", "eps": f"{ours:g}"}
+    draft.words |= {"place": "post", "eps": spelled(ours)}
     draft.ends(stream * table, tensors.norm("model.norm"), tensors.take("lm_head.weight"))
     return draft
 

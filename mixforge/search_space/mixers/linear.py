@@ -31,6 +31,8 @@ Genes, from the input to the output:
     value_gate  a gate of this rank on each value channel
     beta        the delta rule's beta_t, and dplr's a_t, are `beta` sigmoid(W x_t); 2 reaches negative eigenvalues
                 (Grazzi et al. 2024, arXiv 2411.12537)
+    levels      log keeps a state for each level of a Fenwick tree over the past and adds what they read, weighed by
+                numbers that follow from the input (`kernels/log_linear`)
     memories    top(n, k) and parts(n, k): n more states for each head, of which a token has k (`parts/memories`)
     init        the state before the first token: zero, learned (Young 2026, arXiv 2604.01168), or in training
                 noise(sd) (Buitrago and Gu 2025, arXiv 2507.02782), drawn from torch's global generator
@@ -56,10 +58,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from mixforge.kernels import chunked_linear, dplr, second_order, slot_attention, twofold_linear
+from mixforge.kernels import chunked_linear, dplr, log_linear, second_order, slot_attention, twofold_linear
 from mixforge.kernels.backend import triton_form
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.linear_legality import why_unfit
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts import linear_pieces as pieces
@@ -68,10 +71,10 @@ from mixforge.search_space.parts.decay import LatentDecay
 from mixforge.search_space.parts.layer import TokenMixer
 from mixforge.search_space.parts.linear_attention import FirstState, LinearAttention
 from mixforge.search_space.parts.linear_decode import TAKES, FusedLinearAttention
-from mixforge.search_space.parts.linear_points import POINTS, TAYLOR
+from mixforge.search_space.parts.linear_points import POINTS
 from mixforge.search_space.parts.piece import Piece
 
-Recurrence = Callable[..., tuple[Tensor, Tensor]]
+Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
 
 # Ranks of W where forget_rank says nothing; with forget=softplus it is the value dim.
 USUAL_RANKS: dict[str, int | str] = {
@@ -84,8 +87,6 @@ USUAL_RANKS: dict[str, int | str] = {
 # tau of forget=sigmoid.
 USUAL_TEMPERATURE = 16
 MOST_FEATURES = 1 << 20
-# Feature maps whose features are never negative, beside taylor(2).
-POSITIVE = ("elu1", "relu", "exp", "softmax", "learned", "hedgehog", "favor", "outer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class Linear(Mixer):
     in_gate: Annotated[str, Choice("none", "dt", "sigmoid", "exp", "tied", "tempered")] = "none"
     value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
     values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
+    levels: Annotated[str, Choice("one", "log")] = "one"
     memories: Annotated[
         str | Form,
         Choice("none"),
@@ -283,124 +285,8 @@ class Linear(Mixer):
                 f"phi={self.phi} makes {size.features} features of key_dim {size.key_dim} (mixer linear); "
                 f"give a key_dim with at most {MOST_FEATURES}"
             )
-        found = (
-            self._why_no_memories()
-            or self._why_uneven(size)
-            or self._why_ungated()
-            or self._why_no_keys(size)
-        )
+        found = why_unfit(self, size)
         return None if found is None else f"{found} (mixer linear)"
-
-    def _why_uneven(self, size: Sizes) -> str | None:
-        """A rule, a norm or a read that the rest does not fit."""
-        if self.rule == "delta" and not self.unit_keys:
-            return "rule=delta needs keys of length 1: leave qk_norm out or say qk_norm=l2"
-        if isinstance(self.rule, Form):
-            return self._why_no_slots(self.rule)
-        if self.rule == "second" and self.in_gate == "exp":
-            return "in_gate=exp keeps a scale of what is written alone, so it needs rule=add or delta, not second"
-        if self.rule == "dplr" and size.key_heads != size.heads:
-            return f"rule=dplr has a removal key for each of {size.heads} heads: leave key_heads out"
-        if self.normalised and self.rule in ("delta", "dplr"):
-            return f"norm={self.norm} needs rule=add: under rule={self.rule} the sum of weights may be 0"
-        if self.norm == "denominator" and self.phi != TAYLOR and self.phi_name not in POSITIVE:
-            return f"norm=denominator needs positive features: phi={', '.join(POSITIVE)} or taylor(2); or say norm=max1"
-        if self.norm == "denominator" and self.pos in ("lrpe", "phase"):
-            return f"norm=denominator needs positive features, and pos={self.pos} turns them; say norm=max1"
-        if self.decay == "both" and self.rule != "add":
-            return f"decay=both needs rule=add: there is no chunked form of it for rule={self.rule}"
-        if self.skip == "bonus" and (
-            self.rule != "add" or self.decay == "both" or self.key == "latent" or self.in_gate == "exp"
-        ):
-            return (
-                "skip=bonus reads the state before it is written: it needs rule=add, and neither decay=both, "
-                "key=latent nor in_gate=exp"
-            )
-        if self.skip == "late" and self.out_norm in ("joint", "simple", "gated"):
-            return f"skip=late is added after the norm of each head: say out_norm=rms, group or none, not {self.out_norm}"
-        if self.out_gate == "inner" and isinstance(self.gate_rank, str):
-            return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"
-        return None
-
-    def _why_no_memories(self) -> str | None:
-        if isinstance(self.memories, str):
-            return None
-        count, top_k = (int(each) for each in self.memories.arguments)
-        if top_k > count:
-            return f"memories={self.memories} has {count} memories, of which a token cannot have {top_k}"
-        if self.rule not in ("add", "delta") or self.decay == "both" or self.key != "own":
-            return f"memories={self.memories} needs rule=add or delta, key=own and another decay than both"
-        if self.normalised or self.skip != "none" or self.values != "plain" or self.in_gate == "exp":
-            return (
-                f"memories={self.memories} needs norm=none or length, skip=none, values=plain and another in_gate "
-                f"than exp"
-            )
-        if self.turns or self.phi_name in ("learned", "hedgehog", "outer", "favor"):
-            return (
-                f"memories={self.memories} has more keys than queries: say pos=none, rope or xpos, and a feature map "
-                f"without a matrix"
-            )
-        return None
-
-    def _why_no_slots(self, rule: Form) -> str | None:
-        if self.decay != "channel" or self.forget_form == "key" or self.key != "own":
-            return f"rule={rule} has a decay for each slot: say decay=channel, and neither forget=key nor key=forget"
-        if self.normalised or self.skip == "bonus" or self.in_gate not in ("none", "sigmoid"):
-            return (
-                f"rule={rule} writes 1 - decay and reads by a softmax: it needs norm=none or length, in_gate=none or "
-                f"sigmoid, and another skip than bonus"
-            )
-        return f"rule={rule} does not turn its slots: say pos=none, rope or xpos" if self.turns else None
-
-    def _why_ungated(self) -> str | None:
-        """A gate that the decay does not have."""
-        form = self.forget_form
-        if self.in_gate == "dt" and (self.decay != "scalar" or form != "softplus"):
-            return "in_gate=dt needs the dt of decay=scalar, forget=softplus"
-        if self.in_gate == "exp" and not self.normalised:
-            return "in_gate=exp has no bound, so it needs norm=max1 or norm=denominator"
-        if self.in_gate == "exp" and self.by_channel:
-            return (
-                "in_gate=exp keeps one scale for each head, so it needs decay=none, head, layer or scalar, "
-                f"not {self.decay}"
-            )
-        if self.in_gate == "tied" and not self.gated_decay:
-            return "in_gate=tied is 1 - decay: it needs decay=scalar, channel or both"
-        if self.in_gate in ("tied", "tempered") and self.by_channel and self.rule == "delta":
-            return f"in_gate={self.in_gate} scales keys, and rule=delta needs keys of length 1: say rule=add"
-        if self.in_gate == "tempered" and (form != "tempered" or not self.gated_decay):
-            return "in_gate=tempered belongs to decay=channel, forget=tempered: say them too"
-        if self.gated_decay and form == "tempered" and self.decay != "channel":
-            return f"forget=tempered needs decay=channel, not {self.decay}"
-        if self.decay == "both" and form == "key":
-            return "forget=key has no decay of the values: say decay=channel"
-        return None
-
-    def _why_no_keys(self, size: Sizes) -> str | None:
-        """Keys that cannot be made so."""
-        form = self.forget_form
-        if self.by_channel and form == "key" and size.channels != size.key_dim:
-            return (
-                f"forget=key has a decay for each of {size.key_dim} key channels, and phi={self.phi} makes "
-                f"{size.channels}: say decay=scalar or a map that keeps the channels"
-            )
-        if self.key == "forget":
-            if not self.by_channel:
-                return "key=forget takes its keys from decay=channel or both: say one of them"
-            if form == "key":
-                return "key=forget and forget=key would each follow from the other: give one of them up"
-            if self.in_gate in ("tied", "tempered"):
-                return f"key=forget has a gate in its keys already: leave in_gate={self.in_gate} out"
-            if size.key_heads != size.heads:
-                return f"key=forget has a key for each of {size.heads} heads: leave key_heads out"
-            if self.pos in ("rope", "xpos"):
-                return f"key=forget has gates for keys, which pos={self.pos} does not rotate: say pos=lrpe or none"
-        if self.key == "latent":
-            if self.decay != "none" or self.rule != "add" or self.pos != "none" or self.phi != "none":
-                return "key=latent makes keys and decay: it needs rule=add, decay=none, phi=none and pos=none"
-            if self.unit_keys or self.normalised or self.in_gate != "none":
-                return "key=latent has weights that sum to 1: it needs norm=none or length, qk_norm=none and in_gate=none"
-        return None
 
     def canonical(self, width: int) -> Self:
         size = self.sizes(width)
@@ -417,10 +303,10 @@ class Linear(Mixer):
         if forget_rank is not None and self.rank(width) == replace(self, forget_rank=None).rank(width):
             forget_rank = None
         out_norm = self.out_norm
-        if out_norm == "joint" or (out_norm == "gated" and self.out_gate == "none"):
-            out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
         if out_norm == "grouped" and size.key_heads == 1:
             out_norm = "gated"
+        if out_norm == "joint" or (out_norm == "gated" and self.out_gate == "none"):
+            out_norm = "rms" if size.heads == 1 else "gated" if self.out_gate == "none" else "joint"
         return replace(
             self,
             forget=forget if self.gated_decay else "softplus",
@@ -457,7 +343,8 @@ class Linear(Mixer):
         columns = size.value_dim + int(self.normalised) + size.beside
         mixed = self.mixed(size)
         taps = 0 if isinstance(self.conv, str) else self.conv
-        state = 4 * size.heads * size.memories * size.rows * columns + mixed * max(0, taps - 1) * itemsize
+        matrix = 4 * size.heads * size.memories * size.rows * columns
+        state = matrix * self._states(length) + mixed * max(0, taps - 1) * itemsize
         state += width * itemsize if self.shift != "none" else 0
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
@@ -468,12 +355,20 @@ class Linear(Mixer):
             params=params,
             flops=2 * length * macs + self._recurrence_flops(size, length),
             state_bytes=state,
-            decode_bytes=params * itemsize + 2 * state,
+            decode_bytes=params * itemsize
+            + 2 * state
+            + matrix * (self._states(length + 1) - self._states(length)),
         )
+
+    def _states(self, length: int) -> int:
+        """Of a head, with room for this many tokens."""
+        return length.bit_length() if self.levels == "log" else 1
 
     def _recurrence_flops(self, size: Sizes, length: int) -> int:
         columns = size.value_dim + int(self.normalised)
         sizes = {"heads": size.heads, "key_dim": size.features, "value_dim": columns}
+        if self.levels == "log":
+            return log_linear.matmul_flops(length, **sizes, rule=str(self.rule))
         if isinstance(self.rule, Form):
             return slot_attention.matmul_flops(length, **sizes, slots=size.rows)
         if self.rule == "dplr":
@@ -508,6 +403,7 @@ class Linear(Mixer):
         from_input = self.gated_decay and self.forget_form != "key"
         writes = (
             self.memories != "none"
+            or self.levels != "one"
             or self.rule in ("delta", "dplr")
             or self.in_gate in ("sigmoid", "exp")
             or self.value_gate != "none"
@@ -580,6 +476,8 @@ class Linear(Mixer):
             states = heads * size.memories
             first = Part(FirstState, heads=states, features=size.rows, value_dim=value_dim)
             found["first"] = Piece(part=first, params=states * size.rows * value_dim)
+        if self.levels == "log":
+            found["levels"] = pieces.levels_piece(width, heads)
         if isinstance(self.memories, Form):
             count, top_k = (int(each) for each in self.memories.arguments)
             is_shared = self.memories.name == "parts"
@@ -643,6 +541,8 @@ class Linear(Mixer):
 
     def _operation(self, backend: Backend) -> tuple[Recurrence, Recurrence]:
         """The recurrence over a sequence and over one token."""
+        if self.levels == "log":
+            return log_linear.form(backend), log_linear.log_linear_step
         if isinstance(self.rule, Form):
             return slot_attention.form(backend), slot_attention.slot_attention_step
         if self.rule == "second":

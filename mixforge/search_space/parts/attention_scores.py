@@ -73,18 +73,18 @@ class Slopes(nn.Module):
 
     def forward(self, sight: Sight, dtype: torch.dtype) -> Tensor:
         falling = -(-self.heads // 2) if self.balanced else self.heads
-        slopes = [-slope for slope in alibi_slopes(falling)] + alibi_slopes(self.heads - falling)
-        slope = torch.tensor(slopes, device=sight.query_T.device, dtype=dtype)
+        device = sight.query_T.device
+        slopes = [-alibi_slopes(falling, device, dtype), alibi_slopes(self.heads - falling, device, dtype)]
+        slope = torch.cat(slopes)
         return slope[:, None, None] * (sight.query_T[:, None] - sight.key_S).to(dtype)
 
 
-def alibi_slopes(heads: int) -> list[float]:
+def alibi_slopes(heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """2^(-8 h / H) for a power of two; else those of the next lower one, and every other one of twice as many."""
-    if heads == 0:
-        return []
-    power = 2 ** int(math.log2(heads))
-    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    return slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * (heads - power), 2)]
+    power = 2 ** int(math.log2(max(1, heads)))
+    # On the device, as a graph of a step cannot bring numbers there.
+    head = torch.arange(heads, device=device, dtype=dtype)
+    return torch.exp2(torch.where(head < power, head + 1, head - power + 0.5) * (-8 / power))
 
 
 class Terms(nn.Module):

@@ -101,6 +101,7 @@ class LinearAttention(TokenMixer):
         memories: Memories | None = None,
         apart: nn.Module | None = None,
         copies: int = 1,
+        levels: nn.Module | None = None,
         removal: nn.Module | None = None,
         shift: TokenShift | None = None,
         reads: list[str] | None = None,
@@ -129,6 +130,7 @@ class LinearAttention(TokenMixer):
         self.noise = noise
         self.memories = memories
         self.apart = apart
+        self.levels = levels
         # How many sets of queries, and of keys, values and gates, there are for the memories.
         self.copies_q, self.copies = 1 if apart is None else copies, copies
         self.states = heads if memories is None else heads * (1 + memories.count)
@@ -160,9 +162,10 @@ class LinearAttention(TokenMixer):
     def initial_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> State:
         columns = self.value_dim + int(self.normalised) + self.beside
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        state = {
-            "matrix": torch.zeros(batch, self.states, self.features, columns, device=device, dtype=exact)
-        }
+        # One state, or one for each bit of the positions.
+        bits = [] if self.levels is None else [capacity.bit_length()]
+        shape = (batch, self.states, *bits, self.features, columns)
+        state = {"matrix": torch.zeros(shape, device=device, dtype=exact)}
         if self.first is not None:
             state["matrix"].copy_(self.first(batch, columns))
         if self.conv is not None:
@@ -190,8 +193,9 @@ class LinearAttention(TokenMixer):
         weight_BTE = self.routed(self.memories, read, inputs)
         matrix = self.first_matrix(read) if state is None else state["matrix"]
         if self.bonus is None:
+            levels = () if self.levels is None else (self.levels(inputs.write), at.start)
             o_BTHV, after["matrix"] = self.operation(
-                read.q_BTHK, read.k_BTHK, read.write_BTHV, read.decay, read.strength, matrix
+                read.q_BTHK, read.k_BTHK, read.write_BTHV, read.decay, read.strength, matrix, *levels
             )
         else:
             o_BTHV, after["matrix"] = self.read_before_write(self.bonus, read, matrix)
@@ -216,6 +220,7 @@ class LinearAttention(TokenMixer):
             q_BHK = read.q_BTHK[:, 0].to(before.dtype).repeat_interleave(group, 1)
             added_BHV = (q_BHK[..., None, :] @ before)[..., 0, :].to(read.write_BTHV.dtype)
             added_BHV = added_BHV + self.bonus(read.q_BTHK, read.k_BTHK, read.write_BTHV)[:, 0]
+        levels = () if self.levels is None else (self.levels(inputs.write)[:, 0], at.positions_T[0])
         o_BHV, after["matrix"] = self.one_step(
             read.q_BTHK[:, 0],
             read.k_BTHK[:, 0],
@@ -223,6 +228,7 @@ class LinearAttention(TokenMixer):
             now,
             None if strength is None else strength[:, 0],
             before,
+            *levels,
         )
         o_BHV = o_BHV if added_BHV is None else added_BHV
         if self.memories is not None:

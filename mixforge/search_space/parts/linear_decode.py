@@ -22,6 +22,7 @@ from mixforge.search_space.parts.linear_attention import LinearAttention
 TAKES: dict[str, tuple[GeneValue, ...]] = {
     "rule": ("add", "delta"),
     "memories": ("none",),
+    "levels": ("one",),
     "decay": ("none", "head", "scalar", "channel"),
     "forget": ("softplus", "sigmoid"),
     "key": ("own",),

@@ -36,6 +36,7 @@ from mixforge.search_space.parts.feature_map import (
     taylor_features,
     taylor_line,
 )
+from mixforge.search_space.parts.level_weights import LEVELS, LevelWeights
 from mixforge.search_space.parts.linear_output import (
     Bonus,
     ChannelSkip,
@@ -220,6 +221,14 @@ def apart_piece(width: int, keys: int, rank: int) -> Piece:
     """What the queries and keys of the partitions have beside the others."""
     matrix = 2 * rank * (width + keys)
     return Piece(part=Part(ApartKeys, width=width, keys=keys, rank=rank), params=matrix, macs=matrix)
+
+
+def levels_piece(width: int, heads: int) -> Piece:
+    """The weights of the levels of levels=log."""
+    count = heads * LEVELS
+    return Piece(
+        part=Part(LevelWeights, width=width, heads=heads), params=(width + 1) * count, macs=width * count
+    )
 
 
 def in_gate_piece(in_gate: str, width: int, heads: int, cap: float | None = None) -> Piece:

@@ -21,6 +21,7 @@ from test_linear import (
     sigmoid,
     silu,
     softplus,
+    unit,
 )
 from test_linear_points import DIM, MORE, by_heads, gated, grouped, projected, zeros
 from torch import Tensor
@@ -118,10 +119,10 @@ def mom(w: Weights, x: Tensor) -> Tensor:
         for h in range(HEADS):
             o = zeros(DIM)
             for m, weight in weights.items():
-                key = k[t, m, h] / k[t, m, h].norm()
+                key = unit(k[t, m, h])
                 move = alpha[t, m, h] * (torch.eye(DIM) - beta[t, m, h] * torch.outer(key, key))
                 state[m, h] = move @ state[m, h] + beta[t, m, h] * torch.outer(key, v[t, m, h])
-                o = o + weight * (q[t, h] / q[t, h].norm() / math.sqrt(DIM)) @ state[m, h]
+                o = o + weight * (unit(q[t, h]) / math.sqrt(DIM)) @ state[m, h]
             heads.append(rms(o, w["output.norm.weight"]))
         rows.append(torch.cat(heads))
     return gated(rows, w, x, silu)
@@ -196,6 +197,44 @@ def test_partitions_of_a_state_are_written_and_read_by_their_share() -> None:
     torch.testing.assert_close(y[0], torch.stack(rows) @ w["output.out.weight"].T, rtol=1e-7, atol=1e-7)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["add", "delta"])
+def test_levels_weigh_the_past_by_buckets(rule: str) -> None:
+    """o_t = sum over j <= t of lambda_t^level(t, j) times what token j still gives, each bucket doubling."""
+    mixer = Linear(rule=rule, decay="scalar", conv="none", levels="log", heads=HEADS, out_gate="none")
+    module, w = built(mixer)
+    x = sequence()
+    y, _ = module(x[None], None, Pass(torch.arange(LENGTH), 0))
+    q, k, v = projected(w, x, DIM, DIM)
+    rate = torch.exp(w["decay.rate"])
+    alpha = torch.exp(-rate * softplus(x @ w["decay.step_size.weight"].T + w["decay.bias"]))
+    weight = softplus(w["levels.scale"] * by_heads(x @ w["levels.logit.weight"].T))
+    if rule == "delta":
+        q, k = (each / torch.sqrt((each * each).sum(-1, keepdim=True) + 1e-6) for each in (q, k))
+        beta = sigmoid(x @ w["beta.logit.weight"].T)
+    rows = []
+    for t in range(LENGTH):
+        heads = []
+        for h in range(HEADS):
+            o, move = zeros(DIM), torch.eye(DIM, dtype=torch.float64)
+            level, size, start = 0, 1, t
+            for j in range(t, -1, -1):
+                # The bucket before this one has as many tokens as the lowest bit that is left.
+                if j < start:
+                    size = start & -start
+                    start, level = start - size, size.bit_length()
+                strength = beta[j, h] if rule == "delta" else 1.0
+                read = q[t, h] / math.sqrt(DIM) @ move @ (strength * k[j, h])
+                o = o + weight[t, h, level] * read * v[j, h]
+                own = torch.eye(DIM, dtype=torch.float64)
+                if rule == "delta":
+                    own = own - beta[j, h] * torch.outer(k[j, h], k[j, h])
+                move = move @ (alpha[j, h] * own)
+            heads.append(rms(o, w["output.norm.weight"]))
+        rows.append(torch.cat(heads))
+    torch.testing.assert_close(y[0], torch.stack(rows) @ w["output.out.weight"].T, rtol=1e-7, atol=1e-7)
+
+
 def test_what_does_not_go_together_is_named() -> None:
     for mixer, sentence in {
         Linear(rule="dplr", norm="max1"): "norm=max1 needs rule=add",
@@ -204,11 +243,16 @@ def test_what_does_not_go_together_is_named() -> None:
         Linear(rule=Form("slots", (4,))): "say decay=channel",
         Linear(rule=Form("slots", (4,)), decay="channel", norm="max1"): "reads by a softmax",
         Linear(rule=Form("slots", (4,)), decay="channel", pos="lrpe"): "does not turn its slots",
+        Linear(
+            rule=Form("slots", (4,)), decay="channel", skip="late", out_norm="gated"
+        ): "say out_norm=rms, group or none",
         Linear(rule="second", norm="max1", in_gate="exp"): "needs rule=add or delta",
         Linear(memories=Form("top", (4, 5))): "cannot have 5",
         Linear(memories=Form("top", (4, 2)), rule="dplr"): "needs rule=add or delta",
         Linear(memories=Form("top", (4, 2)), skip="head"): "skip=none",
         Linear(memories=Form("parts", (4, 1)), pos="lrpe"): "say pos=none, rope or xpos",
+        Linear(levels="log"): "needs rule=add or delta and decay=head, layer or scalar",
+        Linear(levels="log", decay="scalar", init="learned"): "init=zero",
         Linear(skip="late", out_norm="gated"): "say out_norm=rms, group or none",
         Linear(out_gate="inner"): "say its rank",
     }.items():

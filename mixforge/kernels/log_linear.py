@@ -1,0 +1,253 @@
+"""Linear recurrences whose past is kept in a state for each level of a Fenwick tree.
+
+At token t, from 0, each bit b that is set in t has a bucket of the 2^b tokens before t - t mod 2^(b+1) + 2^b; the token
+itself is level 0, the bucket of bit b level b + 1, so that token j < t is at level bit_length(t xor j). For each head:
+
+    S^l_t = sum over j in the bucket of (product of A_i for j < i <= t) k_j w_j^T       l level of the bucket
+    A_t = e^g_t, w = v                                          rule add
+    A_t = e^g_t (I - beta_t k_t k_t^T), w = beta v              rule delta
+    o_t = sum over l of weight_tl q_t^T S^l_t
+
+One token: every state is moved by A_t; the token's own state and those of the bits that are ones at the end of t become
+one, that of the first bit that is zero. In chunks of C = 32 tokens: inside a chunk the matrix from values to outputs is
+made and weighed by level; the states of the bits of the chunk's number are read and moved as the chunk moves any state.
+
+All forms take q_BTHK (scaled), k_BTHK, v_BTGV with a multiple of their heads, log decays [G], [B, T, G] or None, beta_BTG
+or None for the rule add, weight_BTGE for levels 0 to E - 1 (that of the last also for all above), the state_BGNKV of N
+bits or None at the start of a sequence, and the number of tokens before. They return o_BTGV and the state, which is None
+where none was given. A state with N bits holds 2^N - 1 tokens.
+
+Source: Guo et al. 2025 (arXiv 2506.04761), sections 3.1 to 3.4; fla's naive_log_linear_attn for the levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mixforge.kernels.chunk_gates import FLOOR
+from mixforge.kernels.twofold_linear import cut
+
+CHUNK_BITS = 5
+CHUNK = 1 << CHUNK_BITS
+
+
+def log_linear_reference(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_BGNKV: Tensor | None,
+    weight_BTGE: Tensor,
+    start: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """One token after the other."""
+    batch, length, heads, value_dim = v_BTGV.shape
+    state = state_BGNKV
+    if state is None:
+        bits = (start + length).bit_length()
+        exact = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
+        state = v_BTGV.new_zeros(batch, heads, bits, q_BTHK.shape[3], value_dim, dtype=exact)
+    outputs = []
+    for t in range(length):
+        now = decay if decay is None or decay.dim() == 1 else decay[:, t]
+        beta = None if beta_BTG is None else beta_BTG[:, t]
+        at = torch.tensor(start + t, device=v_BTGV.device)
+        o_BGV, state = log_linear_step(
+            q_BTHK[:, t], k_BTHK[:, t], v_BTGV[:, t], now, beta, state, weight_BTGE[:, t], at
+        )
+        outputs.append(o_BGV)
+    return torch.stack(outputs, 1), None if state_BGNKV is None else state
+
+
+def log_linear_step(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BGV: Tensor,
+    decay_now: Tensor | None,
+    beta_BG: Tensor | None,
+    state_BGNKV: Tensor,
+    weight_BGE: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token: (o_BGV, state_BGNKV). `position` is a tensor, so that nothing waits for its value."""
+    dtype, count = state_BGNKV.dtype, state_BGNKV.shape[2]
+    group = v_BGV.shape[1] // q_BHK.shape[1]
+    q, k = (x.to(dtype).repeat_interleave(group, 1) for x in (q_BHK, k_BHK))
+    levels = torch.arange(count, device=q.device)
+    is_set_N = ((position >> levels) & 1).to(dtype)
+    state = state_BGNKV * is_set_N[:, None, None]
+    if decay_now is not None:
+        state = decay_now.to(dtype).exp()[..., None, None, None] * state
+    write = v_BGV.to(dtype)
+    if beta_BG is not None:
+        beta = beta_BG.to(dtype)[..., None]
+        met_BGNV = (k[:, :, None, None] @ state)[..., 0, :]
+        state = state - k[:, :, None, :, None] * (beta[..., None] * met_BGNV)[..., None, :]
+        write = beta * write
+    own_BGKV = k[..., :, None] * write[..., None, :]
+    read_BGNV = (q[:, :, None, None] @ state)[..., 0, :]
+    weight = weight_BGE.to(dtype)
+    of_levels = weight.index_select(2, (levels + 1).clamp(max=weight.shape[2] - 1))
+    own_BGV = (q[..., None, :] @ own_BGKV)[..., 0, :]
+    o_BGV = weight[..., :1] * own_BGV + (of_levels[..., None] * read_BGNV).sum(2)
+    # Ones at the end of the position, and the first zero above them.
+    ends_N = is_set_N.cumprod(0)
+    before_N = torch.cat([torch.ones_like(ends_N[:1]), ends_N[:-1]])
+    first_N = before_N - ends_N
+    merged = own_BGKV + (ends_N[:, None, None] * state).sum(2)
+    state = (1 - ends_N)[:, None, None] * state + first_N[:, None, None] * merged[:, :, None]
+    return o_BGV.to(v_BGV.dtype), state
+
+
+def log_linear_torch(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_BGNKV: Tensor | None,
+    weight_BTGE: Tensor,
+    start: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """In chunks, as matrix products; with a state, what is before and after whole chunks goes token by token."""
+    length = v_BTGV.shape[1]
+    if state_BGNKV is None:
+        return in_chunks(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, None, weight_BTGE, 0)
+    head = min(length, -start % CHUNK)
+    tail = head + (length - head) // CHUNK * CHUNK
+    outputs, state = [], state_BGNKV
+    for first, last, run in (
+        (0, head, log_linear_reference),
+        (head, tail, in_chunks),
+        (tail, length, log_linear_reference),
+    ):
+        if first == last:
+            continue
+        q, k, v, weight = (x[:, first:last] for x in (q_BTHK, k_BTHK, v_BTGV, weight_BTGE))
+        log = decay if decay is None or decay.dim() == 1 else decay[:, first:last]
+        beta = None if beta_BTG is None else beta_BTG[:, first:last]
+        o, after = run(q, k, v, log, beta, state, weight, start + first)
+        assert after is not None
+        outputs.append(o)
+        state = after
+    return torch.cat(outputs, 1), state
+
+
+def in_chunks(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_BGNKV: Tensor | None,
+    weight_BTGE: Tensor,
+    start: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Whole chunks from a multiple of their size; without a state the last may be padded."""
+    batch, length, heads, value_dim = v_BTGV.shape
+    exact = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
+    log = torch.zeros_like(v_BTGV[..., 0], dtype=exact)
+    if decay is not None:
+        log = decay.to(exact).expand(batch, length, heads)
+    given = (q_BTHK, k_BTHK, v_BTGV, log[..., None], weight_BTGE)
+    # [C, B * G, L, *]
+    q, k, v, g, weight = (cut(x.to(exact), CHUNK, heads).flatten(1, 2) for x in given)
+    # In float64, for after a decay of -1000 a float32 sum would leave the later pairs with an error of 1e-4.
+    total = g.double().cumsum(-2)
+    pairs = (total - total.mT).clamp(FLOOR, 0).exp().tril().to(exact)
+    grams = (q @ k.mT) * pairs
+    entered = total.clamp(min=FLOOR).exp().to(exact)
+    read, leaving = q * entered, k * (total[..., -1:, :] - total).clamp(min=FLOOR).exp().to(exact)
+    kept, met = entered[..., -1:, :], None
+    write = v
+    if beta_BTG is not None:
+        beta = cut(beta_BTG[..., None].to(exact), CHUNK, heads).flatten(1, 2)
+        system = ((beta * k) @ k.mT * pairs).tril(-1)
+        unit = torch.eye(CHUNK, dtype=exact, device=q.device)
+        inverse = torch.linalg.solve_triangular(
+            system + unit, unit, upper=False, left=False, unitriangular=True
+        )
+        met = inverse @ (beta * k * entered)
+        read = read - grams @ met
+        grams = (grams @ inverse) * beta.mT
+        write = inverse @ (beta * v)
+    levels = _levels(q.device).clamp(max=weight.shape[3] - 1)
+    shares = torch.take_along_dim(weight, levels.expand(*weight.shape[:2], -1, -1), -1)
+    inner = (grams * shares) @ v
+    added = leaving.mT @ write
+    buckets = _opened(state_BGNKV, start)
+    outputs = []
+    for number, (o, read_c, weight_c, kept_c, added_c) in enumerate(
+        zip(*(x.unbind() for x in (inner, read, weight, kept, added)), strict=True)
+    ):
+        names = sorted(buckets)
+        if names:
+            states = torch.cat([buckets[bit] for bit in names], -1)
+            seen = (read_c @ states).view(*read_c.shape[:2], len(names), value_dim)
+            index = [min(CHUNK_BITS + 1 + bit, weight.shape[3] - 1) for bit in names]
+            o = o + (seen * weight_c[..., index][..., None]).sum(-2)
+            moved = kept_c * states
+            if met is not None:
+                moved = moved - leaving[number].mT @ (met[number] @ states)
+            buckets = dict(zip(names, moved.split(value_dim, -1), strict=True))
+        outputs.append(o)
+        carry, bit = added_c, 0
+        while bit in buckets:
+            carry, bit = carry + buckets.pop(bit), bit + 1
+        buckets[bit] = carry
+    whole = torch.stack(outputs).view(-1, batch, heads, CHUNK, value_dim)
+    o_BTGV = whole.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].to(v_BTGV.dtype)
+    if state_BGNKV is None:
+        return o_BTGV, None
+    after = torch.zeros_like(state_BGNKV)
+    for bit, bucket in buckets.items():
+        after[:, :, CHUNK_BITS + bit] = bucket.view(batch, heads, *bucket.shape[1:])
+    return o_BTGV, after
+
+
+def _opened(state_BGNKV: Tensor | None, start: int) -> dict[int, Tensor]:
+    """The states [B * G, K, V] of the bits that are set in the number of the chunk that starts here."""
+    if state_BGNKV is None:
+        return {}
+    number = start // CHUNK
+    bits = [bit for bit in range(number.bit_length()) if number >> bit & 1]
+    return {bit: state_BGNKV[:, :, CHUNK_BITS + bit].flatten(0, 1) for bit in bits}
+
+
+def _levels(device: torch.device) -> Tensor:
+    """bit_length(i xor j) of a chunk's rows [L, L]."""
+    rows = torch.arange(CHUNK, device=device)
+    differ = rows[:, None] ^ rows
+    return (differ[..., None] >= 1 << torch.arange(CHUNK_BITS, device=device)).sum(-1)
+
+
+def matmul_flops(length: int, *, heads: int, key_dim: int, value_dim: int, rule: str) -> int:
+    """Matmul FLOPs of the torch form's forward pass over one sequence, two for each multiply-add; padding counts."""
+    chunks = -(-length // CHUNK)
+    buckets = sum(number.bit_count() for number in range(chunks))
+    square, state = CHUNK * CHUNK, CHUNK * key_dim * value_dim
+    each = square * (key_dim + value_dim) + state
+    moved = state
+    if rule == "delta":
+        each += square * (3 * key_dim + value_dim + CHUNK)
+        moved = 3 * state
+    return 2 * heads * (chunks * each + buckets * moved)
+
+
+FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "reference": log_linear_reference,
+    "torch": log_linear_torch,
+}
+
+
+def form(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The form of one backend. Raises ValueError for triton, which has none yet."""
+    if backend not in FORMS:
+        raise ValueError(
+            f"backend={backend!r} has no levels=log yet; say levels=one, or build with backend='torch'"
+        )
+    return FORMS[backend]
