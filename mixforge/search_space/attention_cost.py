@@ -112,7 +112,11 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     if gene.scores == "fused":
         pairs = fused_pairs(length, window, gene.dilation, gene.first)
         pairs = pairs if gene.by_block is None else strided_pairs(length, *gene.by_block[:2])
-    both = heads * (gene.key_dim(width) + gene.value_dim(width))
+    keys, values = gene.key_dim(width), gene.value_dim(width)
+    if gene.scores == "fused" and window is None and gene.sparse == "none":
+        # The narrower ones are widened (`causal_attention_torch`).
+        keys = values = max(keys, values)
+    both = heads * (keys + values)
     flops = 2 * pairs * both
     if isinstance(gene.sparse, Form) and gene.sparse.name.startswith("block_"):
         flops += 2 * length * -(-length // int(gene.sparse.arguments[0])) * heads * head_dim

@@ -249,3 +249,10 @@ def test_forms_agree_over_given_pairs(key_heads: int, added: bool) -> None:
         return MASKED_FORMS[name](q, k, v, term.masked_fill(~seen, -torch.inf), 0.3)
 
     assert_equal(partial(run, "torch"), partial(run, "reference"), [*inputs, term])
+
+
+@pytest.mark.parametrize("width", [5, 17])
+def test_values_wider_or_narrower_than_keys(width: int) -> None:
+    q, k, v = draw(23)
+    wide = torch.cat([v, v + 1, -v], 3)[..., :width]
+    assert_equal(partial(FORMS["torch"], start=0), partial(FORMS["reference"], start=0), [q, k, wide])

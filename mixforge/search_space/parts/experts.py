@@ -11,7 +11,7 @@ depend on no value, so that a graph can capture it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,19 +69,25 @@ def visit_sorted(
     order_N = index_MA.flatten().argsort(stable=True)
     counts = torch.bincount(index_MA.flatten(), minlength=weights.up_EGD.shape[0]).tolist()
     pieces = torch.split(x_MD[order_N // chosen], counts)
+    # Taken apart at once: the gradient of one expert's slice would be as large as the weights of all.
+    ups, outs = weights.up_EGD.unbind(0), weights.out_EDF.unbind(0)
+    up_biases = _apart(weights.up_bias_EG, len(ups))
+    out_biases = _apart(weights.out_bias_ED, len(outs))
     visited = [
-        _visit(x_ND, weights, expert, act, gated) for expert, x_ND in enumerate(pieces) if x_ND.shape[0] > 0
+        F.linear(_activated(F.linear(x_ND, up_GD, up_bias_G), act, gated), out_DF, out_bias_D)
+        for x_ND, up_GD, up_bias_G, out_DF, out_bias_D in zip(
+            pieces, ups, up_biases, outs, out_biases, strict=True
+        )
+        if x_ND.shape[0] > 0
     ]
     y_ND = torch.cat(visited)
     # Put back, and not added up: a scattered sum has no fixed order on a GPU.
     return torch.empty_like(y_ND).index_copy(0, order_N, y_ND).view(*index_MA.shape, -1)
 
 
-def _visit(x_ND: Tensor, weights: ExpertWeights, expert: int, act: Activation, gated: bool) -> Tensor:
-    up_bias = None if weights.up_bias_EG is None else weights.up_bias_EG[expert]
-    out_bias = None if weights.out_bias_ED is None else weights.out_bias_ED[expert]
-    h_NG = F.linear(x_ND, weights.up_EGD[expert], up_bias)
-    return F.linear(_activated(h_NG, act, gated), weights.out_EDF[expert], out_bias)
+def _apart(stacked: Tensor | None, experts: int) -> Sequence[Tensor | None]:
+    """What each expert has of it."""
+    return [None] * experts if stacked is None else stacked.unbind(0)
 
 
 def visit_gathered(
