@@ -2,7 +2,7 @@
 
     .venv-transformers/bin/python benchmarks/presets.py [--json FILE] [--only NAME ...]
 
-Each class of `tests/transformers/classes.py` is made tiny, saved, and read as `mixforge import hf` would: both models
+Each class of `tests/oracle_transformers/classes.py` is made tiny, saved, and read as `mixforge import hf` would: both models
 compute the same function, and a class whose logits differ is not timed. Theirs is loaded as a person would load it,
 with the attention that transformers chooses and chunks of the length that its class has by default. Timed is a training
 pass: logits, cross-entropy and the gradients of every weight. float32, one thread, processor time, interleaved; the
@@ -268,7 +268,7 @@ def main() -> int:
     refused: list[str] = []
     has_transformers = importlib.util.find_spec("transformers") is not None
     if has_transformers:
-        sys.path.insert(0, str(ROOT / "tests" / "transformers"))
+        sys.path.insert(0, str(ROOT / "tests" / "oracle_transformers"))
         from classes import CLASSES
         from transformers.utils import logging
 
