@@ -2,14 +2,15 @@
 
     .venv-transformers/bin/python benchmarks/presets.py [--json FILE] [--only NAME ...]
 
-Each class of `tests/oracle_transformers/classes.py` is made tiny, saved, and read as `mixforge import hf` would: both models
-compute the same function, and a class whose logits differ is not timed. Theirs is loaded as a person would load it,
-with the attention that transformers chooses and chunks of the length that its class has by default. Timed is a training
-pass: logits, cross-entropy and the gradients of every weight. float32, one thread, processor time, interleaved; the
-ratio is theirs over ours. Goals: 1/1.2 for each, 2 for those with a layer of the linear family.
+Each class of `tests/oracle_transformers/classes.py` is made tiny, saved, and read as `mixforge import hf` would:
+both models compute the same function, and a class whose logits differ is not timed. Theirs is loaded as a person
+would load it, with the attention that transformers chooses and chunks of the length that its class has by default.
+Timed is a training pass: logits, cross-entropy and the gradients of every weight. float32, one thread, processor
+time, interleaved; the ratio is theirs over ours. Goals: 1/1.2 for each, 2 for those with a layer of the linear
+family.
 
-Presets whose published size is about a billion weights are built on the meta device: processor time, and how much the
-peak memory of the process grew. Where transformers is missing, that is all, and the status is 2.
+Presets whose published size is about a billion weights are built on the meta device: processor time, and how much
+the peak memory of the process grew. Where transformers is missing, that is all, and the status is 2.
 """
 
 from __future__ import annotations
