@@ -78,12 +78,20 @@ def _read_config(folder: Path) -> dict[str, object]:
     return {**inner, "model_type": inner.get("model_type", "")} if isinstance(inner, dict) else values
 
 
+def _read_shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({str(name) for name in found})
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of shards: {error!r}; it maps tensors to files under weight_map"
+        ) from None
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = _read_shards(index) if index.exists() else ["model.safetensors"]
     found: dict[str, Tensor] = {}
     for name in names:
         # A name from a file must not lead out of the folder.

@@ -93,6 +93,10 @@ def test_shards_are_read_and_names_in_the_index_do_not_lead_out(tmp_path: Path) 
     index.write_text(json.dumps({"weight_map": {"x": "../elsewhere/a.safetensors"}}))
     with pytest.raises(ValueError, match="has no tensor"):
         read(tmp_path)
+    for wrong in ("{}", "[1]", "{"):
+        index.write_text(wrong)
+        with pytest.raises(ValueError, match="is no index of shards"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(

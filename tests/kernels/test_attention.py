@@ -110,7 +110,7 @@ def test_shapes_that_do_not_fit(name: str) -> None:
     with pytest.raises(ValueError, match=r"k must be of shape .* behind 2 earlier tokens"):
         FORMS[name](q, k, v, 2)
     with pytest.raises(ValueError, match="v must be of shape"):
-        WINDOW_FORMS[name](q, k, v[..., :3], 4, 0)
+        WINDOW_FORMS[name](q, k, v[:, :, :3], 4, 0)
     with pytest.raises(ValueError, match="2 key heads of k do not divide 3 query heads of q"):
         FORMS[name](q[:, :3], k, v, 0)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
