@@ -390,9 +390,11 @@ def test_every_gene_and_pair_of_genes_keeps_to_it(mixer: Mixer) -> None:
 def _check_sequence_forms(mixer: Mixer) -> None:
     """In pieces and by steps as at once, causally, with finite gradients for every weight."""
     module = built(mixer)
-    x_BTD = inputs(29)
+    x_BTD = inputs(29).requires_grad_()
     whole, _ = module(x_BTD, None, at(mixer, 0, 29))
     (whole * inputs(29, seed=3)).sum().backward()
+    assert x_BTD.grad is not None
+    assert torch.isfinite(x_BTD.grad).all()
     for name, weight in module.named_parameters():
         assert weight.grad is not None, name
         assert torch.isfinite(weight.grad).all(), name
