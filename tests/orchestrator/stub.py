@@ -36,7 +36,7 @@ trials = 20
 
 [evaluation]
 context = 64
-deadline_s = 15
+deadline_s = 5
 
 [evaluation.workload]
 context = 16
