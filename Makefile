@@ -24,7 +24,7 @@ test: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 kernels: $(VENV)/.ready-dev $(OLDER)/.ready
 	$(BIN)/python -m mixforge.kernels.ahead_of_time

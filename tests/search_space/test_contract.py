@@ -28,11 +28,11 @@ LENGTHS = (1, 13, 63)
 
 
 def cases(chosen: Callable[[str], Iterable[Mixer]]) -> pytest.MarkDecorator:
-    """One test for each point, those of a mixer in one group of tests."""
+    """One test for each point."""
     return pytest.mark.parametrize(
         "mixer",
         [
-            pytest.param(mixer, id=f"{word}{number}", marks=pytest.mark.xdist_group(f"contract-{word}"))
+            pytest.param(mixer, id=f"{word}{number}")
             for word in CATALOGUE
             for number, mixer in enumerate(chosen(word))
         ],
