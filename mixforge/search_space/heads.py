@@ -32,3 +32,11 @@ def shared_heads(name: str, heads: int, share: Fraction) -> int:
 def heads_that_divide(width: int) -> str:
     """Legal numbers of heads for an error message: `1, 2, 4, 8`."""
     return ", ".join(str(heads) for heads in range(1, min(width, 64) + 1) if width % heads == 0)
+
+
+def undivided(mixer: str, heads: int, width: int, instead: str = "head_dim") -> str:
+    """The refusal of heads that do not divide the width; `instead` is what may be said in their place."""
+    return (
+        f"heads {heads} does not divide width {width} (mixer {mixer}); "
+        f"legal heads: {heads_that_divide(width)}, or say {instead}"
+    )

@@ -39,7 +39,7 @@ from mixforge.search_space.attention_parts import (
     scores_part,
 )
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, genes_of, replace
-from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
@@ -256,10 +256,7 @@ class Attn(Mixer):
     def why_illegal(self, width: int) -> str | None:
         heads, kv_heads, head_dim = self.sizes(width)
         if self.head_dim is None and width % heads != 0:
-            return (
-                f"heads {heads} does not divide width {width} (mixer attn); "
-                f"legal heads: {heads_that_divide(width)}, or say head_dim"
-            )
+            return undivided("attn", heads, width)
         if heads % kv_heads != 0:
             return f"{kv_heads} key/value heads do not divide {heads} query heads (mixer attn)"
         if self.query == "learned":

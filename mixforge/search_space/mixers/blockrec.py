@@ -26,7 +26,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from mixforge.kernels import attention
 from mixforge.kernels.attention import attended_pairs
 from mixforge.search_space.genes import Whole
-from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.block_recurrence import BlockRecurrence, StateVectors
@@ -52,10 +52,7 @@ class Blockrec(Mixer):
     def why_illegal(self, width: int) -> str | None:
         heads, head_dim = self.sizes(width)
         if self.head_dim is None and width % heads != 0:
-            return (
-                f"heads {heads} does not divide width {width} (mixer blockrec); "
-                f"legal heads: {heads_that_divide(width)}, or say head_dim"
-            )
+            return undivided("blockrec", heads, width)
         if head_dim % 2 != 0:
             return f"rotary positions need an even head_dim, not {head_dim} (mixer blockrec)"
         return None

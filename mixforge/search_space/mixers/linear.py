@@ -61,7 +61,7 @@ from torch import Tensor
 from mixforge.kernels import chunked_linear, dplr, log_linear, second_order, slot_attention, twofold_linear
 from mixforge.kernels.backend import triton_form
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
-from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.linear_legality import why_unfit
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
@@ -270,10 +270,7 @@ class Linear(Mixer):
         size = self.sizes(width)
         follows = isinstance(self.key_dim, str | None) or isinstance(self.value_dim, str | None)
         if follows and width % size.heads != 0:
-            return (
-                f"heads {size.heads} does not divide width {width} (mixer linear); "
-                f"legal heads: {heads_that_divide(width)}, or say key_dim and value_dim"
-            )
+            return undivided("linear", size.heads, width, "key_dim and value_dim")
         if size.heads % size.key_heads != 0:
             return f"{size.key_heads} key heads do not divide {size.heads} heads (mixer linear)"
         if self.key_dim == "half" and (width // size.heads) % 2 != 0:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from mixforge.kernels import gated_scan, gated_scan_complex, short_conv
 from mixforge.search_space.genes import Choice, GeneValue, Real, Whole, replace
-from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import gelu, sigmoid, silu
@@ -103,10 +103,7 @@ class Rec(Mixer):
     def why_illegal(self, width: int) -> str | None:
         heads, _ = self.sizes(width)
         if self.head_dim is None and width % heads != 0:
-            return (
-                f"heads {heads} does not divide width {width} (mixer rec); "
-                f"legal heads: {heads_that_divide(width)}, or say head_dim"
-            )
+            return undivided("rec", heads, width)
         return None
 
     def canonical(self, width: int) -> Self:

@@ -30,7 +30,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import short_conv
 from mixforge.search_space.genes import Choice, GeneValue, Whole, replace
-from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.nonlinear_cells import GruCell, LstmCell, SlstmCell
@@ -72,10 +72,7 @@ class Rnn(Mixer):
     def why_illegal(self, width: int) -> str | None:
         heads, _ = self.sizes(width)
         if self.head_dim is None and width % heads != 0:
-            return (
-                f"heads {heads} does not divide width {width} (mixer rnn); "
-                f"legal heads: {heads_that_divide(width)}, or say head_dim"
-            )
+            return undivided("rnn", heads, width)
         return None
 
     def canonical(self, width: int) -> Self:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.genes import Choice, Whole, replace
-from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.banded import banded_flops, mix_banded
@@ -57,10 +57,7 @@ class Static(Mixer):
     def why_illegal(self, width: int) -> str | None:
         heads, _ = self.sizes(width)
         if self.head_dim is None and width % heads != 0:
-            return (
-                f"heads {heads} does not divide width {width} (mixer static); "
-                f"legal heads: {heads_that_divide(width)}, or say head_dim"
-            )
+            return undivided("static", heads, width)
         if self.matrix != "toeplitz" and self.window > LARGEST_MATRIX:
             return (
                 f"matrix={self.matrix} has {self.window} x {self.window} entries for each head (mixer static); "

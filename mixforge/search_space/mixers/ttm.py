@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from mixforge.kernels import short_conv
 from mixforge.search_space.expansion import hidden_width, shortest_expand
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole
-from mixforge.search_space.heads import default_heads, heads_that_divide, shared_heads
+from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
@@ -90,10 +90,7 @@ class Ttm(Mixer):
     def why_illegal(self, width: int) -> str | None:
         heads, head_dim = self.sizes(width)
         if self.head_dim is None and width % heads != 0:
-            return (
-                f"heads {heads} does not divide width {width} (mixer ttm); "
-                f"legal heads: {heads_that_divide(width)}, or say head_dim"
-            )
+            return undivided("ttm", heads, width)
         if self.memory == "matrix" and isinstance(self.loss, Form):
             return (
                 f"loss={self.loss} has gradients that grow without a bound in memory=matrix, which has no norm "

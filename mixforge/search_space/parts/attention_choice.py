@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixforge.search_space.parts.attention_strides import EveryTokenKept, Masked
+from mixforge.search_space.parts.attention_strides import Masked, MaskedPairs
 
 
-class ChosenBlocks(EveryTokenKept):
+class ChosenBlocks(MaskedPairs):
     """Blocks chosen by each query and head. Abstract."""
 
     def __init__(self, block: int, masked: Masked) -> None:
@@ -47,12 +47,6 @@ class ChosenBlocks(EveryTokenKept):
     def choose_blocks(self, score_BHTC: Tensor, earlier_TC: Tensor, dim: int) -> Tensor:
         """[B, H, T, C], True for the chosen blocks; what it says of blocks that are not earlier does not count."""
         raise NotImplementedError
-
-    def attend(
-        self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, query_T: Tensor, key_S: Tensor
-    ) -> Tensor:
-        seen = self.choose(q_BHTK, k_BHSK, query_T, key_S)
-        return self.masked(q_BHTK, k_BHSK, v_BHSV, seen, q_BHTK.shape[3] ** -0.5)
 
 
 class BestBlocks(ChosenBlocks):

@@ -78,21 +78,11 @@ class Pattern(nn.Module):
         """Called before each pass over a sequence; `training` where it trains."""
 
 
-class EveryToken(Pattern):
-    """Every earlier token and itself."""
-
-    def __init__(self, operation: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> None:
-        super().__init__()
-        self.operation = operation
+class EveryTokenKept(Pattern):
+    """Patterns that keep all tokens, in the order of their positions. Abstract."""
 
     def slots(self, capacity: int) -> int:
         return capacity
-
-    def sees(self, query_T: Tensor, key_S: Tensor) -> Tensor:
-        return (key_S <= query_T[:, None]) & (key_S >= 0)
-
-    def visible(self, query_T: Tensor) -> Tensor:
-        return query_T + 1
 
     def slot(self, positions_T: Tensor, slots: int) -> Tensor:
         return positions_T
@@ -107,6 +97,20 @@ class EveryToken(Pattern):
         end = start + new.shape[2]
         cache[:, :, start:end] = new
         return new if start == 0 else cache[:, :, :end]
+
+
+class EveryToken(EveryTokenKept):
+    """Every earlier token and itself."""
+
+    def __init__(self, operation: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def sees(self, query_T: Tensor, key_S: Tensor) -> Tensor:
+        return (key_S <= query_T[:, None]) & (key_S >= 0)
+
+    def visible(self, query_T: Tensor) -> Tensor:
+        return query_T + 1
 
     def attend(
         self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, query_T: Tensor, key_S: Tensor

@@ -20,43 +20,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixforge.search_space.parts.attention_pattern import Pattern
+from mixforge.search_space.parts.attention_pattern import EveryTokenKept, Pattern
 
 Masked = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
-class EveryTokenKept(Pattern):
-    """What the patterns share that keep all tokens, in the order of their positions. Abstract."""
+class MaskedPairs(EveryTokenKept):
+    """Patterns whose pairs are computed all, and those that are not seen masked. Abstract."""
 
     def __init__(self, masked: Masked) -> None:
         super().__init__()
         self.masked = masked
 
-    def slots(self, capacity: int) -> int:
-        return capacity
-
-    def slot(self, positions_T: Tensor, slots: int) -> Tensor:
-        return positions_T
-
-    def held(self, position: Tensor, slots: int) -> Tensor:
-        return torch.arange(slots, device=position.device)
-
-    def meets(self, start: int, length: int, device: torch.device) -> Tensor:
-        return torch.arange(start + length, device=device)
-
-    def extend(self, cache: Tensor, new: Tensor, start: int) -> Tensor:
-        end = start + new.shape[2]
-        cache[:, :, start:end] = new
-        return new if start == 0 else cache[:, :, :end]
-
     def attend(
         self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, query_T: Tensor, key_S: Tensor
     ) -> Tensor:
-        seen = self.sees(query_T, key_S)
+        seen = self.choose(q_BHTK, k_BHSK, query_T, key_S)
         return self.masked(q_BHTK, k_BHSK, v_BHSV, seen, q_BHTK.shape[3] ** -0.5)
 
 
-class Strided(EveryTokenKept):
+class Strided(MaskedPairs):
     """The last `stride` tokens, and every `stride`-th one before them."""
 
     def __init__(self, stride: int, masked: Masked) -> None:
