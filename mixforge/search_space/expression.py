@@ -297,8 +297,11 @@ def _spell_operation(node: Operation, binding: int) -> str:
 
 def spell_number(value: int | float) -> str:
     """The shortest text of a number: a float that is whole has no decimal point."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e9:
-        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        # Past nine digits, which are the most that are read, with an exponent: 1e9, 15e10.
+        digits = str(int(value))
+        short = digits.rstrip("0")
+        return digits if abs(value) < 1e9 else f"{short}e{len(digits) - len(short)}"
     return repr(value)
 
 

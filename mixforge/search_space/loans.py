@@ -101,6 +101,12 @@ def _why_unfit(
     lent = owner.mixer.lends(width)[name]
     if lent == needed:
         return None
+    if lent.shapes == needed.shapes:
+        turns = [each.turn or "no turn" for each in (needed, lent)]
+        return (
+            f"reads {_NOUNS[name]} with {turns[0]}, but {spell_mixer(owner.mixer, width)} before it owns one with "
+            f"{turns[1]}; give both the same position"
+        )
     each = "" if needed.extent == "weights" else " a token"
     return (
         f"reads {_NOUNS[name]} of {needed}{each}, but {spell_mixer(owner.mixer, width)} before it owns {lent}; "

@@ -59,11 +59,13 @@ class Loan:
     token of the present pass: [batch, tokens, *shape]; `weights` are parameters of exactly that shape.
     read: of `weights` whose first axis is experts, how many of them the borrower reads for one token; None is all.
         It is the borrower's own and no part of whether a loan fits.
+    turn: how what is lent is turned by its position, which a reader must be too; empty where it is not.
     """
 
     extent: Literal["cache", "pass", "weights"]
     shapes: tuple[tuple[int, ...], ...]
     read: int | None = field(default=None, compare=False)
+    turn: str = ""
 
     def __str__(self) -> str:
         return " and ".join(dict.fromkeys(" x ".join(map(str, shape)) for shape in self.shapes))

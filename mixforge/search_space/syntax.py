@@ -203,6 +203,6 @@ class _Reader:
 
 
 def _bounded(value: int | float, column: int | None) -> int | float:
-    if abs(value) > 1e9 or not math.isfinite(value):
-        raise NotationError("numbers go up to 1000000000", column)
+    if abs(value) > 1e12 or not math.isfinite(value):
+        raise NotationError("numbers go up to 1e12", column)
     return value

@@ -82,6 +82,16 @@ def test_costs_add_up_by_hand() -> None:
             "layer 1: a segment inside a segment",
         ),
         ("lm(attn(kv=own) + attn(kv=shared, heads=4), width=64)", "no owner", "4 x 16"),
+        (
+            "lm(attn(kv=own, pos=none) + attn(kv=shared), width=64)",
+            "no owner",
+            "with pos=rope, theta=10000, rotary=1",
+        ),
+        (
+            "lm(attn(kv=own) + attn(kv=shared, theta=500), width=64)",
+            "no owner",
+            "give both the same position",
+        ),
     ],
 )
 def test_illegal_architectures_say_why(text: str, fault: str, saying: str) -> None:

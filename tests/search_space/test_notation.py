@@ -413,3 +413,10 @@ def test_architectures_are_values() -> None:
     assert {first} == {second}
     assert isinstance(first, Architecture)
     assert first != parse("lm(2 * attn, width=128)")
+
+
+@pytest.mark.parametrize("theta", ["1e9", "15e10", "1e12", "123456789", "999999999", "500000"])
+def test_large_numbers_are_written_as_they_are_read(theta: str) -> None:
+    read = parse(f"lm(attn(theta={theta}), width=64)")
+    assert str(read) == f"lm(attn(theta={theta}), width=64)"
+    assert parse(str(read)).digest == read.digest

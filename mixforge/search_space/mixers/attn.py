@@ -38,6 +38,7 @@ from mixforge.search_space.attention_parts import (
     routing_part,
     scores_part,
 )
+from mixforge.search_space.expression import spell_number
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, genes_of, replace
 from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
@@ -143,7 +144,7 @@ class Attn(Mixer):
         Choice("rope", "none", "xpos", "lrpe", "carope", "alibi", "alibi_rope"),
         Call("relative", Whole(1, 4096)),
     ] = "rope"
-    theta: Annotated[float, Real(1, 1e9)] = _BASE
+    theta: Annotated[float, Real(1, 1e12)] = _BASE
     rotary: Annotated[float, Real(0.01, 1)] = 1.0
     qk_norm: Annotated[str, Choice("none", "rms", "rms_all", "l2")] = "none"
     bias: Annotated[str, Choice("none", "qkv", "all")] = "none"
@@ -242,8 +243,11 @@ class Attn(Mixer):
         return {"cache": self._loan(width)} if self.kv == "shared" else {}
 
     def _loan(self, width: int) -> Loan:
-        """Keys and values."""
-        return Loan("cache", (self.sizes(width)[1:], self.sizes(width)[1:]))
+        """Keys, as they are turned, and values."""
+        # Balanced slopes leave the turn as it is.
+        name = "rope" if self.pos == "alibi_rope" else self.pos
+        turn = f"pos={name}, theta={spell_number(self.theta)}, rotary={spell_number(self.rotary)}"
+        return Loan("cache", (self.sizes(width)[1:],) * 2, turn=turn if self.turns else "")
 
     def unread(self, names: frozenset[str]) -> Self:
         return replace(self, kv="mha") if "cache" in names else self
