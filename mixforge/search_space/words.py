@@ -6,7 +6,7 @@ norm          which norm every residual unit has, and the model before its head
 place         where it stands, and how a unit's output joins the residual stream (`parts/residual`)
 eps           the number under the root of the norms; auto is what the norm has by itself
 scale         how initial weights and learning rates follow the width (`scaling`)
-weights       sigma: each matrix is divided by its spectral norm (`parts/sigma`)
+weights       sigma: each linear map is divided by its spectral norm (`parts/sigma`)
 shortcut      what a unit reads beside the unit before it (`parts/shortcut`)
 softcap       logits c tanh(logits / c)
 embed_scale   what embeddings are multiplied by; sqrt is the root of the width

@@ -5,7 +5,8 @@
 Source: Zhai et al. 2023 (arXiv 2303.06296), section 3.1 and appendix C: one iteration of the power method in each
 forward pass of training, without a gradient; sigma itself has one. gamma begins at 1.
 
-Departures: the product is divided, not the matrix, which is the same number and less work. Outside training sigma is
+Departures: only linear maps are divided, not weights that a mixer keeps stacked (experts, heads of a recurrence). The
+product is divided, not the matrix, which is the same number and less work. Outside training sigma is
 measured once, when the model leaves training, and kept: the paper's code measures it in every pass.
 """
 
