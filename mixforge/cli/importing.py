@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mixforge.cli.output import Json, narrate, print_json, scaled
+from mixforge.cli.output import Json, RunFailed, narrate, print_json, scaled
 
 if TYPE_CHECKING:
     from mixforge.checkpoints.checkpoint import Checkpoint
@@ -54,10 +54,16 @@ def read(
 
 
 def _write(found: Checkpoint, folder: Path) -> dict[str, int]:
+    """The folder is there whole or not at all."""
     from mixforge.evaluator.weights import save_weights
+    from mixforge.export.export import ExportError, beside
 
-    folder.mkdir(parents=True)
-    path = folder / "weights.safetensors"
-    save_weights(found.build(), path, {"architecture": str(found.architecture), "from": found.model_type})
-    (folder / "architecture.txt").write_text(f"{found.architecture}\n", encoding="utf-8")
+    about = {"architecture": str(found.architecture), "from": found.model_type}
+    try:
+        with beside(folder) as written:
+            save_weights(found.build(), written / "weights.safetensors", about)
+            (written / "architecture.txt").write_text(f"{found.architecture}\n", encoding="utf-8")
+            written.rename(folder)
+    except (ExportError, OSError) as error:
+        raise RunFailed(f"{folder} was not written: {error}") from error
     return {str(each): each.stat().st_size for each in sorted(folder.iterdir())}

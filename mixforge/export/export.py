@@ -66,7 +66,7 @@ def export(
     if architecture.vocab != 256:
         raise ValueError(f"an exported model reads bytes, so its vocab must be 256, not {architecture.vocab}")
     searched = _searched(architecture, weights, seed)
-    with _beside(folder) as written:
+    with beside(folder) as written:
         sha256 = write_files(architecture, searched, written)
         (differences,) = verify([(searched, written)])
         text = write_card(architecture, card, digest_of_weights=sha256, differences=differences)
@@ -94,19 +94,19 @@ def _searched(architecture: Architecture, weights: Path | None, seed: int) -> La
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside where the export goes; a rename completes it, any other way out removes it."""
+def beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside where `folder` goes; a rename completes it, any other way out removes it."""
     # mkdtemp would hide it from everybody else: the umask decides who may read an export.
-    beside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside.mkdir()
+        partial.mkdir()
     except OSError as error:
         raise ExportError(f"cannot write beside {folder}: {error.strerror}") from error
     try:
-        yield beside
+        yield partial
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_files(architecture: Architecture, searched: LanguageModel, folder: Path) -> str:

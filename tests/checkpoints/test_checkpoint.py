@@ -6,6 +6,7 @@ That the logits are the class's own is shown in `tests/oracle_transformers`, whe
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from mixforge.checkpoints.checkpoint import read
+from mixforge.cli import main
+from mixforge.evaluator.weights import load_weights
 
 CONFIG: dict[str, object] = {
     "model_type": "llama",
@@ -130,3 +133,40 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="weights must be safetensors files"):
         read(tmp_path)
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit status of `mixforge import hf` with these words."""
+    monkeypatch.setattr(sys, "argv", ["mixforge", "import", "hf", *words])
+    try:
+        main.run()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_command_writes_a_whole_folder_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "theirs", tmp_path / "ours"
+    source.mkdir()
+    write(source)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mixforge.evaluator.weights.save_weights", full)
+        assert told(patch, str(source), str(target)) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["theirs"]
+    assert told(monkeypatch, str(source), str(target)) == 0
+    assert sorted(each.name for each in target.iterdir()) == ["architecture.txt", "weights.safetensors"]
+    found = read(source)
+    assert (target / "architecture.txt").read_text() == f"{found.architecture}\n"
+    model = found.architecture.build(seed=5)
+    load_weights(model, target / "weights.safetensors")
+    tokens = torch.arange(7)[None]
+    assert torch.equal(model(tokens), found.build()(tokens))
+    assert told(monkeypatch, str(source), str(target)) == 2
+    assert told(monkeypatch, str(tmp_path / "nothing")) == 2
