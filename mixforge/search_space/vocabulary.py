@@ -92,8 +92,14 @@ def gene_value(word: str, gene: Gene, tree: Expression) -> GeneValue:
         )
         return float(value) if isinstance(value, int) and isinstance(real, Real) else value
     names = [name for domain in gene.domains for name in _names(domain)]
-    hint = nearest(str(tree), names) if isinstance(tree, Name) else ""
-    raise NotationError(f"{gene.name}={tree} is not legal for {word}{hint}; expected {gene}", tree.column)
+    said = tree.function if isinstance(tree, Apply) else tree.id if isinstance(tree, Name) else None
+    # A form that is there, with other arguments than it takes, is told of itself alone.
+    form = next((each for each in gene.domains if isinstance(each, Call) and each.name == said), None)
+    hint = nearest(said, names) if form is None and said is not None else ""
+    raise NotationError(
+        f"{gene.name}={tree} is not legal for {word}{hint}; expected {gene if form is None else form}",
+        tree.column,
+    )
 
 
 def _plain_value(tree: Expression) -> GeneValue:

@@ -420,3 +420,16 @@ def test_large_numbers_are_written_as_they_are_read(theta: str) -> None:
     read = parse(f"lm(attn(theta={theta}), width=64)")
     assert str(read) == f"lm(attn(theta={theta}), width=64)"
     assert parse(str(read)).digest == read.digest
+
+
+@pytest.mark.parametrize(
+    ("sparse", "message"),
+    [
+        ("nsa(8, 2)", r"expected nsa\(a whole number from 2 to 65536, .*1048576\)\s"),
+        ("block_topq(8, 2)", "did you mean 'block_topk'"),
+        ("strided", r"expected strided\(a whole number from 2 to 65536\)\s"),
+    ],
+)
+def test_a_form_with_other_arguments_is_told_what_it_takes(sparse: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(f"lm(attn(sparse={sparse}), width=64)")
