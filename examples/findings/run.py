@@ -82,7 +82,7 @@ def train(campaign: Campaign, baseline: Baseline, budget: Budget) -> Training:
         scores={task.figure: round(getattr(found, f"{task.figure}_test"), 4) for task in budget.tasks},
         params=found.params,
         state_bytes=found.state_bytes,
-        train_s=round(time.process_time() - started, 1),
+        train_s=round(time.process_time() - started, 3),
         device=found.environment.device,
         torch=found.environment.torch,
         commit=found.environment.commit,
@@ -116,7 +116,7 @@ def run(campaigns: list[Campaign], seeds: int, path: Path) -> None:
         scores = ", ".join(f"{name} {score:.3f}" for name, score in made.scores.items())
         sys.stdout.write(
             f"{number}/{len(plan)} {campaign.name} seed {budget.seed}: {baseline.name}: {scores}, "
-            f"{made.train_s} s\n"
+            f"{made.train_s:.1f} s\n"
         )
         sys.stdout.flush()
 
