@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Annotated
 
@@ -43,6 +44,8 @@ for _room in (searching, findings, showing, candidates, grammar, published, impo
 
 def run() -> None:
     """The entry point. Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    # Loading makes many objects and little garbage: looking for it every 700 objects is a twentieth of a question.
+    gc.set_threshold(50_000, 20, 50)
     try:
         app()
     except RunFailed as error:
