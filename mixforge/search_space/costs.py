@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Cost, Mixer
@@ -17,8 +17,7 @@ def mixer_cost(mixer: Mixer, width: int, length: int, itemsize: int) -> Cost:
     return mixer.cost(width, length, itemsize)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """What an architecture's words put around every mixer."""
 
     norm: str

@@ -25,6 +25,7 @@ from typing import Literal
 
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.genes import Form, GeneValue, genes_of
+from mixforge.search_space.genes import replace as with_genes
 from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.stack import MOST_UNITS, Beside, Layer, Reuse, Segment, Unit, depth
@@ -127,7 +128,7 @@ def _scaled_mixer(mixer: Mixer, width: int, ratio: Fraction, grow: Growth) -> Mi
         changed["heads"] = default_heads(width)
     if any(value is None or not genes[name].has(value) for name, value in changed.items()):
         return None
-    return replace(mixer, **changed)
+    return with_genes(mixer, **changed)
 
 
 def _whole(value: int, ratio: Fraction) -> int | None:

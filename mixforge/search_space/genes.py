@@ -18,6 +18,8 @@ from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, TypeVar, cast, get_type_hints
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from _typeshed import DataclassInstance
 
 
@@ -60,7 +62,8 @@ class Real:
         return f"a number from {self.low:g} to {self.high:g}"
 
     def has(self, value: GeneValue) -> bool:
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        # A tuple: a union is made anew each time.
+        return isinstance(value, (int, float)) and self.low <= value <= self.high
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -142,10 +145,10 @@ def genes_of(mixer: type[DataclassInstance]) -> dict[str, Gene]:
 
 
 @lru_cache(maxsize=1_024)
-def _reader(mixer: type[DataclassInstance]) -> attrgetter[tuple[GeneValue, ...]]:
-    # Two names at least, so that it always gives a tuple.
+def _reader(mixer: type[DataclassInstance]) -> Callable[[DataclassInstance], tuple[GeneValue, ...]]:
     names = list(genes_of(mixer))
-    return attrgetter(*names, "__class__", "__class__")
+    # One name alone gives no tuple.
+    return attrgetter(*names) if len(names) > 1 else lambda made: tuple(getattr(made, name) for name in names)
 
 
 @lru_cache(maxsize=1_024)
@@ -154,17 +157,22 @@ def _defaults(mixer: type[DataclassInstance]) -> tuple[tuple[Gene, ...], tuple[G
     return genes, tuple(gene.default for gene in genes)
 
 
+def all_values(mixer: DataclassInstance) -> tuple[GeneValue, ...]:
+    """The value of each gene of a mixer, in the order of its file."""
+    return _reader(type(mixer))(mixer)
+
+
 def gene_values(mixer: DataclassInstance) -> zip[tuple[Gene, GeneValue]]:
     """Each gene of a mixer with its value, in the order of its file."""
-    return zip(genes_of(type(mixer)).values(), _reader(type(mixer))(mixer), strict=False)
+    return zip(genes_of(type(mixer)).values(), all_values(mixer), strict=True)
 
 
 def changed_genes(mixer: DataclassInstance) -> list[tuple[Gene, GeneValue]]:
     """Those of `gene_values` that are not at their default."""
     genes, defaults = _defaults(type(mixer))
-    values = _reader(type(mixer))(mixer)
+    values = all_values(mixer)
     # Most genes hold their default itself. Finding that out without a Python loop is four times as fast.
-    moved = compress(zip(genes, values, strict=False), map(is_not, values, defaults))
+    moved = compress(zip(genes, values, strict=True), map(is_not, values, defaults))
     return [(gene, value) for gene, value in moved if value != gene.default]
 
 
@@ -178,5 +186,5 @@ def replace(mixer: Genes, **genes: GeneValue) -> Genes:
         if getattr(mixer, name) != value:
             # What dataclasses.replace does, which looks at every field by name.
             kind = type(mixer)
-            return kind(**{**dict(zip(genes_of(kind), _reader(kind)(mixer), strict=False)), **genes})
+            return kind(**{**dict(zip(genes_of(kind), all_values(mixer), strict=True)), **genes})
     return mixer

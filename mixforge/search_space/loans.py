@@ -22,6 +22,8 @@ Place = tuple[int, ...]
 @lru_cache(maxsize=65_536)
 def trades(unit: Unit, width: int) -> bool:
     """Whether a mixer in it lends or borrows."""
+    if isinstance(unit, Layer):
+        return bool(unit.mixer.lends(width) or unit.mixer.borrows(width))
     return any(mixer.lends(width) or mixer.borrows(width) for mixer in mixers((unit,)))
 
 

@@ -7,12 +7,12 @@ This module loads no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Literal, Self
 
-from mixforge.search_space.genes import GeneValue
+from mixforge.search_space.genes import GeneValue, all_values, genes_of
 from mixforge.search_space.part import Part
 
 Backend = Literal["reference", "torch", "triton"]
@@ -78,6 +78,27 @@ class Mixer(ABC):
     kind: ClassVar[Literal["token", "channel"]]
     # Famous points of the gene space by their short names: {"gdn": {"rule": "delta", "decay": "scalar"}}.
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {}
+    # Mixers are keys of every memory, and some have forty genes: each computes its hash once, when first asked.
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __init_subclass__(cls) -> None:
+        # Otherwise a dataclass makes one of its own.
+        cls.__hash__ = Mixer.__hash__  # type: ignore[method-assign]
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            object.__setattr__(self, "_hash", hash((type(self), all_values(self))))
+            return self._hash
+
+    def __reduce__(self) -> tuple[Callable[..., Mixer], tuple[object, ...]]:
+        # A hash does not outlive its process.
+        return type(self)._from_values, all_values(self)
+
+    @classmethod
+    def _from_values(cls, *values: GeneValue) -> Self:
+        return cls(**dict(zip(genes_of(cls), values, strict=True)))
 
     @classmethod
     def word(cls) -> str:

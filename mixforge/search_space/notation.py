@@ -199,7 +199,7 @@ def _beside(branches: list[Expression], words: Mapping[str, GeneValue], column: 
             raise NotationError(
                 "a branch of '|' is one mixer, with at most a factor before it", branch.column
             )
-        mixers.append(interpret_mixer(branch))
+        mixers.append(_layer(branch).mixer)
         shares.append(share)
     given = None if all(share is None for share in shares) else tuple(share or 1 for share in shares)
     return Beside(tuple(mixers), shares=given, **words)  # type: ignore[arg-type]

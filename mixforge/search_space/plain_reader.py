@@ -10,7 +10,7 @@ included: what is wrong with a text is said in one place.
 from __future__ import annotations
 
 import re
-from itertools import accumulate
+from itertools import accumulate, compress
 from keyword import kwlist
 
 from mixforge.search_space.expression import Apply, Expression, Name, Number, Operation, Symbol
@@ -19,6 +19,8 @@ _TOKENS = re.compile(r"[ \t\r\n]+|[A-Za-z_][A-Za-z0-9_]*|[0-9.][A-Za-z0-9_.]*|\*
 _BINDING: dict[str, int] = {"|": 1, "+": 2, "*": 3, "@": 3}
 _SYMBOLS: dict[str, Symbol] = {"|": "|", "+": "+", "*": "*", "@": "@"}
 _PYTHON = frozenset(kwlist)
+# Behind a value that is one token.
+_CLOSING = frozenset(",)")
 # Behind the last token.
 _END = ""
 
@@ -32,9 +34,10 @@ def plain(text: str) -> Expression | None:
     tokens = _TOKENS.findall(text)
     if not _PYTHON.isdisjoint(tokens):
         return None
-    places = accumulate(map(len, tokens), initial=0)
-    kept = [each for each in zip(tokens, places, strict=False) if not each[0].isspace()]
-    reader = _Plain([token for token, _ in kept], [place for _, place in kept])
+    # Every known character but white space is at or behind the exclamation mark.
+    kept = list(map("!".__le__, tokens))
+    places = compress(accumulate(map(len, tokens), initial=0), kept)
+    reader = _Plain(list(compress(tokens, kept)), list(places))
     try:
         tree = reader.chain(1)
     except _Other:
@@ -46,8 +49,9 @@ class _Plain:
     """Tokens on their way to a tree."""
 
     def __init__(self, tokens: list[str], places: list[int]) -> None:
-        self.tokens = [*tokens, _END]
-        self.places = [*places, 0]
+        # Two: behind a word and its sign the token after the next is looked at.
+        self.tokens = [*tokens, _END, _END]
+        self.places = [*places, 0, 0]
         self.index = 0
 
     def chain(self, least: int) -> Expression:
@@ -96,7 +100,7 @@ class _Plain:
                     raise _Other
                 columns.append(self.places[self.index])
                 self.index += 2
-                keywords[word] = self.chain(1)
+                keywords[word] = self.operand() if tokens[self.index + 1] in _CLOSING else self.chain(1)
             elif keywords:
                 raise _Other
             else:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import combinations_with_replacement, permutations, product
 
 from mixforge.search_space.genes import Form, GeneValue
+from mixforge.search_space.genes import replace as with_genes
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.settled import narrow, settle, why_illegal
 from mixforge.search_space.stack import Beside, gene_defaults
@@ -79,7 +80,7 @@ def _candidates(mixer: Mixer, share: Fraction) -> Iterator[Mixer]:
         point: dict[str, GeneValue] = {name: genes.get(name) for name in sizes}
         kept = [{}, *({name: value} for name in sizes for value in _kept(getattr(mixer, name), share))]
         for one, more in product(kept, ({}, forms)):
-            yield replace(mixer, **{**point, **one, **more})
+            yield with_genes(mixer, **{**point, **one, **more})
 
 
 def _kept(value: GeneValue, share: Fraction) -> tuple[GeneValue, ...]:

@@ -255,16 +255,12 @@ def _write_mixer(mixer: Mixer) -> str:
     return f'["{mixer.word()}",{{{",".join(parts)}}}]'
 
 
+@lru_cache(maxsize=4_096, typed=True)
 def gene_json(value: GeneValue) -> str:
     """A gene's value as canonical JSON."""
     if isinstance(value, int | float):
         return spell_number(value)
-    return _quoted(value if value is None else str(value))
-
-
-@lru_cache(maxsize=4_096)
-def _quoted(value: str | None) -> str:
-    return json.dumps(value)
+    return json.dumps(value if value is None else str(value))
 
 
 @lru_cache(maxsize=65_536)

@@ -40,7 +40,6 @@ def parse_mixer(text: str) -> Mixer:
         raise error.within(text) from None
 
 
-@lru_cache(maxsize=65_536)
 def interpret_mixer(tree: Expression) -> Mixer:
     """The mixer that a name or a call means. Raises NotationError."""
     match tree:

@@ -193,6 +193,7 @@ assert "torch" not in sys.modules
 import pickle
 from mixforge import parse
 architecture = parse({text!r})
+hash(architecture.stack[0].mixer)
 sys.stdout.buffer.write(pickle.dumps(architecture))
 """
     # A worker has other string hashes than its driver: what crosses must not hold any.
@@ -203,7 +204,11 @@ sys.stdout.buffer.write(pickle.dumps(architecture))
     assert isinstance(sent, Architecture)
     assert sent == parse(text)
     assert sent.digest == parse(text).digest
-    assert {sent.stack[0]} == {parse(text).stack[0]}
+    unit = parse(text).stack[0]
+    assert {sent.stack[0]} == {unit}
+    assert isinstance(sent.stack[0], Layer)
+    assert isinstance(unit, Layer)
+    assert {sent.stack[0].mixer} == {unit.mixer}
 
 
 def test_architectures_cannot_be_changed() -> None:

@@ -144,6 +144,8 @@ class Linear(Mixer):
     key_dim: Annotated[int | str | None, Choice("half"), Whole(1, 1024)] = None
     value_dim: Annotated[int | str | None, Choice("double"), Whole(1, 1024)] = None
     gate_cap: Annotated[str | int | float, Choice("none"), Real(1, 1000)] = "none"
+    # Sizes at the widths that were asked for, which every question about costs begins with.
+    _sizes: dict[int, Sizes] = field(default_factory=dict, init=False, compare=False, repr=False)
     # Which of how many layers of this family it is: no gene, see `placed`.
     place: tuple[int, int] = field(default=(0, 1), init=False, compare=False, repr=False)
 
@@ -154,6 +156,12 @@ class Linear(Mixer):
 
     def sizes(self, width: int) -> Sizes:
         """Heads and their dims at this width."""
+        found = self._sizes.get(width)
+        if found is None:
+            found = self._sizes[width] = self._compute_sizes(width)
+        return found
+
+    def _compute_sizes(self, width: int) -> Sizes:
         heads = default_heads(width) if self.heads is None else self.heads
         usual = max(1, width // heads)
         key_dim = (
