@@ -10,7 +10,7 @@ from typing import Literal
 from mixforge.search_space.loans import trades, why_unowned
 from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.spelling import spell_mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixes_tokens
+from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixers, mixes_tokens
 
 Fault = Literal["genes", "shares", "no token mixer", "no owner", "segments"]
 
@@ -60,7 +60,20 @@ def _unit_illegality(unit: Unit, width: int) -> Illegality | None:
                 "segments", "a segment inside a segment; one of them says where layers begin anew"
             )
         case Reuse() | Segment():
-            return next((found for each in unit.body if (found := _unit_illegality(each, width))), None)
+            found = next((found for each in unit.body if (found := _unit_illegality(each, width))), None)
+            return found or _carried_illegality(unit, width)
+
+
+def _carried_illegality(unit: Reuse | Segment, width: int) -> Illegality | None:
+    """What layers that are applied several times in a pass left last is of the present pass, later tokens included."""
+    carrying = next((mixer for mixer in mixers(unit.body) if mixer.carries), None)
+    if carrying is None:
+        return None
+    return Illegality(
+        "genes",
+        f"{spell_mixer(carrying, width)}: training goes on from the batch before, so it is applied once in a pass; "
+        "take it out of the layers that are applied again, or say init=zero",
+    )
 
 
 def _segments(units: tuple[Unit, ...]) -> bool:

@@ -110,6 +110,11 @@ class Mixer(ABC):
         """Whether its module sees one token at a time and keeps no state, as a channel mixer does."""
         return self.kind == "channel"
 
+    @property
+    def carries(self) -> bool:
+        """Whether a pass of training begins with what the pass before it left, so that it is applied once in a pass."""
+        return False
+
     def placed(self, index: int, count: int) -> Self:
         """This mixer as the `index`-th, from 0, of `count` layers of its kind, where its equations ask for that.
 

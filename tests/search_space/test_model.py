@@ -46,6 +46,8 @@ TEXTS = [
     "lm(segment(reuse(attn + mlp, times=2, halt=act), length=64, memory=3), width=16, weights=sigma)",
     "lm(segment(mlp + 2 * (attn + mlp) + rglru, length=5, memory=2, carry=associative(4)), width=16)",
     "lm(attn(window=4) + mlp + blockrec(window=4, states=3) + mlp, width=16)",
+    "lm(grc(window=4, states=3) + mlp + gated_fifo(window=5, states=2) + mlp, width=16)",
+    "lm(segment(grc(window=2, states=3) + (gated_fifo(window=3) | attn), length=6, memory=3), width=16)",
     "lm(2 @ (blockrec(window=3, states=2) | attn) + reuse(blockrec(window=5), times=2, halt=act), width=16)",
     "lm(segment(blockrec(window=2, states=3) + mlp, length=5, memory=2), width=16)",
     "lm(segment(blockrec(window=4, states=3) + mlp, length=6, memory=4, carry=associative(4)), width=16)",

@@ -1,48 +1,75 @@
-"""Block-recurrent attention: a window of tokens, and state vectors that are updated once for each block of tokens.
+"""Block-recurrent attention: tokens that are near, and state vectors that are updated once for each block of tokens.
 
 Tokens t of block b, with keys k, values v and queries q and p of their own, and c^b the S state vectors:
 
-    y_t = W_o [softmax_s(q_t . k_s / sqrt(K)) v_s over t - W < s <= t;  softmax_j(p_t . ks_j / sqrt(K)) vs_j]
-    ks, vs, qs, ps = U norm(c^b + e)                          e: learned, so that no two states are alike
-    h_i = [softmax_j(qs_i . ks_j / sqrt(K)) vs_j;  softmax_s(ps_i . k_s / sqrt(K)) v_s over the tokens of block b]
-    c^{b+1} = g c^b + (1 - g) (U_o h + b),  g = sigmoid(b_g), c^0 learned
+    own_t = softmax_s(q_t . k_s / sqrt(K)) v_s    local=window: over t - W < s <= t; chunk: over s <= t of block b
+    mem_t = softmax_j(p_t . ks_j / sqrt(K)) vs_j             ks, vs, qs, ps = U norm(c^b + e), c^0 learned
+    y_t   = W_o [own_t; mem_t]                               fuse=concat
+    y_t   = W_o (a_h mem_t + (1 - a_h) own_t)                fuse=scalar, a_h = sigmoid(l_h) for each head
+
+e is learned, so that no two states are alike. After the last token of block b, with its inputs x:
+
+    update=attend   h_i = [softmax_j(qs_i . ks_j / sqrt(K)) vs_j;  softmax_s(ps_i . k_s / sqrt(K)) v_s over block b]
+                    c^{b+1} = g c^b + (1 - g) (U_o h + b),  g = sigmoid(b_g)
+    update=gru      r, u = sigmoid(W_r [c^b; z] + b_r), sigmoid(W_u [c^b; z] + b_u)
+                    c^{b+1} = (1 - u) c^b + u norm(gelu(W_c [r c^b; z] + b_c)),  z the last x of each of S stretches
+    update=fifo     m = mean of x,  n = sigmoid(W_g [c^b_S; m] + b_g)
+                    c^{b+1} = [c^b_2, ..., c^b_S, n m + (1 - n) c^b_S]
 
 Only q and k between tokens are rotated by position. With one token at a time the states change in `between`, after the
 last token of a block and before the first of the next.
 
-Source: Hutchins et al. 2022 (arXiv 2203.07852), section 3.1 and 3.2 with the fixed gate and the skip configuration, and
-the authors' code (google-research/meliad, transformer_layer.py) for the states' own projections, norm and e.
+Sources: update=attend: Hutchins et al. 2022 (arXiv 2203.07852), section 3.1 and 3.2 with the fixed gate and the skip
+configuration, and the authors' code (google-research/meliad, transformer_layer.py) for the states' own projections,
+norm and e. update=gru: Zhang et al. 2023 (Cached Transformers, arXiv 2312.12742), gated recurrent cache, in the form of
+the authors' code (GRC_Attention.py). update=fifo: Kashyap 2025 (arXiv 2507.00453), chunked attention beside a gated
+queue of slots.
 
-Departures: the states read the tokens of one block, those of the code also the block before; positions are rotary, not
-T5's relative ones; queries and keys have no norm; b_g begins at 1.
+Departures: with update=attend the states read the tokens of one block, those of the code also the block before;
+positions are rotary, not T5's relative ones; queries and keys have no norm; b_g begins at 1. A gated recurrent cache
+is here one for each sequence, written by whole blocks and read by the blocks after them, where the paper's is one for
+all of a training and is read by the tokens that wrote it; it is as wide as the layer; its first state is learned, its
+norms are RMS, and y has one output projection. Of the queue the paper's abstract says that it is gated and first in,
+first out: the mean and the gate's form are ours; the paper's attention to all tokens is a layer of its own here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import attention
 from mixforge.kernels.attention import attended_pairs
-from mixforge.search_space.genes import Whole
+from mixforge.search_space.genes import Choice, GeneValue, Whole
 from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.block_recurrence import BlockRecurrence, StateVectors
+from mixforge.search_space.parts.block_recurrence import BlockRecurrence
 from mixforge.search_space.parts.norm import norm_part
+from mixforge.search_space.parts.state_vectors import AttendingStates, GatedCache, GatedQueue
 
 
 @dataclass(frozen=True, slots=True)
 class Blockrec(Mixer):
-    """Genes: heads and their size, tokens of a block (which is the window too), state vectors."""
+    """Genes: heads and their size, tokens of a block (which is the window too), state vectors and how they are updated,
+    which tokens a token sees, and how what it reads of them and of states comes together.
+    """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
+    aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {
+        "grc": {"update": "gru", "local": "chunk", "fuse": "scalar"},
+        "gated_fifo": {"update": "fifo", "local": "chunk", "fuse": "scalar"},
+    }
 
     heads: Annotated[int | None, Whole(1, 256)] = None
     head_dim: Annotated[int | None, Whole(2, 1024)] = None
     window: Annotated[int, Whole(2, 65_536)] = 16
     states: Annotated[int, Whole(1, 65_536)] = 16
+    update: Annotated[str, Choice("attend", "gru", "fifo")] = "attend"
+    local: Annotated[str, Choice("window", "chunk")] = "window"
+    fuse: Annotated[str, Choice("concat", "scalar")] = "concat"
 
     def sizes(self, width: int) -> tuple[int, int]:
         """Heads and channels of a head."""
@@ -72,25 +99,67 @@ class Blockrec(Mixer):
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         heads, head_dim = self.sizes(width)
         inner = heads * head_dim
-        side = 6 * width * inner
-        params = 2 * side + 2 * self.states * width + 3 * width
+        scalars = heads if self.fuse == "scalar" else 0
+        # What every token meets, what every state meets to be read, and what one update multiplies.
+        side = 4 * width * inner + (1 if scalars else 2) * inner * width
+        asked = (4 if self.update == "attend" else 2) * width * inner
+        changing = {"attend": 2 * inner, "gru": 6 * width, "fifo": 2 * width}[self.update] * width
+        vectors = {"attend": 2, "gru": 4, "fifo": 1}[self.update] * width
+        params = side + scalars + asked + changing + vectors + 2 * self.states * width + width
         blocks = -(-length // self.window)
-        tokens = 2 * length * side + 4 * inner * (attended_pairs(length, self.window) + length * self.states)
-        asked = blocks * 2 * self.states * 4 * width * inner
-        pairs = self.states * (self.states + self.window)
-        changed = (blocks - 1) * (4 * inner * pairs + 2 * self.states * 2 * inner * width)
-        slots = 3 * min(length, self.window) * inner
-        state_bytes = (slots + self.states * (width + 2 * inner)) * itemsize
+        changed = 2 * (1 if self.update == "fifo" else self.states) * changing
+        if self.update == "attend":
+            changed += 4 * inner * self.states * (self.states + self.window)
+        slots = 2 * min(length, self.window) * inner * itemsize
+        noted, written = self._noted(width, length, itemsize)
+        state_bytes = slots + noted + self.states * (width + 2 * inner) * itemsize
         return Cost(
             params=params,
-            flops=tokens + asked + changed,
+            flops=2 * length * side
+            + 4 * inner * (self._pairs(length) + length * self.states)
+            + blocks * 2 * self.states * asked
+            + (blocks - 1) * changed,
             state_bytes=state_bytes,
-            decode_bytes=params * itemsize + state_bytes + 3 * inner * itemsize,
+            decode_bytes=params * itemsize + state_bytes + 2 * inner * itemsize + written,
         )
+
+    def _pairs(self, length: int) -> int:
+        """Of tokens, masked ones included."""
+        if self.local == "window" or length <= self.window:
+            return attended_pairs(length, self.window)
+        return -(-length // self.window) * self.window**2
+
+    def _noted(self, width: int, length: int, itemsize: int) -> tuple[int, int]:
+        """Bytes that are noted of a block's tokens, and those that one token writes of them."""
+        if self.update == "attend":
+            heads, head_dim = self.sizes(width)
+            entry = heads * head_dim * itemsize
+            return min(length, self.window) * entry, entry
+        if self.update == "gru":
+            return min(self.states, self.window) * width * itemsize, width * itemsize
+        # The sum of a block stays in float32.
+        return 4 * width, 4 * width
 
     def build(self, width: int, backend: Backend) -> Part:
         heads, head_dim = self.sizes(width)
-        sizes = {"width": width, "heads": heads, "head_dim": head_dim}
-        vectors = Part(StateVectors, **sizes, states=self.states, norm=norm_part(width, backend))
-        operation = attention.window_form(backend)
-        return Part(BlockRecurrence, **sizes, window=self.window, vectors=vectors, operation=operation)
+        return Part(
+            BlockRecurrence,
+            width=width,
+            heads=heads,
+            head_dim=head_dim,
+            window=self.window,
+            apart=self.local == "chunk",
+            weighed=self.fuse == "scalar",
+            vectors=self._vectors(width, backend),
+            operation=attention.window_form(backend),
+        )
+
+    def _vectors(self, width: int, backend: Backend) -> Part:
+        heads, head_dim = self.sizes(width)
+        norm = norm_part(width, backend)
+        given = {"width": width, "heads": heads, "head_dim": head_dim, "states": self.states, "norm": norm}
+        if self.update == "attend":
+            return Part(AttendingStates, **given)
+        if self.update == "gru":
+            return Part(GatedCache, **given, block=self.window, change_norm=norm)
+        return Part(GatedQueue, **given, block=self.window)

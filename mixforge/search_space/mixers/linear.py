@@ -34,8 +34,8 @@ Genes, from the input to the output:
     levels      log keeps a state for each level of a Fenwick tree over the past and adds what they read, weighed by
                 numbers that follow from the input (`kernels/log_linear`)
     memories    top(n, k) and parts(n, k): n more states for each head, of which a token has k (`parts/memories`)
-    init        the state before the first token: zero, learned (Young 2026, arXiv 2604.01168), or in training
-                noise(sd) (Buitrago and Gu 2025, arXiv 2507.02782), drawn from torch's global generator
+    init        the state before the first token: zero, learned, or in training noise(sd), drawn from torch's global
+                generator, or carry, that of the batch before (`parts/first_state`)
     norm        denominator divides o_t by q_t . z_t, z_t the same recurrence over ones in place of values; max1 by
                 max(|q_t . z_t|, 1); length divides each value by a power of its position as it is written
     skip        head adds d_h v_t to o_t, channel d_hc v_t, v_t before its gates; bonus reads the state before it is
@@ -68,8 +68,9 @@ from mixforge.search_space.part import Part
 from mixforge.search_space.parts import linear_pieces as pieces
 from mixforge.search_space.parts.activation import silu
 from mixforge.search_space.parts.decay import LatentDecay
+from mixforge.search_space.parts.first_state import CarriedState, FirstState, NoisyState
 from mixforge.search_space.parts.layer import TokenMixer
-from mixforge.search_space.parts.linear_attention import FirstState, LinearAttention
+from mixforge.search_space.parts.linear_attention import LinearAttention
 from mixforge.search_space.parts.linear_decode import TAKES, FusedLinearAttention
 from mixforge.search_space.parts.linear_points import POINTS
 from mixforge.search_space.parts.piece import Piece
@@ -134,7 +135,7 @@ class Linear(Mixer):
         Call("top", Whole(4, 64), Whole(1, 64)),
         Call("parts", Whole(4, 64), Whole(1, 64)),
     ] = "none"
-    init: Annotated[str | Form, Choice("zero", "learned"), Call("noise", Real(0.001, 10))] = "zero"
+    init: Annotated[str | Form, Choice("zero", "learned", "carry"), Call("noise", Real(0.001, 10))] = "zero"
     skip: Annotated[str, Choice("none", "head", "channel", "bonus", "late")] = "none"
     out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "grouped", "none")] = "rms"
     out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "inner", "self", "none")] = "silu"
@@ -403,6 +404,10 @@ class Linear(Mixer):
             return "channel"
         return "scalar" if self.decay == "layer" or self.in_gate == "exp" else self.decay
 
+    @property
+    def carries(self) -> bool:
+        return self.init == "carry"
+
     def _reads(self) -> list[str]:
         """The projections that a token shift gives inputs of their own."""
         from_input = self.gated_decay and self.forget_form != "key"
@@ -477,10 +482,16 @@ class Linear(Mixer):
             found["blend"] = pieces.blend_piece(width, heads, value_dim)
         if self.key == "latent":
             found["latent"] = Piece(part=Part(LatentDecay))
+        states = {"heads": heads * size.memories, "features": size.rows}
+        columns = value_dim + int(self.normalised) + size.beside
         if self.init == "learned":
-            states = heads * size.memories
-            first = Part(FirstState, heads=states, features=size.rows, value_dim=value_dim)
-            found["first"] = Piece(part=first, params=states * size.rows * value_dim)
+            params = heads * size.memories * size.rows * value_dim
+            found["first"] = Piece(part=Part(FirstState, **states, value_dim=value_dim), params=params)
+        elif self.init == "carry":
+            found["explored"] = Piece(part=Part(CarriedState, **states, columns=columns))
+        elif isinstance(self.init, Form):
+            given = {"value_dim": value_dim, "deviation": float(self.init.arguments[0])}
+            found["explored"] = Piece(part=Part(NoisyState, **states, columns=columns, **given))
         if self.levels == "log":
             found["levels"] = pieces.levels_piece(width, heads)
         if isinstance(self.memories, Form):
@@ -513,9 +524,8 @@ class Linear(Mixer):
             "floor": self.norm == "max1",
             "lends_values": self.values == "own",
             "reads": self._reads() if self.shift != "none" else None,
-            "noise": float(self.init.arguments[0]) if isinstance(self.init, Form) else 0.0,
         }
-        usual = {"key": "own", "spread": False, "noise": 0.0, "beside": 0, "copies": 1}
+        usual = {"key": "own", "spread": False, "beside": 0, "copies": 1}
         first = ("conv", "decay", "beta", "skip", "output", "feature")
         others |= {name: part for name, part in parts.items() if name not in first}
         make, decoded = self._decoder(size) if backend == "triton" else (LinearAttention, {})

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.first_state import CarriedState, NoisyState
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.memories import Memories
 from mixforge.search_space.parts.rotary import rotate
@@ -106,7 +107,7 @@ class LinearAttention(TokenMixer):
         shift: TokenShift | None = None,
         reads: list[str] | None = None,
         first: nn.Module | None = None,
-        noise: float = 0.0,
+        explored: NoisyState | CarriedState | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.key_heads = heads, key_heads
@@ -127,7 +128,6 @@ class LinearAttention(TokenMixer):
         self.normalised = normalised
         self.floor = floor
         self.lends_values = lends_values
-        self.noise = noise
         self.memories = memories
         self.apart = apart
         self.levels = levels
@@ -156,6 +156,7 @@ class LinearAttention(TokenMixer):
         self.beside = beside
         self.removal = removal
         self.first = first
+        self.explored = explored
         self.skip = skip
         self.output = output
 
@@ -199,6 +200,8 @@ class LinearAttention(TokenMixer):
             )
         else:
             o_BTHV, after["matrix"] = self.read_before_write(self.bonus, read, matrix)
+        if self.explored is not None and self.training and state is None:
+            self.explored.keep(after["matrix"])
         if self.memories is not None:
             o_BTHV = self.memories.joined(o_BTHV, weight_BTE)
         return self.finish(o_BTHV, read, inputs), None if state is None else after
@@ -386,12 +389,10 @@ class LinearAttention(TokenMixer):
         if self.first is not None:
             matrix: Tensor = self.first(batch, columns)
             return matrix
-        if self.noise == 0 or not self.training:
+        if self.explored is None or not self.training:
             return None
-        shape = (batch, self.states, self.features, columns)
-        matrix = self.noise * torch.randn(shape, device=read.v_BTHV.device)
-        matrix[..., self.value_dim :] = 0
-        return matrix
+        drawn: Tensor = self.explored(batch, read.v_BTHV.device)
+        return drawn
 
     def read_before_write(
         self, bonus: nn.Module, read: Reads, matrix: Tensor | None
@@ -429,18 +430,6 @@ class LinearAttention(TokenMixer):
         late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)
         y: Tensor = self.output(o_BTHV, inputs.out, *late)
         return y
-
-
-class FirstState(nn.Module):
-    """A learned state before the first token, [H, K, V]; what stands beside the values starts at 0."""
-
-    def __init__(self, heads: int, features: int, value_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, features, value_dim))
-
-    def forward(self, batch: int, columns: int) -> Tensor:
-        padded = F.pad(self.weight, (0, columns - self.weight.shape[-1]))
-        return padded.expand(batch, *padded.shape)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""Block-recurrent attention against the paper's two directions, written out block by block and head by head."""
+"""Block-recurrent attention against the papers' updates of states, written out block by block and head by head."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixforge.search_space.mixers.blockrec import Blockrec
 from mixforge.search_space.parts.block_recurrence import BlockRecurrence
 from mixforge.search_space.parts.layer import Pass
+from mixforge.search_space.parts.state_vectors import AttendingStates, GatedCache, GatedQueue
 
+Change = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 WIDTH, HEADS, DIM, WINDOW, STATES = 12, 3, 4, 5, 3
 
 
@@ -30,21 +34,26 @@ def attended(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     return (weights[:, None] * torch.stack(values)).sum(0)
 
 
+def parts(weight: Tensor, x: Tensor) -> list[list[Tensor]]:
+    """Keys, values, and where there are any the two queries of one row, each by heads."""
+    return [list(part) for part in (weight @ x).reshape(-1, HEADS, DIM)]
+
+
+def normed(row: Tensor, norm: nn.Module) -> Tensor:
+    assert isinstance(norm.weight, Tensor)
+    return row / torch.sqrt((row**2).mean() + 1e-6) * norm.weight
+
+
 @torch.no_grad()
 def test_tokens_and_states_read_one_another() -> None:
     torch.manual_seed(0)
     mixer = Blockrec(heads=HEADS, head_dim=DIM, window=WINDOW, states=STATES)
     module: BlockRecurrence = mixer.build(WIDTH, "torch").build().double()
     vectors = module.vectors
+    assert isinstance(vectors, AttendingStates)
     vectors.gate.normal_()
     vectors.norm.weight.normal_()  # type: ignore[operator,union-attr]
     x_TD = torch.randn(13, WIDTH, dtype=torch.float64)
-
-    def parts(weight: Tensor, x: Tensor) -> list[list[Tensor]]:
-        """Keys, values, and the two queries of one row, each by heads."""
-        rows = (weight @ x).reshape(4, HEADS, DIM)
-        return [list(part) for part in rows]
-
     c = [each.clone() for each in vectors.first]
     expected = []
     tokens = [parts(module.project.weight, x) for x in x_TD]
@@ -52,9 +61,8 @@ def test_tokens_and_states_read_one_another() -> None:
         block = range(begin, min(begin + WINDOW, 13))
         asked = []
         for vector, identity in zip(c, vectors.identity, strict=True):
-            row = vector + identity
-            normed = row / torch.sqrt((row**2).mean() + 1e-6) * vectors.norm.weight
-            asked.append(parts(vectors.project.weight, normed))
+            normed_row = normed(vector + identity, vectors.norm)
+            asked.append(parts(vectors.project.weight, normed_row))
         for t in block:
             seen = range(max(0, t - WINDOW + 1), t + 1)
             heads = []
@@ -80,6 +88,80 @@ def test_tokens_and_states_read_one_another() -> None:
         c = after
     y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(13), 0))
     torch.testing.assert_close(y_BTD[0], torch.stack(expected))
+
+
+def read_in_chunks(module: BlockRecurrence, x_TD: Tensor, change: Change) -> Tensor:
+    """Each token reads its own chunk up to itself and the slots, a share of the latter for each head."""
+    vectors, slots, expected = module.vectors, list(module.vectors.first), []
+    assert module.share is not None
+    tokens = [parts(module.project.weight, x) for x in x_TD]
+    for begin in range(0, len(x_TD), WINDOW):
+        chunk = range(begin, min(begin + WINDOW, len(x_TD)))
+        asked = [
+            parts(vectors.project.weight, normed(slot + identity, vectors.norm))
+            for slot, identity in zip(slots, vectors.identity, strict=True)
+        ]
+        for t in chunk:
+            heads = []
+            for h in range(HEADS):
+                keys = [turned(tokens[s][0][h], s) for s in range(begin, t + 1)]
+                values = [tokens[s][1][h] for s in range(begin, t + 1)]
+                own = attended(turned(tokens[t][2][h], t), keys, values)
+                memory = attended(tokens[t][3][h], [a[0][h] for a in asked], [a[1][h] for a in asked])
+                share = 1 / (1 + torch.exp(-module.share[h]))
+                heads.append(share * memory + (1 - share) * own)
+            expected.append(module.out.weight @ torch.cat(heads))
+        if len(chunk) == WINDOW:
+            slots = change(slots, [x_TD[t] for t in chunk])
+    return torch.stack(expected)
+
+
+@pytest.mark.parametrize("states", [3, 5, 7])
+@torch.no_grad()
+def test_a_gated_recurrent_cache_is_that_of_the_cached_transformer(states: int) -> None:
+    torch.manual_seed(0)
+    mixer = Blockrec(HEADS, DIM, WINDOW, states, **Blockrec.aliases["grc"])  # type: ignore[arg-type]
+    module: BlockRecurrence = mixer.build(WIDTH, "torch").build().double()
+    cache = module.vectors
+    assert isinstance(cache, GatedCache)
+    for norm in (cache.norm, cache.change_norm):
+        norm.weight.normal_()  # type: ignore[operator,union-attr]
+
+    def change(slots: list[Tensor], chunk: list[Tensor]) -> list[Tensor]:
+        # The last token of each of 3 stretches of 5; each token once; 7 slots of 5 tokens, nearest from below.
+        picked = {3: [1, 3, 4], 5: [0, 1, 2, 3, 4], 7: [0, 0, 1, 2, 2, 3, 4]}[len(slots)]
+        after = []
+        for slot, place in zip(slots, picked, strict=True):
+            x = chunk[place]
+            gates = torch.sigmoid(cache.gates.weight @ torch.cat([slot, x]) + cache.gates.bias)
+            reset, update = gates[:WIDTH], gates[WIDTH:]
+            row = cache.change.weight @ torch.cat([reset * slot, x]) + cache.change.bias
+            gelu = row * (1 + torch.erf(row / math.sqrt(2))) / 2
+            after.append((1 - update) * slot + update * normed(gelu, cache.change_norm))
+        return after
+
+    x_TD = torch.randn(13, WIDTH, dtype=torch.float64)
+    y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(13), 0))
+    torch.testing.assert_close(y_BTD[0], read_in_chunks(module, x_TD, change))
+
+
+@torch.no_grad()
+def test_a_gated_queue_takes_the_mean_of_a_chunk_and_drops_the_oldest() -> None:
+    torch.manual_seed(0)
+    mixer = Blockrec(HEADS, DIM, WINDOW, STATES, **Blockrec.aliases["gated_fifo"])  # type: ignore[arg-type]
+    module: BlockRecurrence = mixer.build(WIDTH, "torch").build().double()
+    queue = module.vectors
+    assert isinstance(queue, GatedQueue)
+    queue.norm.weight.normal_()  # type: ignore[operator,union-attr]
+
+    def change(slots: list[Tensor], chunk: list[Tensor]) -> list[Tensor]:
+        mean = torch.stack(chunk).mean(0)
+        gate = torch.sigmoid(queue.gate.weight @ torch.cat([slots[-1], mean]) + queue.gate.bias)
+        return [*slots[1:], gate * mean + (1 - gate) * slots[-1]]
+
+    x_TD = torch.randn(23, WIDTH, dtype=torch.float64)
+    y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(23), 0))
+    torch.testing.assert_close(y_BTD[0], read_in_chunks(module, x_TD, change))
 
 
 def test_an_odd_head_is_refused() -> None:

@@ -28,8 +28,8 @@ def built(mixer: Linear) -> tuple[torch.nn.Module, Weights]:
     return module, dict(module.named_parameters())
 
 
-def sequence() -> Tensor:
-    return torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+def sequence(seed: int = 3) -> Tensor:
+    return torch.randn(LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def silu(x: Tensor) -> Tensor:

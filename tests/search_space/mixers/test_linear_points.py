@@ -541,6 +541,49 @@ def test_a_learned_first_state_is_read_and_noise_only_in_training() -> None:
     assert not torch.equal(noisy(x[None], None, at)[0], plain(x[None], None, at)[0])
 
 
+def test_training_goes_on_from_the_last_sequence_of_the_batch_before() -> None:
+    mixer = replace(PLAIN, decay="head", init="carry")
+    module, w = built(mixer)
+    at = Pass(torch.arange(LENGTH), 0)
+    batches = torch.stack([torch.stack([sequence(), sequence(7)]), torch.stack([sequence(8), sequence(9)])])
+    state, expected = torch.zeros(HEADS, DIM, DIM, dtype=torch.float64), []
+    for batch in batches:
+        first, outputs = state, []
+        for x in batch:
+            q, k, v = projected(w, x, DIM, DIM)
+            state, rows = first.clone(), []
+            for t in range(LENGTH):
+                for h in range(HEADS):
+                    state[h] = (1 - 2.0 ** (-5 - h)) * state[h] + torch.outer(k[t, h], v[t, h])
+                rows.append(torch.cat([q[t, h] / math.sqrt(DIM) @ state[h] for h in range(HEADS)]))
+            outputs.append(torch.stack(rows) @ w["output.out.weight"].T)
+        expected.append(torch.stack(outputs))
+    module.train()
+    module(batches[0], None, at)[0].sum().backward()
+    kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    y_BTD, _ = module(batches[1], None, at)
+    torch.testing.assert_close(y_BTD, expected[1], rtol=1e-9, atol=1e-9)
+    # No gradient of the batch before, whose graph is gone.
+    y_BTD.sum().backward()
+    again, _ = built(mixer)
+    again.load_state_dict(kept)
+    assert torch.equal(again.train()(batches[1], None, at)[0], y_BTD)
+    # After training, and for a sequence that is decoded, the first state is zero.
+    plain, _ = built(replace(mixer, init="zero"))
+    assert torch.equal(again.eval()(batches[0], None, at)[0], plain(batches[0], None, at)[0])
+
+
+@pytest.mark.parametrize(
+    "text", ["2 @ (gla(init=carry) + mlp)", "segment(gla(init=carry), length=8, memory=1)"]
+)
+def test_layers_that_are_applied_again_do_not_go_on_from_the_batch_before(text: str) -> None:
+    reason = parse(f"lm({text}, width=64)").why_illegal()
+    assert reason is not None
+    assert (
+        "gla(init=carry): training goes on from the batch before, so it is applied once in a pass" in reason
+    )
+
+
 def test_the_stabiliser_keeps_float32_where_the_plain_recurrence_overflows() -> None:
     """Input gates of e^100: the paper's memory overflows float32, e^-m S does not."""
     mixer = replace(Linear(**Linear.aliases["mlstm"]), heads=HEADS)

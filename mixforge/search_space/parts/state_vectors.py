@@ -1,0 +1,165 @@
+"""The S state vectors of a block-recurrent layer: what tokens see of them, and how a block of tokens changes them.
+
+A change reads what was noted of the block's tokens. Tokens of a sequence are noted a block at a time (`note`); with a
+state, tokens are noted as they come (`keep`), under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixforge.kernels.attention import attend
+from mixforge.search_space.parts.layer import split_heads
+
+
+class StateVectors(nn.Module):
+    """S vectors [B, S, D]. Abstract."""
+
+    def __init__(
+        self, width: int, heads: int, head_dim: int, states: int, norm: nn.Module, parts: int
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.parts = parts
+        self.first = nn.Parameter(torch.randn(states, width))
+        self.identity = nn.Parameter(torch.randn(states, width) * 0.02)
+        self.norm = norm
+        self.project = nn.Linear(width, parts * heads * head_dim, bias=False)
+
+    def ask(self, c_BSD: Tensor) -> list[Tensor]:
+        """Keys and values of the states, and what else a change needs of them, each [B, H, S, K]."""
+        parts = self.project(self.norm(c_BSD + self.identity)).chunk(self.parts, -1)
+        return [split_heads(part, self.heads).transpose(1, 2) for part in parts]
+
+    def initial_state(
+        self, batch: int, slots: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """What is noted of a block's tokens beside their values, with room for `slots` of them."""
+        raise NotImplementedError
+
+    def note(self, x_BLD: Tensor, k_BHLK: Tensor, v_BHLV: Tensor) -> dict[str, Tensor]:
+        """Of a whole block: its inputs, keys, which are not rotated, and values."""
+        raise NotImplementedError
+
+    def keep(self, state: dict[str, Tensor], x_BTD: Tensor, k_BHTK: Tensor, place_T: Tensor) -> None:
+        """Of some tokens of one block, from their places in it. The state is brought up to date in place."""
+        raise NotImplementedError
+
+    def after(self, c_BSD: Tensor, asked: list[Tensor], noted: Mapping[str, Tensor]) -> Tensor:
+        """The states after a block."""
+        raise NotImplementedError
+
+
+class AttendingStates(StateVectors):
+    """States that read one another and the block: c = g c + (1 - g) (U h + b)."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, states: int, norm: nn.Module) -> None:
+        super().__init__(width, heads, head_dim, states, norm, 4)
+        self.head_dim = head_dim
+        self.change = nn.Linear(2 * heads * head_dim, width)
+        self.gate = nn.Parameter(torch.ones(width))
+
+    def initial_state(
+        self, batch: int, slots: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        shape = (batch, self.heads, slots, self.head_dim)
+        return {"plain_key": torch.zeros(shape, device=device, dtype=dtype)}
+
+    def note(self, x_BLD: Tensor, k_BHLK: Tensor, v_BHLV: Tensor) -> dict[str, Tensor]:
+        return {"plain_key": k_BHLK, "value": v_BHLV}
+
+    def keep(self, state: dict[str, Tensor], x_BTD: Tensor, k_BHTK: Tensor, place_T: Tensor) -> None:
+        state["plain_key"].index_copy_(2, place_T, k_BHTK)
+
+    def after(self, c_BSD: Tensor, asked: list[Tensor], noted: Mapping[str, Tensor]) -> Tensor:
+        k, v, q, p = asked
+        read = torch.cat([attend(q, k, v, None), attend(p, noted["plain_key"], noted["value"], None)], -1)
+        keep = torch.sigmoid(self.gate)
+        change_BSD: Tensor = self.change(read.transpose(1, 2).flatten(2))
+        return keep * c_BSD + (1 - keep) * change_BSD
+
+
+class GatedCache(StateVectors):
+    """A recurrent unit for each state, whose input is the last token of one of S stretches of the block.
+
+    Of a block that is shorter than S each token is the input of several states.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        states: int,
+        norm: nn.Module,
+        block: int,
+        change_norm: nn.Module,
+    ) -> None:
+        super().__init__(width, heads, head_dim, states, norm, 2)
+        self.block = block
+        self.kept = min(states, block)
+        self.gates = nn.Linear(2 * width, 2 * width)
+        self.change = nn.Linear(2 * width, width)
+        self.change_norm = change_norm
+
+    def initial_state(
+        self, batch: int, slots: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        shape = (batch, self.kept, self.first.shape[1])
+        return {"picked": torch.zeros(shape, device=device, dtype=dtype)}
+
+    def note(self, x_BLD: Tensor, k_BHLK: Tensor, v_BHLV: Tensor) -> dict[str, Tensor]:
+        begin_S = torch.arange(1, self.kept + 1, device=x_BLD.device) * self.block
+        return {"picked": x_BLD[:, (begin_S + self.kept - 1) // self.kept - 1]}
+
+    def keep(self, state: dict[str, Tensor], x_BTD: Tensor, k_BHTK: Tensor, place_T: Tensor) -> None:
+        stretch_T = place_T * self.kept // self.block
+        if x_BTD.shape[1] > 1:
+            # No slot is written twice at once.
+            is_last_T = F.pad(stretch_T[1:] != stretch_T[:-1], (0, 1), value=True)
+            stretch_T, x_BTD = stretch_T[is_last_T], x_BTD[:, is_last_T]
+        state["picked"].index_copy_(1, stretch_T, x_BTD)
+
+    def after(self, c_BSD: Tensor, asked: list[Tensor], noted: Mapping[str, Tensor]) -> Tensor:
+        states = c_BSD.shape[1]
+        x_BSD = noted["picked"][:, torch.arange(states, device=c_BSD.device) * self.kept // states]
+        reset, update = torch.sigmoid(self.gates(torch.cat([c_BSD, x_BSD], -1))).chunk(2, -1)
+        change_BSD: Tensor = self.change_norm(F.gelu(self.change(torch.cat([reset * c_BSD, x_BSD], -1))))
+        kept_BSD: Tensor = (1 - update) * c_BSD
+        return kept_BSD + update * change_BSD
+
+
+class GatedQueue(StateVectors):
+    """First in, first out: the mean of a block enters through a gate beside the newest state, the oldest leaves."""
+
+    def __init__(
+        self, width: int, heads: int, head_dim: int, states: int, norm: nn.Module, block: int
+    ) -> None:
+        super().__init__(width, heads, head_dim, states, norm, 2)
+        self.block = block
+        self.gate = nn.Linear(2 * width, width)
+
+    def initial_state(
+        self, batch: int, slots: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        return {"sum": torch.zeros(batch, self.first.shape[1], device=device, dtype=exact)}
+
+    def note(self, x_BLD: Tensor, k_BHLK: Tensor, v_BHLV: Tensor) -> dict[str, Tensor]:
+        exact = torch.float64 if x_BLD.dtype == torch.float64 else torch.float32
+        return {"sum": x_BLD.sum(1, dtype=exact)}
+
+    def keep(self, state: dict[str, Tensor], x_BTD: Tensor, k_BHTK: Tensor, place_T: Tensor) -> None:
+        # The first token of a block begins anew.
+        state["sum"].mul_(place_T[:1] > 0).add_(x_BTD.sum(1, dtype=state["sum"].dtype))
+
+    def after(self, c_BSD: Tensor, asked: list[Tensor], noted: Mapping[str, Tensor]) -> Tensor:
+        mean_BD = (noted["sum"] / self.block).to(c_BSD.dtype)
+        newest_BD = c_BSD[:, -1]
+        gate = torch.sigmoid(self.gate(torch.cat([newest_BD, mean_BD], -1)))
+        entry_BD = gate * mean_BD + (1 - gate) * newest_BD
+        return torch.cat([c_BSD[:, 1:], entry_BD[:, None]], 1)
