@@ -116,7 +116,7 @@ class Mixer(ABC):
         return False
 
     def placed(self, index: int, count: int) -> Self:
-        """This mixer as the `index`-th, from 0, of `count` layers of its kind, where its equations ask for that.
+        """This mixer as the `index`-th, from 0, of `count` layers of its `kind`, where its equations ask for that.
 
         The model builder calls it before `build`; what it sets changes no cost and is no part of the text.
         """

@@ -227,13 +227,13 @@ _PLACES = {
 
 
 class _Assembly:
-    """The parts of one architecture's stack; it tells each mixer which of the layers of its kind it is."""
+    """The parts of one architecture's stack; it tells each mixer which of the layers of its kind, token or channel, it is."""
 
     def __init__(self, architecture: Architecture, backend: Backend) -> None:
         self.architecture = architecture
         self.backend = backend
-        self.counts = Counter(type(mixer) for mixer in mixers(architecture.stack))
-        self.seen = Counter[type[Mixer]]()
+        self.counts = Counter(mixer.kind for mixer in mixers(architecture.stack))
+        self.seen = Counter[str]()
 
     def stack(self) -> Part:
         units = [self.unit(unit) for unit in self.architecture.stack]
@@ -335,8 +335,8 @@ class _Assembly:
         return Part(Beside, branches=branches, fuse=fuse)
 
     def mixer(self, mixer: Mixer) -> Part:
-        placed = mixer.placed(self.seen[type(mixer)], self.counts[type(mixer)])
-        self.seen[type(mixer)] += 1
+        placed = mixer.placed(self.seen[mixer.kind], self.counts[mixer.kind])
+        self.seen[mixer.kind] += 1
         part = placed.build(self.architecture.width, self.backend)
         return Part(Pointwise, inner=part) if mixer.is_pointwise else part
 

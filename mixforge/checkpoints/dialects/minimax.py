@@ -6,7 +6,6 @@ Where the class keeps another form, an equal one is said:
   without weights, and before the head.
 - The factors of a residual, alpha x + beta f(x), are beta / alpha on what ends the branch: the norm that follows does not
   see a common factor.
-- The fixed decays count all layers of the model: they are said as gated ones whose gate does not look at its input.
 - The norm of lightning attention has an epsilon of its own, 1e-6, of an output that is not divided by sqrt(K). All norms
   have 1e-6 / K, and the stream is scaled so that its norms mean the same.
 """
@@ -35,19 +34,13 @@ INTO = (
 )
 
 
-def _lightning(config: Config, tensors: Tensors, prefix: str, layer: int) -> Layer:
+def _lightning(config: Config, tensors: Tensors, prefix: str) -> Layer:
     heads = config.whole("num_attention_heads")
     # The rows of qkv_proj go by heads.
     rows = tensors.take(f"{prefix}.qkv_proj.weight")
     q, k, v = (part.flatten(0, 1) for part in rows.view(heads, -1, rows.shape[1]).chunk(3, 1))
-    factor = 1 - layer / (config.whole("num_hidden_layers") - 1 + 1e-5) + 1e-5
-    slopes = 2.0 ** (-8 / heads * (torch.arange(heads) + 1)) * factor
     weights = {
         "mixed.weight": torch.cat([q, k, v]),
-        # -exp(rate) softplus(0) is the fixed decay.
-        "decay.step_size.weight": torch.zeros(heads, rows.shape[1]),
-        "decay.bias": torch.zeros(heads),
-        "decay.rate": (slopes / math.log(2)).log(),
         "output.gate.weight": tensors.take(f"{prefix}.output_gate.weight"),
         "output.norm.weight": tensors.norm(f"{prefix}.norm"),
         "output.out.weight": tensors.take(f"{prefix}.out_proj.weight"),
@@ -55,7 +48,7 @@ def _lightning(config: Config, tensors: Tensors, prefix: str, layer: int) -> Lay
     for name in ("slope_rate", "query_decay", "key_decay", "diagonal_decay"):
         tensors.drop(f"{prefix}.{name}")
     dim = len(q) // heads
-    genes = {"heads": heads, "key_dim": dim, "value_dim": dim, "decay": "scalar"}
+    genes = {"heads": heads, "key_dim": dim, "value_dim": dim}
     return call("lightning", genes), weights
 
 
@@ -89,7 +82,7 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
     for layer, is_lightning in enumerate(lightning):
         prefix = f"model.layers.{layer}"
         if is_lightning:
-            text, weights = _lightning(config, tensors, f"{prefix}.self_attn", layer)
+            text, weights = _lightning(config, tensors, f"{prefix}.self_attn")
         else:
             text, weights = attention(tensors, f"{prefix}.self_attn", genes)
         after = stream * norms[2 * layer + 1]

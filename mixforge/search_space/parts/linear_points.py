@@ -8,8 +8,8 @@ equations.
             the frequencies of the paper's code.
   gret      Sun et al. 2024 (arXiv 2405.05254): retention whose decay is sigmoid(W x)^(1/16); group norm.
   gla       Yang et al. 2023 (arXiv 2312.06635), section 4.4. RMS norm in the place of layer norm.
-  lightning MiniMax 2025 (arXiv 2501.08313) and Qin et al. 2023 (arXiv 2307.14995). The decay counts the layers of
-            this family, not those of other mixers among them.
+  lightning MiniMax 2025 (arXiv 2501.08313) and Qin et al. 2023 (arXiv 2307.14995). The decay counts the layers
+            that mix tokens.
   hgrn2     Qin et al. 2024 (arXiv 2404.07904). The bounds of the layers are learned apart, layer l of L between l/L
             and (l+1)/L, where the paper takes sums of a softmax over the layers; log D_t >= -5.
   deltanet  Yang et al. 2024 (arXiv 2406.06484), section 3.4.
