@@ -227,7 +227,7 @@ _PLACES = {
 
 
 class _Assembly:
-    """The parts of one architecture's stack; it tells each mixer which of the layers of its kind, token or channel, it is."""
+    """The parts of one architecture's stack. It tells each mixer which of the layers of its kind it is."""
 
     def __init__(self, architecture: Architecture, backend: Backend) -> None:
         self.architecture = architecture
