@@ -29,6 +29,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import softmax_scan
 from mixforge.search_space.attention_cost import count_weights, score_flops, slots_of, state_bytes_of
+from mixforge.search_space.attention_legality import why_unfit
 from mixforge.search_space.attention_parts import (
     memory_part,
     output_part,
@@ -39,8 +40,8 @@ from mixforge.search_space.attention_parts import (
     scores_part,
 )
 from mixforge.search_space.expression import spell_number
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, genes_of, replace
-from mixforge.search_space.heads import default_heads, shared_heads, undivided
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
+from mixforge.search_space.heads import default_heads, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
@@ -49,33 +50,6 @@ from mixforge.search_space.parts.attention_scores import ForgetGate
 
 # Of the angles of a turn.
 _BASE = 10000.0
-# What genes must be where one learned query scans keys and values.
-_SCAN_NEEDS: Mapping[str, GeneValue] = {
-    "sparse": "none",
-    "pos": "none",
-    "window": "none",
-    "dilation": 1,
-    "sink": "none",
-    "meta": 0,
-    "query_rank": "none",
-    "qk_norm": "none",
-    "score": "softmax",
-    "temper": "none",
-    "forget": "none",
-    "diff": "none",
-    "headmix": "none",
-    "experts": "none",
-}
-# What genes must be where heads are experts.
-_EXPERTS_NEED: Mapping[str, GeneValue] = {
-    "query_rank": "none",
-    "bias": "none",
-    "temper": "none",
-    "forget": "none",
-    "diff": "none",
-    "headmix": "none",
-    "sink": "none",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,145 +232,7 @@ class Attn(Mixer):
         return replace(self, lambda_init=0.8 - 0.6 * math.exp(-0.3 * index))
 
     def why_illegal(self, width: int) -> str | None:
-        heads, kv_heads, head_dim = self.sizes(width)
-        if self.head_dim is None and width % heads != 0:
-            return undivided("attn", heads, width)
-        if heads % kv_heads != 0:
-            return f"{kv_heads} key/value heads do not divide {heads} query heads (mixer attn)"
-        if self.query == "learned":
-            return self._why_no_scan()
-        turning = self.turning(width)
-        if self.turns and (turning != int(turning) or turning % 2 != 0 or turning == 0):
-            given = f"rope_dim {turning}" if self.latent else f"{turning:g} channels of head_dim {head_dim}"
-            return (
-                f"pos={self.pos} turns pairs of channels, and {given} are no pairs (mixer attn); "
-                f"say an even {'rope_dim' if self.latent else 'head_dim, or another rotary'}, or pos=none"
-            )
-        windows = self.windows
-        if windows[1] is not None and windows[0] is not None and windows[1] > windows[0]:
-            return f"window={self.window} names the longer window first (mixer attn); write the shorter one first"
-        if self.dilation > 1 and windows[0] is None:
-            return f"dilation={self.dilation} is of a window, and there is none (mixer attn); say window"
-        if isinstance(self.experts, int):
-            return (
-                self._why_no_experts(heads, kv_heads, self.experts)
-                or self._why_no_cache()
-                or self._why_no_sparse()
-            )
-        return (
-            self._why_no_cache()
-            or self._why_no_latent()
-            or self._why_no_scores(heads, kv_heads)
-            or self._why_no_sparse()
-        )
-
-    def _why_no_experts(self, heads: int, kv_heads: int, experts: int) -> str | None:
-        if heads > experts:
-            return f"each token takes heads={heads} of experts={experts} (mixer attn); say fewer heads or more experts"
-        if kv_heads != 1 or self.latent is not None:
-            return f"experts={experts} share one head of keys and values, not kv={self.kv} (mixer attn); use kv=mqa"
-        for name, plain in _EXPERTS_NEED.items():
-            if getattr(self, name) != plain:
-                return (
-                    f"experts={experts} stand in any head's place, so they take no {name}={getattr(self, name)}, "
-                    f"which is of one head (mixer attn); leave {name} at {plain}"
-                )
-        if self.pos in ("alibi", "alibi_rope") or self.qk_norm in ("l2", "rms_all"):
-            given = f"pos={self.pos}" if self.pos in ("alibi", "alibi_rope") else f"qk_norm={self.qk_norm}"
-            return f"experts={experts} stand in any head's place, and {given} differs by head (mixer attn)"
-        return self._why_no_scores(heads, kv_heads)
-
-    def _why_no_scan(self) -> str | None:
-        if self.kv in ("own", "shared", "reuse") or self.latent is not None:
-            return (
-                f"query=learned keeps no cache, so it takes no kv={self.kv} (mixer attn); use mha, mqa or gqa"
-            )
-        for name, plain in _SCAN_NEEDS.items():
-            if getattr(self, name) != plain:
-                return (
-                    "query=learned is a scan of one query over keys and values, so it takes no "
-                    f"{name}={getattr(self, name)} (mixer attn); leave {name} at {plain}"
-                )
-        return None
-
-    def _why_no_cache(self) -> str | None:
-        """What a cache that layers share cannot do."""
-        if self.kv not in ("own", "shared"):
-            if self.kv == "reuse" and self.pos == "carope":
-                return "kv=reuse turns keys when they are read, where pos=carope has no angle (mixer attn); use rope"
-            return None
-        if self.window != "none":
-            return f"kv={self.kv} is a cache of every token, so it takes no window (mixer attn)"
-        if self.pos in ("lrpe", "carope"):
-            return f"kv={self.kv} needs the same turn in every layer, and pos={self.pos} learns its own (mixer attn)"
-        if self.kv == "shared" and self.meta > 0:
-            return f"kv=shared has no keys and values of its own, so no meta={self.meta} (mixer attn); say it at kv=own"
-        return None
-
-    def _why_no_latent(self) -> str | None:
-        """What keys and values that are only made of latents cannot do."""
-        if self.latent is None:
-            return None
-        for name in ("qk_norm", "bias", "kv_shift", "diff"):
-            if getattr(self, name) != "none":
-                return (
-                    f"kv={self.kv} decodes from latents without making keys and values, so it takes no "
-                    f"{name}={getattr(self, name)} (mixer attn)"
-                )
-        if self.clip is not None:
-            return (
-                f"kv={self.kv} decodes without keys of its heads, so it takes no pos={self.pos} (mixer attn)"
-            )
-        return None
-
-    def _why_no_scores(self, heads: int, kv_heads: int) -> str | None:
-        if self.sink == "learned" and self.score != "softmax":
-            return f"score={self.score} has no denominator for sink=learned (mixer attn); use score=softmax"
-        placeless = self.pos == "xpos" or self.clip is not None
-        if self.meta > 0 and (placeless or isinstance(self.headmix, Form)):
-            given = f"pos={self.pos}" if placeless else f"headmix={self.headmix}"
-            return (
-                f"{given} needs a token's place or input, and meta={self.meta} tokens have none (mixer attn)"
-            )
-        if self.headmix != "none" and heads == 1:
-            return f"headmix={self.headmix} mixes heads, and there is one (mixer attn); say more heads"
-        if self.diff != "none" and (heads % 2 != 0 or kv_heads % 2 != 0):
-            return f"diff={self.diff} pairs heads, and {heads} with {kv_heads} of keys and values are odd (mixer attn)"
-        if isinstance(self.diff, Form) and self.query_rank != "none":
-            return f"diff={self.diff} says how queries are made, so it takes no query_rank={self.query_rank} (mixer attn)"
-        return None
-
-    def _why_no_sparse(self) -> str | None:
-        """What a sparse pattern, and what stands in the place of the usual scores, cannot do."""
-        if self.sparse != "none" and (self.window != "none" or self.kv in ("own", "shared")):
-            beside = f"window={self.window}" if self.window != "none" else f"kv={self.kv}"
-            return f"sparse={self.sparse} says who sees whom, so it takes no {beside} (mixer attn); leave one out"
-        if self.by_block is not None and self.by_block[1] >= self.by_block[0]:
-            return f"sparse={self.sparse} keeps every token of a block (mixer attn); keep less than {self.by_block[0]}"
-        chooses = isinstance(self.sparse, Form) and self.sparse.name.startswith("block_")
-        if self.special is None and not chooses:
-            return None
-        given = f"score={self.score}" if self.score != "softmax" else f"sparse={self.sparse}"
-        if self.special in ("local_linear", "simplicial") and self.sparse != "none":
-            return (
-                f"{given} weighs all tokens, so it takes no sparse={self.sparse} (mixer attn); leave one out"
-            )
-        plain = ("diff", "headmix", "forget", "sink", "meta", "experts", *(("score",) if chooses else ()))
-        plain += ("qk_norm", "bias", "kv_shift", "window") if self.special == "simplicial" else ()
-        for name in plain:
-            if getattr(self, name) != genes_of(Attn)[name].default:
-                return f"{given} takes no {name}={getattr(self, name)} (mixer attn); leave {name} out"
-        if self.kv == "reuse" or self.kv in ("own", "shared") or self.latent is not None:
-            return f"{given} needs keys and values of its own, so it takes no kv={self.kv} (mixer attn); use mha or gqa"
-        if self.special == "simplicial" and self.pos != "none":
-            return f"{given} is over products of keys, which no position turns (mixer attn); use pos=none"
-        if self.special == "local_linear" and self.pos == "xpos":
-            return f"{given} takes keys from queries, which pos=xpos scales apart (mixer attn); use pos=rope"
-        if self.clip is not None or self.pos in ("alibi", "alibi_rope"):
-            return (
-                f"{given} takes no terms of a distance such as pos={self.pos} (mixer attn); use rope or none"
-            )
-        return None
+        return why_unfit(self, width)
 
     def canonical(self, width: int) -> Self:
         heads, kv_heads, head_dim = self.sizes(width)
