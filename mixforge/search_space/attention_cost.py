@@ -8,7 +8,7 @@ from mixforge.kernels.softmax_scan import scan_flops
 from mixforge.search_space.genes import Form
 from mixforge.search_space.parts.attention_blocks import block_pairs
 from mixforge.search_space.parts.attention_pattern import block_size, fused_pairs
-from mixforge.search_space.parts.attention_strides import strided_pairs, strided_slots
+from mixforge.search_space.parts.attention_strides import boundary_slots, strided_pairs, strided_slots
 
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
@@ -21,6 +21,8 @@ def slots_of(gene: Attn, length: int) -> int:
     """Tokens that are kept of a sequence."""
     if gene.by_block is not None:
         return strided_slots(length, *gene.by_block)
+    if gene.boundaries is not None:
+        return boundary_slots(length, *gene.boundaries)
     window, _ = gene.windows
     if isinstance(gene.score, Form):
         window = max(map(int, gene.score.arguments))
@@ -111,7 +113,7 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     rows, pairs = block_pairs(length, size, beside)
     if gene.scores == "fused":
         pairs = fused_pairs(length, window, gene.dilation, gene.first)
-        pairs = pairs if gene.by_block is None else strided_pairs(length, *gene.by_block[:2])
+        pairs = pairs if gene.by_block is None else strided_pairs(length, *gene.by_block)
     keys, values = gene.key_dim(width), gene.value_dim(width)
     if gene.scores == "fused" and window is None and gene.sparse == "none":
         # The narrower ones are widened (`causal_attention_torch`).

@@ -30,7 +30,7 @@ from mixforge.search_space.parts.attention_pattern import EveryToken, Window
 from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
 from mixforge.search_space.parts.attention_scores import Biased, Fused, Relative, Scored, Slopes, Terms, Weigh
 from mixforge.search_space.parts.attention_simplicial import Simplicial, TwoKeysValues
-from mixforge.search_space.parts.attention_strides import Blocks, Strided
+from mixforge.search_space.parts.attention_strides import Blocks, Boundaries, Strided
 from mixforge.search_space.parts.attention_summaries import NativeSparse, Summarised
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.routing import Router
@@ -157,8 +157,11 @@ def pattern_part(gene: Attn, backend: Backend) -> Part:
     if isinstance(gene.score, Form):
         window = max(map(int, gene.score.arguments))
     if gene.by_block is not None:
-        block, kept, near = gene.by_block
-        return Part(Blocks, block=block, kept=kept, near=near, masked=masked)
+        block, kept = gene.by_block
+        return Part(Blocks, block=block, kept=kept, masked=masked)
+    if gene.boundaries is not None:
+        block, leading = gene.boundaries
+        return Part(Boundaries, block=block, leading=leading, masked=masked)
     if isinstance(gene.sparse, Form) and gene.special is None:
         block, other = int(gene.sparse.arguments[0]), gene.sparse.arguments[-1]
         if gene.sparse.name == "strided":

@@ -104,6 +104,7 @@ class Attn(Mixer):
         Call("fixed", Whole(3, 65536), Whole(1, 65536)),
         Call("chunk", Whole(2, 65536)),
         Call("checkpoints", Whole(2, 65536)),
+        Call("boundaries", Whole(2, 65536), Whole(2, 65536)),
         Call("block_topk", Whole(2, 65536), Whole(2, 65536)),
         Call("block_cdf", Whole(2, 65536), Real(0.01, 1)),
         Call("landmark", Whole(2, 65536), Whole(1, 65536)),
@@ -188,17 +189,21 @@ class Attn(Mixer):
         return None
 
     @property
-    def by_block(self) -> tuple[int, int, bool] | None:
-        """Of a pattern of blocks: their length, how many tokens of each are kept, and whether the own one is seen."""
-        if not isinstance(self.sparse, Form) or self.sparse.name not in ("fixed", "chunk", "checkpoints"):
+    def by_block(self) -> tuple[int, int] | None:
+        """Of a pattern whose tokens see their own block: its length, and how many tokens of each earlier one are kept."""
+        if not isinstance(self.sparse, Form) or self.sparse.name not in ("fixed", "chunk"):
             return None
-        block = int(self.sparse.arguments[0])
-        kept = {"chunk": 0, "checkpoints": 1}.get(self.sparse.name)
-        return (
-            block,
-            int(self.sparse.arguments[1]) if kept is None else kept,
-            self.sparse.name != "checkpoints",
-        )
+        return int(self.sparse.arguments[0]), int(
+            self.sparse.arguments[1]
+        ) if self.sparse.name == "fixed" else 0
+
+    @property
+    def boundaries(self) -> tuple[int, int] | None:
+        """Of a pattern of the last tokens of blocks: a block's length, and how many leading tokens are seen."""
+        if not isinstance(self.sparse, Form) or self.sparse.name not in ("checkpoints", "boundaries"):
+            return None
+        leading = int(self.sparse.arguments[1]) if self.sparse.name == "boundaries" else 1
+        return int(self.sparse.arguments[0]), leading
 
     @property
     def scores(self) -> Literal["fused", "biased", "scored", "special"]:
