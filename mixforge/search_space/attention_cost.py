@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mixforge.kernels.softmax_scan import scan_flops
 from mixforge.search_space.genes import Form
+from mixforge.search_space.mixer import Cost
 from mixforge.search_space.parts.attention_blocks import block_pairs
 from mixforge.search_space.parts.attention_pattern import block_size, fused_pairs
 from mixforge.search_space.parts.attention_strides import boundary_slots, strided_pairs, strided_slots
@@ -143,6 +144,21 @@ def special_products(gene: Attn, length: int, head_dim: int) -> int:
     if gene.special in ("landmark", "hsa"):
         return length * (2 * blocks * block + blocks * (gene.special == "hsa")) * head_dim
     return length * (length + blocks) * 2 * head_dim
+
+
+def states_cost(gene: Attn, width: int, length: int, itemsize: int) -> Cost:
+    """Of the state spaces that make keys and values of chunks, the last chunk being filled up."""
+    if gene.chunk is None:
+        return Cost(params=0, flops=0, state_bytes=0, decode_bytes=0)
+    heads, _, head_dim = gene.sizes(width)
+    one = gene.states(width).cost(heads * head_dim, gene.chunk, itemsize)
+    chunks = -(-length // gene.chunk)
+    return Cost(
+        params=2 * one.params,
+        flops=2 * chunks * one.flops,
+        state_bytes=2 * one.state_bytes,
+        decode_bytes=2 * one.decode_bytes,
+    )
 
 
 def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:

@@ -47,6 +47,9 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         return undivided("attn", heads, width)
     if heads % kv_heads != 0:
         return f"{kv_heads} key/value heads do not divide {heads} query heads (mixer attn)"
+    if gene.chunk is not None and (gene.kv_shift != "none" or gene.special == "simplicial"):
+        given = f"score={gene.score}" if gene.special == "simplicial" else f"kv_shift={gene.kv_shift}"
+        return f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
     if gene.query == "learned":
         return _why_no_scan(gene)
     turning = gene.turning(width)

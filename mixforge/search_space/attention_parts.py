@@ -30,6 +30,7 @@ from mixforge.search_space.parts.attention_pattern import EveryToken, Window
 from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
 from mixforge.search_space.parts.attention_scores import Biased, Fused, Relative, Scored, Slopes, Terms, Weigh
 from mixforge.search_space.parts.attention_simplicial import Simplicial, TwoKeysValues
+from mixforge.search_space.parts.attention_states import ByChunk, ChunkStates
 from mixforge.search_space.parts.attention_strides import Blocks, Boundaries, Strided
 from mixforge.search_space.parts.attention_summaries import NativeSparse, Summarised
 from mixforge.search_space.parts.norm import norm_part
@@ -125,12 +126,26 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
     )
     if gene.kv == "reuse":
         return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
+    value = Part(nn.Linear, in_features=width, out_features=kv_heads * head_dim, bias=gene.bias != "none")
+    if gene.chunk is not None:
+        states = Part(ByChunk, mixer=gene.states(width).build(heads * head_dim, backend), chunk=gene.chunk)
+        return Part(
+            ChunkStates,
+            heads=heads,
+            head_dim=head_dim,
+            key=key,
+            value=value,
+            key_norm=key_norm,
+            whole=gene.qk_norm == "rms_all",
+            key_states=states,
+            value_states=states,
+        )
     return Part(
         KeysValues,
         heads=kv_heads,
         head_dim=head_dim,
         key=key,
-        value=Part(nn.Linear, in_features=width, out_features=kv_heads * head_dim, bias=gene.bias != "none"),
+        value=value,
         key_norm=key_norm,
         whole=gene.qk_norm == "rms_all",
         key_shift=shift,

@@ -28,7 +28,13 @@ from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import softmax_scan
-from mixforge.search_space.attention_cost import count_weights, score_flops, slots_of, state_bytes_of
+from mixforge.search_space.attention_cost import (
+    count_weights,
+    score_flops,
+    slots_of,
+    state_bytes_of,
+    states_cost,
+)
 from mixforge.search_space.attention_legality import why_unfit
 from mixforge.search_space.attention_parts import (
     memory_part,
@@ -43,13 +49,17 @@ from mixforge.search_space.expression import spell_number
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
+from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
 from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import ForgetGate
+from mixforge.search_space.parts.linear_points import POINTS
 
 # Of the angles of a turn.
 _BASE = 10000.0
+# Numbers for each channel of a state space that makes keys: those of the configurations of Attamba's public code.
+_STATES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +67,13 @@ class Attn(Mixer):
     """Softmax attention.
 
     `kv`: every query head has its keys and values (mha), all share one (mqa), or n do (gqa(n)); they are made of a
-    latent of the given rank, beside channels that turn (mla(rank, rope_dim)); values are made of one key head
-    (reuse); `own` also publishes them to the layers above, and `shared` reads what the nearest `own` below has published.
-    `query`: made of the token, or learned and the same for all. `query_rank`: queries through so many channels, with a
-    norm. `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of training, and b otherwise;
-    of it every `dilation`-th token. `sink`: a learned logit in the denominator, or the first n tokens beside a window.
-    `meta`: learned keys and values that every token sees. `rotary`: the share of channels that turn.
-    `experts`: of so many query heads, each token takes `heads`.
+    latent of the given rank, beside channels that turn (mla(rank, rope_dim)); by state spaces that begin anew every n
+    tokens (ssm_chunk(n)); values are made of one key head (reuse); `own` also publishes them to the layers above, and
+    `shared` reads what the nearest `own` below has published. `query`: made of the token, or learned and the same for
+    all. `query_rank`: queries through so many channels, with a norm. `window`: how far a token sees; stochastic(a, b)
+    takes a or b for each batch of training, and b otherwise; of it every `dilation`-th token. `sink`: a learned logit
+    in the denominator, or the first n tokens beside a window. `meta`: learned keys and values that every token sees.
+    `rotary`: the share of channels that turn. `experts`: of so many query heads, each token takes `heads`.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -87,6 +97,7 @@ class Attn(Mixer):
         Choice("mha", "mqa", "reuse", "own", "shared"),
         Call("gqa", Whole(1, 256)),
         Call("mla", Whole(1, 16384), Whole(0, 1024)),
+        Call("ssm_chunk", Whole(2, 65536)),
     ] = "mha"
     query: Annotated[str, Choice("token", "learned")] = "token"
     query_rank: Annotated[str | int, Choice("none"), Whole(1, 16384)] = "none"
@@ -152,6 +163,21 @@ class Attn(Mixer):
         if isinstance(self.kv, Form) and self.kv.name == "mla":
             return int(self.kv.arguments[0]), int(self.kv.arguments[1])
         return None
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of a chunk of which state spaces make keys and values."""
+        return (
+            int(self.kv.arguments[0]) if isinstance(self.kv, Form) and self.kv.name == "ssm_chunk" else None
+        )
+
+    def states(self, width: int) -> Linear:
+        """The state space that makes keys, and again values, of a chunk; of half as many channels as keys have."""
+        heads, _, head_dim = self.sizes(width)
+        inner = heads * head_dim
+        value_dim = max(1, inner // default_heads(inner) // 2)
+        point = {**POINTS["mamba2"], "key_dim": _STATES, "value_dim": value_dim}
+        return Linear(**point).canonical(inner)  # type: ignore[arg-type]
 
     @property
     def windows(self) -> tuple[int | None, int | None]:
@@ -279,12 +305,14 @@ class Attn(Mixer):
         gene = self.canonical(width)
         matrices, reading, vectors = count_weights(gene, width)
         kept, carried = state_bytes_of(gene, width, itemsize)
+        made = states_cost(gene, width, length, itemsize)
+        carried += made.state_bytes
         held = 0 if gene.query == "learned" else slots_of(gene, length) * kept
         lent = sum(
             length * math.prod(shape) for loan in gene.borrows(width).values() for shape in loan.shapes
         )
-        params = sum(map(math.prod, matrices + reading)) + vectors
-        flops = 2 * length * sum(map(math.prod, matrices)) + score_flops(gene, width, length)
+        params = sum(map(math.prod, matrices + reading)) + vectors + made.params
+        flops = 2 * length * sum(map(math.prod, matrices)) + score_flops(gene, width, length) + made.flops
         return Cost(
             params=params,
             # Keys and values that are made when they are read are made of the learned entries as well.

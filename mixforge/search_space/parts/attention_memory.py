@@ -45,7 +45,7 @@ class Memory(nn.Module):
         return {}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         """Entries [B, H, T, ...] of the tokens of a pass. The state is brought up to date in place."""
         raise NotImplementedError
@@ -122,7 +122,7 @@ class KeysValues(Memory):
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name in names}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         k_BTF, v_BTF = self.key(x_BTD), self.value(x_BTD)
         if self.key_shift is not None and self.value_shift is not None:
@@ -142,7 +142,7 @@ class Borrowed(Memory):
         return {}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         return {}
 
@@ -176,7 +176,7 @@ class ReusedKeys(Memory):
         return {"last_key": torch.zeros(batch, self.head_dim, device=device, dtype=dtype)}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         k_BTK = self.key(x_BTD)
         if self.key_shift is not None:
@@ -209,7 +209,7 @@ class Latents(Memory):
         return {"latent": (1, self.rope_dim + self.rank)}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         r_BTK, c_BTK = torch.split(self.down(x_BTD), [self.rope_dim, self.rank], -1)
         r_BTK = turned(r_BTK[:, :, None], angle)[:, :, 0]
