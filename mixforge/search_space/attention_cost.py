@@ -64,8 +64,8 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     matrices += [(width, 3 * heads if gene.special == "nsa" else 0)]
     vectors += heads if gene.special == "local_linear" else 0
     turning = 1 if gene.latent is not None else kv_heads
-    matrices += [(width, heads * (gene.forget == "head")), (width, turning * (gene.pos == "carope"))]
-    vectors += heads * ((gene.forget == "head") + (gene.sink == "learned"))
+    matrices += [(width, heads * (gene.forget != "none")), (width, turning * (gene.pos == "carope"))]
+    vectors += heads * ((gene.forget != "none") + (gene.sink == "learned"))
     if gene.pos == "lrpe":
         vectors += turning * int(gene.turning(width)) // 2
     if gene.clip is not None:
@@ -171,7 +171,7 @@ def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
         entries = sum(gene.latent)
     if isinstance(gene.headmix, Form):
         entries += 2 * (2 * int(gene.headmix.arguments[0]) + 1) * heads
-    forgets = gene.forget == "head"
+    forgets = gene.forget != "none"
     carried = 0 if gene.kv_shift == "none" else (1 if gene.kv == "reuse" else 2) * inner * itemsize
     if gene.pos == "carope":
         carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * EXACT

@@ -221,7 +221,8 @@ def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
     dims = {"key_dim": gene.key_dim(width), "value_dim": gene.value_dim(width)}
     relative = None if gene.clip is None else Part(Relative, clip=gene.clip, **dims)
     weigh = Part(Weigh, score=gene.score, sinks=sinks)
-    return Part(Scored, scale=scale, terms=terms, weigh=weigh, relative=relative, mix=mix)
+    fades = gene.forget == "mask"
+    return Part(Scored, scale=scale, terms=terms, weigh=weigh, fades=fades, relative=relative, mix=mix)
 
 
 def special_scores_part(gene: Attn, width: int, scale: float) -> Part:

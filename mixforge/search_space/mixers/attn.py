@@ -73,7 +73,8 @@ class Attn(Mixer):
     all. `query_rank`: queries through so many channels, with a norm. `window`: how far a token sees; stochastic(a, b)
     takes a or b for each batch of training, and b otherwise; of it every `dilation`-th token. `sink`: a learned logit
     in the denominator, or the first n tokens beside a window. `meta`: learned keys and values that every token sees.
-    `rotary`: the share of channels that turn. `experts`: of so many query heads, each token takes `heads`.
+    `rotary`: the share of channels that turn. `forget`: decays of each head, whose logarithms are added to the scores
+    (head), or which multiply the weights (mask). `experts`: of so many query heads, each token takes `heads`.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -141,7 +142,7 @@ class Attn(Mixer):
         Call("simplicial", Whole(1, 65536), Whole(1, 65536)),
     ] = "softmax"
     temper: Annotated[str, Choice("none", "ssmax")] = "none"
-    forget: Annotated[str, Choice("none", "head")] = "none"
+    forget: Annotated[str, Choice("none", "head", "mask")] = "none"
     diff: Annotated[str | Form, Choice("none", "full"), Call("shared", Whole(1, 1024))] = "none"
     lambda_init: Annotated[float | None, Real(0, 1)] = None
     headmix: Annotated[str | Form, Choice("none", "static"), Call("dynamic", Whole(1, 64))] = "none"
@@ -236,7 +237,8 @@ class Attn(Mixer):
         """Which form of the scores its genes need."""
         if self.special is not None:
             return "special"
-        if self.score != "softmax" or self.headmix != "none" or self.clip is not None:
+        weighs = self.score != "softmax" or self.forget == "mask" or self.headmix != "none"
+        if weighs or self.clip is not None:
             return "scored"
         added = self.forget != "none" or self.sink == "learned" or self.meta > 0
         return "biased" if added or self.pos in ("alibi", "alibi_rope") else "fused"
@@ -334,8 +336,8 @@ class Attn(Mixer):
         heads, _, head_dim = gene.sizes(width)
         if backend == "triton" and gene.scores in ("scored", "special"):
             raise ValueError(
-                "attn with a score other than softmax, with scores of blocks, with headmix or with relative positions "
-                "has no form for backend='triton'; use backend='torch'"
+                "attn with a score other than softmax, with scores of blocks, with forget=mask, headmix or relative "
+                "positions has no form for backend='triton'; use backend='torch'"
             )
         output = output_part(gene, width, backend)
         if gene.query == "learned":
@@ -355,7 +357,7 @@ class Attn(Mixer):
             pattern=pattern_part(gene, backend),
             scores=scores_part(gene, width, backend),
             output=output,
-            forget=Part(ForgetGate, width=width, heads=heads) if gene.forget == "head" else None,
+            forget=Part(ForgetGate, width=width, heads=heads) if gene.forget != "none" else None,
             routing=routing_part(gene, width),
             meta=gene.meta,
         )
