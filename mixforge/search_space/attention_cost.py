@@ -8,6 +8,7 @@ from mixforge.kernels.softmax_scan import scan_flops
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Cost
 from mixforge.search_space.parts.attention_blocks import block_pairs
+from mixforge.search_space.parts.attention_codes import block_length
 from mixforge.search_space.parts.attention_pattern import block_size, fused_pairs
 from mixforge.search_space.parts.attention_strides import boundary_slots, strided_pairs, strided_slots
 
@@ -61,6 +62,7 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     matrices += [(width, channels if gene.out_gate == "sigmoid" else 0)]
     vectors += width * (gene.bias == "all") + head_dim * (gene.out_norm == "rms")
     vectors += 0 if gene.diff == "none" else 6 * head_dim
+    vectors += heads * gene.codes * head_dim if gene.codes is not None else 0
     matrices += [(width, 3 * heads if gene.special == "nsa" else 0)]
     vectors += heads if gene.special == "local_linear" else 0
     turning = 1 if gene.latent is not None else kv_heads
@@ -106,6 +108,8 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     heads, _, head_dim = gene.sizes(width)
     if gene.query == "learned":
         return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
+    if gene.codes is not None:
+        return 2 * heads * code_products(length, gene.codes) * head_dim
     if gene.special is not None:
         return 2 * heads * special_products(gene, length, head_dim)
     window, _ = gene.windows
@@ -129,6 +133,13 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
         # Before and after the weighing, by the query and by the key, into the rank and out of it.
         flops += 8 * 2 * pairs * heads * int(gene.headmix.arguments[0])
     return flops + 2 * 2 * pairs * heads * heads * (gene.headmix == "static")
+
+
+def code_products(length: int, codes: int) -> int:
+    """Products of vectors of one head: keys and their codes, then in blocks sums of values, scores and outputs."""
+    size = block_length(length, codes)
+    padded = -(-length // size) * size
+    return 2 * length * codes + padded * (3 * codes + 2 * size)
 
 
 def special_products(gene: Attn, length: int, head_dim: int) -> int:
@@ -177,4 +188,6 @@ def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
         carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * EXACT
     if gene.query == "learned":
         return 0, carried + heads * (head_dim + 2) * EXACT
+    if gene.codes is not None:
+        return 0, carried + heads * gene.codes * (head_dim + 1) * EXACT
     return entries * itemsize + heads * EXACT * forgets, carried + heads * EXACT * forgets

@@ -11,22 +11,26 @@ from mixforge.search_space.heads import undivided
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
 
-# What genes must be where one learned query scans keys and values.
-_SCAN_NEEDS: Mapping[str, GeneValue] = {
+# What genes must be where keys are read by a state and not from a cache.
+_STATE_NEEDS: Mapping[str, GeneValue] = {
     "sparse": "none",
     "pos": "none",
     "window": "none",
     "dilation": 1,
     "sink": "none",
     "meta": 0,
-    "query_rank": "none",
-    "qk_norm": "none",
     "score": "softmax",
-    "temper": "none",
     "forget": "none",
     "diff": "none",
     "headmix": "none",
     "experts": "none",
+}
+# And where one learned query scans keys and values.
+_SCAN_NEEDS: Mapping[str, GeneValue] = {
+    **_STATE_NEEDS,
+    "query_rank": "none",
+    "qk_norm": "none",
+    "temper": "none",
 }
 # What genes must be where heads are experts.
 _EXPERTS_NEED: Mapping[str, GeneValue] = {
@@ -52,6 +56,8 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         return f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
     if gene.query == "learned":
         return _why_no_scan(gene)
+    if gene.codes is not None:
+        return _why_no_codes(gene)
     turning = gene.turning(width)
     if gene.turns and (turning != int(turning) or turning % 2 != 0 or turning == 0):
         given = f"rope_dim {turning}" if gene.latent else f"{turning:g} channels of head_dim {head_dim}"
@@ -98,13 +104,23 @@ def _why_no_experts(gene: Attn, heads: int, kv_heads: int, experts: int) -> str 
 
 
 def _why_no_scan(gene: Attn) -> str | None:
-    if gene.kv in ("own", "shared", "reuse") or gene.latent is not None:
+    if gene.kv in ("own", "shared", "reuse") or gene.latent is not None or gene.codes is not None:
         return f"query=learned keeps no cache, so it takes no kv={gene.kv} (mixer attn); use mha, mqa or gqa"
     for name, plain in _SCAN_NEEDS.items():
         if getattr(gene, name) != plain:
             return (
                 "query=learned is a scan of one query over keys and values, so it takes no "
                 f"{name}={getattr(gene, name)} (mixer attn); leave {name} at {plain}"
+            )
+    return None
+
+
+def _why_no_codes(gene: Attn) -> str | None:
+    for name, plain in _STATE_NEEDS.items():
+        if getattr(gene, name) != plain:
+            return (
+                f"kv={gene.kv} sees all tokens by the codes of their keys, so it takes no "
+                f"{name}={getattr(gene, name)} (mixer attn); say {name}={plain}"
             )
     return None
 

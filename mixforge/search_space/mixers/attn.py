@@ -52,6 +52,7 @@ from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
+from mixforge.search_space.parts.attention_codes import CodeAttention
 from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import ForgetGate
 from mixforge.search_space.parts.linear_points import POINTS
@@ -68,13 +69,14 @@ class Attn(Mixer):
 
     `kv`: every query head has its keys and values (mha), all share one (mqa), or n do (gqa(n)); they are made of a
     latent of the given rank, beside channels that turn (mla(rank, rope_dim)); by state spaces that begin anew every n
-    tokens (ssm_chunk(n)); values are made of one key head (reuse); `own` also publishes them to the layers above, and
-    `shared` reads what the nearest `own` below has published. `query`: made of the token, or learned and the same for
-    all. `query_rank`: queries through so many channels, with a norm. `window`: how far a token sees; stochastic(a, b)
-    takes a or b for each batch of training, and b otherwise; of it every `dilation`-th token. `sink`: a learned logit
-    in the denominator, or the first n tokens beside a window. `meta`: learned keys and values that every token sees.
-    `rotary`: the share of channels that turn. `forget`: decays of each head, whose logarithms are added to the scores
-    (head), or which multiply the weights (mask). `experts`: of so many query heads, each token takes `heads`.
+    tokens (ssm_chunk(n)); values are made of one key head (reuse); keys are quantised to n codes, which takes no
+    cache (vq(n)); `own` also publishes keys and values to the layers above, and `shared` reads what the nearest `own`
+    below has published. `query`: made of the token, or learned and the same for all. `query_rank`: queries through so
+    many channels, with a norm. `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of
+    training, and b otherwise; of it every `dilation`-th token. `sink`: a learned logit in the denominator, or the
+    first n tokens beside a window. `meta`: learned keys and values that every token sees. `rotary`: the share of
+    channels that turn. `forget`: decays of each head, whose logarithms are added to the scores (head), or which
+    multiply the weights (mask). `experts`: of so many query heads, each token takes `heads`.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -99,6 +101,7 @@ class Attn(Mixer):
         Call("gqa", Whole(1, 256)),
         Call("mla", Whole(1, 16384), Whole(0, 1024)),
         Call("ssm_chunk", Whole(2, 65536)),
+        Call("vq", Whole(2, 65536)),
     ] = "mha"
     query: Annotated[str, Choice("token", "learned")] = "token"
     query_rank: Annotated[str | int, Choice("none"), Whole(1, 16384)] = "none"
@@ -171,6 +174,11 @@ class Attn(Mixer):
         return (
             int(self.kv.arguments[0]) if isinstance(self.kv, Form) and self.kv.name == "ssm_chunk" else None
         )
+
+    @property
+    def codes(self) -> int | None:
+        """Of each head, to which keys are quantised."""
+        return int(self.kv.arguments[0]) if isinstance(self.kv, Form) and self.kv.name == "vq" else None
 
     def states(self, width: int) -> Linear:
         """The state space that makes keys, and again values, of a chunk; of half as many channels as keys have."""
@@ -309,7 +317,7 @@ class Attn(Mixer):
         kept, carried = state_bytes_of(gene, width, itemsize)
         made = states_cost(gene, width, length, itemsize)
         carried += made.state_bytes
-        held = 0 if gene.query == "learned" else slots_of(gene, length) * kept
+        held = slots_of(gene, length) * kept
         lent = sum(
             length * math.prod(shape) for loan in gene.borrows(width).values() for shape in loan.shapes
         )
@@ -327,6 +335,11 @@ class Attn(Mixer):
         """Channels of a query and of a key."""
         return self.sizes(width)[2] + (0 if self.latent is None else self.latent[1])
 
+    def key_spread(self, width: int) -> float:
+        """How far channels of keys are from zero at first: as norms leave them, or as projections start."""
+        usual = {"rms": 1.0, "rms_all": 1.0, "l2": math.sqrt(1 / self.sizes(width)[2])}
+        return usual.get(self.qk_norm, math.sqrt(1 / 3))
+
     def value_dim(self, width: int) -> int:
         """Channels of a value; two heads' side by side in differential attention."""
         return self.sizes(width)[2] * (1 if self.diff == "none" else 2)
@@ -334,9 +347,9 @@ class Attn(Mixer):
     def build(self, width: int, backend: Backend) -> Part:
         gene = self.canonical(width)
         heads, _, head_dim = gene.sizes(width)
-        if backend == "triton" and gene.scores in ("scored", "special"):
+        if backend == "triton" and (gene.scores in ("scored", "special") or gene.codes is not None):
             raise ValueError(
-                "attn with a score other than softmax, with scores of blocks, with forget=mask, headmix or relative "
+                "attn with a score other than softmax, with codes, scores of blocks, forget=mask, headmix or relative "
                 "positions has no form for backend='triton'; use backend='torch'"
             )
         output = output_part(gene, width, backend)
@@ -349,9 +362,21 @@ class Attn(Mixer):
                 output=output,
                 operation=softmax_scan.form(backend),
             )
+        queries = queries_part(gene, width, backend)
+        if gene.codes is not None:
+            return Part(
+                CodeAttention,
+                heads=heads,
+                head_dim=head_dim,
+                codes=gene.codes,
+                spread=gene.key_spread(width),
+                queries=queries,
+                memory=memory_part(gene, width, backend),
+                output=output,
+            )
         return Part(
             Attention,
-            queries=queries_part(gene, width, backend),
+            queries=queries,
             memory=memory_part(gene, width, backend),
             position=position_part(gene, width),
             pattern=pattern_part(gene, backend),
