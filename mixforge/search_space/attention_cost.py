@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mixforge.kernels.softmax_scan import scan_flops
@@ -9,6 +10,7 @@ from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Cost
 from mixforge.search_space.parts.attention_blocks import block_pairs
 from mixforge.search_space.parts.attention_codes import block_length
+from mixforge.search_space.parts.attention_eviction import TAPS, evicting_slots, score_channels
 from mixforge.search_space.parts.attention_pattern import block_size, fused_pairs
 from mixforge.search_space.parts.attention_strides import boundary_slots, strided_pairs, strided_slots
 
@@ -25,6 +27,8 @@ def slots_of(gene: Attn, length: int) -> int:
         return strided_slots(length, *gene.by_block)
     if gene.boundaries is not None:
         return boundary_slots(length, *gene.boundaries)
+    if gene.evicts is not None:
+        return evicting_slots(length, *gene.evicts)
     window, _ = gene.windows
     if isinstance(gene.score, Form):
         window = max(map(int, gene.score.arguments))
@@ -63,6 +67,11 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     vectors += width * (gene.bias == "all") + head_dim * (gene.out_norm == "rms")
     vectors += 0 if gene.diff == "none" else 6 * head_dim
     vectors += heads * gene.codes * head_dim if gene.codes is not None else 0
+    if gene.evicts is not None:
+        sizes = score_channels(head_dim)
+        matrices += [(kv_heads * TAPS * into, out) for into, out in pairwise(sizes)]
+        matrices += [(kv_heads * sizes[-1], 1)]
+        vectors += kv_heads * sum(sizes[1:])
     matrices += [(width, 3 * heads if gene.special == "nsa" else 0)]
     vectors += heads if gene.special == "local_linear" else 0
     turning = 1 if gene.latent is not None else kv_heads
@@ -172,6 +181,14 @@ def states_cost(gene: Attn, width: int, length: int, itemsize: int) -> Cost:
     )
 
 
+def replaceable_slots(gene: Attn, length: int) -> int:
+    """Slots beside a token's own that one more token may be written to: any one of those that eviction keeps."""
+    if gene.evicts is None:
+        return 0
+    window, budget = gene.evicts
+    return min(max(0, length + 1 - window), budget)
+
+
 def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
     """Bytes that are kept of each token, and bytes that are carried from token to token."""
     heads, kv_heads, head_dim = gene.sizes(width)
@@ -188,6 +205,10 @@ def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
         carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * EXACT
     if gene.query == "learned":
         return 0, carried + heads * (head_dim + 2) * EXACT
+    if gene.evicts is not None:
+        taps = (TAPS - 1) * sum(score_channels(head_dim)[:-1])
+        # Each slot has a score and a place.
+        return entries * itemsize + 2 * kv_heads * EXACT, carried + kv_heads * taps * EXACT
     if gene.codes is not None:
         return 0, carried + heads * gene.codes * (head_dim + 1) * EXACT
     return entries * itemsize + heads * EXACT * forgets, carried + heads * EXACT * forgets

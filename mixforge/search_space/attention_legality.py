@@ -11,19 +11,23 @@ from mixforge.search_space.heads import undivided
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
 
-# What genes must be where keys are read by a state and not from a cache.
-_STATE_NEEDS: Mapping[str, GeneValue] = {
-    "sparse": "none",
-    "pos": "none",
-    "window": "none",
+# What genes must be where tokens are evicted.
+_EVICTION_NEEDS: Mapping[str, GeneValue] = {
     "dilation": 1,
-    "sink": "none",
     "meta": 0,
     "score": "softmax",
     "forget": "none",
     "diff": "none",
     "headmix": "none",
     "experts": "none",
+}
+# And where keys are read by a state and not from a cache.
+_STATE_NEEDS: Mapping[str, GeneValue] = {
+    "sparse": "none",
+    "pos": "none",
+    "window": "none",
+    "sink": "none",
+    **_EVICTION_NEEDS,
 }
 # And where one learned query scans keys and values.
 _SCAN_NEEDS: Mapping[str, GeneValue] = {
@@ -53,7 +57,9 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         return f"{kv_heads} key/value heads do not divide {heads} query heads (mixer attn)"
     if gene.chunk is not None and (gene.kv_shift != "none" or gene.special == "simplicial"):
         given = f"score={gene.score}" if gene.special == "simplicial" else f"kv_shift={gene.kv_shift}"
-        return f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
+        return (
+            f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
+        )
     if gene.query == "learned":
         return _why_no_scan(gene)
     if gene.codes is not None:
@@ -125,6 +131,26 @@ def _why_no_codes(gene: Attn) -> str | None:
     return None
 
 
+def _why_no_eviction(gene: Attn) -> str | None:
+    if gene.kv == "reuse" or (isinstance(gene.kv, Form) and gene.kv.name != "gqa"):
+        return f"sparse={gene.sparse} scores keys and values, so it takes no kv={gene.kv} (mixer attn); use mha or gqa"
+    for name, plain in _EVICTION_NEEDS.items():
+        if getattr(gene, name) != plain:
+            return (
+                f"sparse={gene.sparse} keeps tokens of its own for each head of keys, so it takes no "
+                f"{name}={getattr(gene, name)} (mixer attn); leave {name} at {plain}"
+            )
+    if gene.sink == "learned":
+        return f"sparse={gene.sparse} takes no sink=learned (mixer attn); use sink=tokens(n) or none"
+    if gene.evicts is not None and gene.first > gene.evicts[1]:
+        return f"sparse={gene.sparse} keeps {gene.evicts[1]} tokens, and sink={gene.sink} is more (mixer attn); say fewer"
+    if gene.pos not in ("rope", "none", "lrpe", "carope"):
+        return (
+            f"sparse={gene.sparse} knows no distances, so it takes no pos={gene.pos} (mixer attn); use rope"
+        )
+    return None
+
+
 def _why_no_cache(gene: Attn) -> str | None:
     """What a cache that layers share cannot do."""
     if gene.kv not in ("own", "shared"):
@@ -180,6 +206,8 @@ def _why_no_sparse(gene: Attn) -> str | None:
     if gene.sparse != "none" and (gene.window != "none" or gene.kv in ("own", "shared")):
         beside = f"window={gene.window}" if gene.window != "none" else f"kv={gene.kv}"
         return f"sparse={gene.sparse} says who sees whom, so it takes no {beside} (mixer attn); leave one out"
+    if gene.evicts is not None:
+        return _why_no_eviction(gene)
     if gene.by_block is not None and gene.by_block[1] >= gene.by_block[0]:
         return f"sparse={gene.sparse} keeps every token of a block (mixer attn); keep less than {gene.by_block[0]}"
     chooses = isinstance(gene.sparse, Form) and gene.sparse.name.startswith("block_")

@@ -1,10 +1,11 @@
 """Softmax attention: o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s over s <= t, and over s > t - W with a window; and
 what the field does to its keys and values, pattern, positions, scores and outputs.
 
-The equations of the genes stand with their modules: `attention_memory` for keys and values, `attention_pattern` for
-windows and sinks, `attention_position` for positions, `attention_heads` for norms, queries of low rank and
-differential outputs, `attention_scores` for terms and weights of scores, `attention_mix` for heads that mix and
-`attention_scan` for learned queries, each with its sources.
+The equations of the genes stand with their modules: `attention_memory`, `attention_states` and `attention_codes` for
+keys and values, `attention_pattern` for windows and sinks, `attention_strides`, `attention_choice` and
+`attention_eviction` for sparse patterns, `attention_position` for positions, `attention_heads` for norms, queries of
+low rank and differential outputs, `attention_scores` for terms and weights of scores, `attention_mix` for heads that
+mix and `attention_scan` for learned queries, each with its sources.
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; multi-query: Shazeer 2019 (arXiv 1911.02150); grouped
 queries: Ainslie et al. 2023 (arXiv 2305.13245); fewer query heads: Filipek 2025 (arXiv 2510.01817), which is `heads`
@@ -27,9 +28,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
-from mixforge.kernels import softmax_scan
+from mixforge.kernels import attention, softmax_scan
 from mixforge.search_space.attention_cost import (
     count_weights,
+    replaceable_slots,
     score_flops,
     slots_of,
     state_bytes_of,
@@ -53,6 +55,7 @@ from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
 from mixforge.search_space.parts.attention_codes import CodeAttention
+from mixforge.search_space.parts.attention_eviction import EvictingAttention, TokenScores
 from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import ForgetGate
 from mixforge.search_space.parts.linear_points import POINTS
@@ -126,6 +129,7 @@ class Attn(Mixer):
         Call("hsa", Whole(2, 65536), Whole(1, 65536)),
         Call("summary", Whole(2, 65536)),
         Call("nsa", Whole(2, 65536), Whole(2, 65536), Whole(1, 1048576)),
+        Call("lte", Whole(4, 1048576), Whole(1, 1048576)),
     ] = "none"
     sink: Annotated[str | Form, Choice("none", "learned"), Call("tokens", Whole(1, 4096))] = "none"
     meta: Annotated[int, Whole(0, 4096)] = 0
@@ -241,6 +245,13 @@ class Attn(Mixer):
         return int(self.sparse.arguments[0]), leading
 
     @property
+    def evicts(self) -> tuple[int, int] | None:
+        """The window, and how many tokens behind it are kept, where the others are evicted."""
+        if not isinstance(self.sparse, Form) or self.sparse.name != "lte":
+            return None
+        return int(self.sparse.arguments[0]), int(self.sparse.arguments[1])
+
+    @property
     def scores(self) -> Literal["fused", "biased", "scored", "special"]:
         """Which form of the scores its genes need."""
         if self.special is not None:
@@ -292,7 +303,7 @@ class Attn(Mixer):
             head_dim=None if head_dim == default_dim and width % heads == 0 else head_dim,
             kv=kv,
             window=window,
-            sink="none" if self.first > 0 and window == "none" else self.sink,
+            sink="none" if self.first > 0 and window == "none" and self.evicts is None else self.sink,
             theta=self.theta if self.pos in ("rope", "xpos", "lrpe", "alibi_rope") else _BASE,
             rotary=self.rotary if self.turns and self.latent is None else 1.0,
             kv_shift="none" if kv == "shared" else self.kv_shift,
@@ -318,6 +329,7 @@ class Attn(Mixer):
         made = states_cost(gene, width, length, itemsize)
         carried += made.state_bytes
         held = slots_of(gene, length) * kept
+        written = kept * (1 + replaceable_slots(gene, length)) if held else 0
         lent = sum(
             length * math.prod(shape) for loan in gene.borrows(width).values() for shape in loan.shapes
         )
@@ -328,7 +340,7 @@ class Attn(Mixer):
             # Keys and values that are made when they are read are made of the learned entries as well.
             flops=flops + 2 * (length + gene.meta) * sum(map(math.prod, reading)),
             state_bytes=held + carried,
-            decode_bytes=params * itemsize + held + 2 * carried + (lent * itemsize) + (kept if held else 0),
+            decode_bytes=params * itemsize + held + 2 * carried + lent * itemsize + written,
         )
 
     def key_dim(self, width: int) -> int:
@@ -363,6 +375,19 @@ class Attn(Mixer):
                 operation=softmax_scan.form(backend),
             )
         queries = queries_part(gene, width, backend)
+        if gene.evicts is not None:
+            return Part(
+                EvictingAttention,
+                window=gene.evicts[0],
+                budget=gene.evicts[1],
+                sinks=gene.first,
+                queries=queries,
+                memory=memory_part(gene, width, backend),
+                position=position_part(gene, width),
+                scores=Part(TokenScores, heads=gene.sizes(width)[1], head_dim=head_dim),
+                output=output,
+                masked=attention.masked_form(backend),
+            )
         if gene.codes is not None:
             return Part(
                 CodeAttention,

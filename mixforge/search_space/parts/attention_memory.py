@@ -124,12 +124,16 @@ class KeysValues(Memory):
     def entries(
         self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
+        k_BTHK, v_BTHV = self.make(x_BTD, state)
+        return {"key": turned(k_BTHK, angle).transpose(1, 2), "value": v_BTHV.transpose(1, 2)}
+
+    def make(self, x_BTD: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Keys before they are turned, and values, [B, T, H, K]."""
         k_BTF, v_BTF = self.key(x_BTD), self.value(x_BTD)
         if self.key_shift is not None and self.value_shift is not None:
             k_BTF = self.key_shift(k_BTF, x_BTD, None if state is None else state["last_key"])
             v_BTF = self.value_shift(v_BTF, x_BTD, None if state is None else state["last_value"])
-        k_BTHK = turned(normalised(k_BTF, self.heads, self.key_norm, self.whole), angle)
-        return {"key": k_BTHK.transpose(1, 2), "value": split_heads(v_BTF, self.heads).transpose(1, 2)}
+        return normalised(k_BTF, self.heads, self.key_norm, self.whole), split_heads(v_BTF, self.heads)
 
     def read(self, entries: dict[str, Tensor], angle: Tensor | None, at: Pass) -> tuple[Tensor, Tensor]:
         return entries["key"], entries["value"]
