@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mixforge.kernels import attention
+from mixforge.kernels import attention, softmax_scan
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Backend
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention_choice import BestBlocks, LikelyBlocks
+from mixforge.search_space.parts.attention_codes import CodeAttention
+from mixforge.search_space.parts.attention_eviction import EvictingAttention, TokenScores
 from mixforge.search_space.parts.attention_experts import ExpertOutputs, ExpertQueries, Routing
 from mixforge.search_space.parts.attention_grouped import Grouped
 from mixforge.search_space.parts.attention_heads import (
@@ -28,6 +30,7 @@ from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues, L
 from mixforge.search_space.parts.attention_mix import DynamicMix, StaticMix
 from mixforge.search_space.parts.attention_pattern import EveryToken, Window
 from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
+from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import Biased, Fused, Relative, Scored, Slopes, Terms, Weigh
 from mixforge.search_space.parts.attention_simplicial import Simplicial, TwoKeysValues
 from mixforge.search_space.parts.attention_states import ByChunk, ChunkStates
@@ -41,6 +44,47 @@ if TYPE_CHECKING:
 
 # What balances the load of experts that are heads: the rate of arXiv 2101.03961.
 BALANCE = 0.01
+
+
+def stateful_part(gene: Attn, width: int, backend: Backend) -> Part | None:
+    """The whole module where what it keeps is no cache of a pattern's tokens; None where it is."""
+    if gene.query == "token" and gene.codes is None and gene.evicts is None:
+        return None
+    heads, kv_heads, head_dim = gene.sizes(width)
+    memory, output = memory_part(gene, width, backend), output_part(gene, width, backend)
+    if gene.query == "learned":
+        operation = softmax_scan.form(backend)
+        return Part(
+            LearnedQuery, heads=heads, head_dim=head_dim, memory=memory, output=output, operation=operation
+        )
+    queries = queries_part(gene, width, backend)
+    if gene.codes is not None:
+        # As far from zero as norms leave keys, or as projections start.
+        usual = {"rms": 1.0, "rms_all": 1.0, "l2": head_dim**-0.5}
+        return Part(
+            CodeAttention,
+            heads=heads,
+            head_dim=head_dim,
+            codes=gene.codes,
+            spread=usual.get(gene.qk_norm, 3**-0.5),
+            queries=queries,
+            memory=memory,
+            output=output,
+        )
+    assert gene.evicts is not None
+    window, budget = gene.evicts
+    return Part(
+        EvictingAttention,
+        window=window,
+        budget=budget,
+        sinks=gene.first,
+        queries=queries,
+        memory=memory,
+        position=position_part(gene, width),
+        scores=Part(TokenScores, heads=kv_heads, head_dim=head_dim),
+        output=output,
+        masked=attention.masked_form(backend),
+    )
 
 
 def routing_part(gene: Attn, width: int) -> Part | None:

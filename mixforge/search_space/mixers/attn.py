@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
-from mixforge.kernels import attention, softmax_scan
 from mixforge.search_space.attention_cost import (
     count_weights,
     replaceable_slots,
@@ -46,6 +45,7 @@ from mixforge.search_space.attention_parts import (
     queries_part,
     routing_part,
     scores_part,
+    stateful_part,
 )
 from mixforge.search_space.expression import spell_number
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
@@ -54,9 +54,6 @@ from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
-from mixforge.search_space.parts.attention_codes import CodeAttention
-from mixforge.search_space.parts.attention_eviction import EvictingAttention, TokenScores
-from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import ForgetGate
 from mixforge.search_space.parts.linear_points import POINTS
 
@@ -347,67 +344,31 @@ class Attn(Mixer):
         """Channels of a query and of a key."""
         return self.sizes(width)[2] + (0 if self.latent is None else self.latent[1])
 
-    def key_spread(self, width: int) -> float:
-        """How far channels of keys are from zero at first: as norms leave them, or as projections start."""
-        usual = {"rms": 1.0, "rms_all": 1.0, "l2": math.sqrt(1 / self.sizes(width)[2])}
-        return usual.get(self.qk_norm, math.sqrt(1 / 3))
-
     def value_dim(self, width: int) -> int:
         """Channels of a value; two heads' side by side in differential attention."""
         return self.sizes(width)[2] * (1 if self.diff == "none" else 2)
 
     def build(self, width: int, backend: Backend) -> Part:
         gene = self.canonical(width)
-        heads, _, head_dim = gene.sizes(width)
         if backend == "triton" and (gene.scores in ("scored", "special") or gene.codes is not None):
             raise ValueError(
                 "attn with a score other than softmax, with codes, scores of blocks, forget=mask, headmix or relative "
                 "positions has no form for backend='triton'; use backend='torch'"
             )
-        output = output_part(gene, width, backend)
-        if gene.query == "learned":
-            return Part(
-                LearnedQuery,
-                heads=heads,
-                head_dim=head_dim,
-                memory=memory_part(gene, width, backend),
-                output=output,
-                operation=softmax_scan.form(backend),
-            )
-        queries = queries_part(gene, width, backend)
-        if gene.evicts is not None:
-            return Part(
-                EvictingAttention,
-                window=gene.evicts[0],
-                budget=gene.evicts[1],
-                sinks=gene.first,
-                queries=queries,
-                memory=memory_part(gene, width, backend),
-                position=position_part(gene, width),
-                scores=Part(TokenScores, heads=gene.sizes(width)[1], head_dim=head_dim),
-                output=output,
-                masked=attention.masked_form(backend),
-            )
-        if gene.codes is not None:
-            return Part(
-                CodeAttention,
-                heads=heads,
-                head_dim=head_dim,
-                codes=gene.codes,
-                spread=gene.key_spread(width),
-                queries=queries,
-                memory=memory_part(gene, width, backend),
-                output=output,
-            )
+        stateful = stateful_part(gene, width, backend)
+        if stateful is not None:
+            return stateful
         return Part(
             Attention,
-            queries=queries,
+            queries=queries_part(gene, width, backend),
             memory=memory_part(gene, width, backend),
             position=position_part(gene, width),
             pattern=pattern_part(gene, backend),
             scores=scores_part(gene, width, backend),
-            output=output,
-            forget=Part(ForgetGate, width=width, heads=heads) if gene.forget != "none" else None,
+            output=output_part(gene, width, backend),
+            forget=Part(ForgetGate, width=width, heads=gene.sizes(width)[0])
+            if gene.forget != "none"
+            else None,
             routing=routing_part(gene, width),
             meta=gene.meta,
         )
