@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mixforge.kernels.softmax_scan import scan_flops
 from mixforge.search_space.genes import Form
+from mixforge.search_space.mixer import Cost
 from mixforge.search_space.parts.attention_blocks import block_pairs
+from mixforge.search_space.parts.attention_codes import block_length
+from mixforge.search_space.parts.attention_eviction import TAPS, evicting_slots, score_channels
 from mixforge.search_space.parts.attention_pattern import block_size, fused_pairs
-from mixforge.search_space.parts.attention_strides import strided_pairs, strided_slots
+from mixforge.search_space.parts.attention_strides import boundary_slots, strided_pairs, strided_slots
 
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
@@ -21,6 +25,10 @@ def slots_of(gene: Attn, length: int) -> int:
     """Tokens that are kept of a sequence."""
     if gene.by_block is not None:
         return strided_slots(length, *gene.by_block)
+    if gene.boundaries is not None:
+        return boundary_slots(length, *gene.boundaries)
+    if gene.evicts is not None:
+        return evicting_slots(length, *gene.evicts)
     window, _ = gene.windows
     if isinstance(gene.score, Form):
         window = max(map(int, gene.score.arguments))
@@ -58,11 +66,17 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     matrices += [(width, channels if gene.out_gate == "sigmoid" else 0)]
     vectors += width * (gene.bias == "all") + head_dim * (gene.out_norm == "rms")
     vectors += 0 if gene.diff == "none" else 6 * head_dim
+    vectors += heads * gene.codes * head_dim if gene.codes is not None else 0
+    if gene.evicts is not None:
+        sizes = score_channels(head_dim)
+        matrices += [(kv_heads * TAPS * into, out) for into, out in pairwise(sizes)]
+        matrices += [(kv_heads * sizes[-1], 1)]
+        vectors += kv_heads * sum(sizes[1:])
     matrices += [(width, 3 * heads if gene.special == "nsa" else 0)]
     vectors += heads if gene.special == "local_linear" else 0
     turning = 1 if gene.latent is not None else kv_heads
-    matrices += [(width, heads * (gene.forget == "head")), (width, turning * (gene.pos == "carope"))]
-    vectors += heads * ((gene.forget == "head") + (gene.sink == "learned"))
+    matrices += [(width, heads * (gene.forget != "none")), (width, turning * (gene.pos == "carope"))]
+    vectors += heads * ((gene.forget != "none") + (gene.sink == "learned"))
     if gene.pos == "lrpe":
         vectors += turning * int(gene.turning(width)) // 2
     if gene.clip is not None:
@@ -103,6 +117,8 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     heads, _, head_dim = gene.sizes(width)
     if gene.query == "learned":
         return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
+    if gene.codes is not None:
+        return 2 * heads * code_products(length, gene.codes) * head_dim
     if gene.special is not None:
         return 2 * heads * special_products(gene, length, head_dim)
     window, _ = gene.windows
@@ -111,7 +127,7 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     rows, pairs = block_pairs(length, size, beside)
     if gene.scores == "fused":
         pairs = fused_pairs(length, window, gene.dilation, gene.first)
-        pairs = pairs if gene.by_block is None else strided_pairs(length, *gene.by_block[:2])
+        pairs = pairs if gene.by_block is None else strided_pairs(length, *gene.by_block)
     keys, values = gene.key_dim(width), gene.value_dim(width)
     if gene.scores == "fused" and window is None and gene.sparse == "none":
         # The narrower ones are widened (`causal_attention_torch`).
@@ -126,6 +142,13 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
         # Before and after the weighing, by the query and by the key, into the rank and out of it.
         flops += 8 * 2 * pairs * heads * int(gene.headmix.arguments[0])
     return flops + 2 * 2 * pairs * heads * heads * (gene.headmix == "static")
+
+
+def code_products(length: int, codes: int) -> int:
+    """Products of vectors of one head: keys and their codes, then in blocks sums of values, scores and outputs."""
+    size = block_length(length, codes)
+    padded = -(-length // size) * size
+    return 2 * length * codes + padded * (3 * codes + 2 * size)
 
 
 def special_products(gene: Attn, length: int, head_dim: int) -> int:
@@ -143,6 +166,29 @@ def special_products(gene: Attn, length: int, head_dim: int) -> int:
     return length * (length + blocks) * 2 * head_dim
 
 
+def states_cost(gene: Attn, width: int, length: int, itemsize: int) -> Cost:
+    """Of the state spaces that make keys and values of chunks, the last chunk being filled up."""
+    if gene.chunk is None:
+        return Cost(params=0, flops=0, state_bytes=0, decode_bytes=0)
+    heads, _, head_dim = gene.sizes(width)
+    one = gene.states(width).cost(heads * head_dim, gene.chunk, itemsize)
+    chunks = -(-length // gene.chunk)
+    return Cost(
+        params=2 * one.params,
+        flops=2 * chunks * one.flops,
+        state_bytes=2 * one.state_bytes,
+        decode_bytes=2 * one.decode_bytes,
+    )
+
+
+def replaceable_slots(gene: Attn, length: int) -> int:
+    """Slots beside a token's own that one more token may be written to: any one of those that eviction keeps."""
+    if gene.evicts is None:
+        return 0
+    window, budget = gene.evicts
+    return min(max(0, length + 1 - window), budget)
+
+
 def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
     """Bytes that are kept of each token, and bytes that are carried from token to token."""
     heads, kv_heads, head_dim = gene.sizes(width)
@@ -153,10 +199,16 @@ def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
         entries = sum(gene.latent)
     if isinstance(gene.headmix, Form):
         entries += 2 * (2 * int(gene.headmix.arguments[0]) + 1) * heads
-    forgets = gene.forget == "head"
+    forgets = gene.forget != "none"
     carried = 0 if gene.kv_shift == "none" else (1 if gene.kv == "reuse" else 2) * inner * itemsize
     if gene.pos == "carope":
         carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * EXACT
     if gene.query == "learned":
         return 0, carried + heads * (head_dim + 2) * EXACT
+    if gene.evicts is not None:
+        taps = (TAPS - 1) * sum(score_channels(head_dim)[:-1])
+        # Each slot has a score and a place.
+        return entries * itemsize + 2 * kv_heads * EXACT, carried + kv_heads * taps * EXACT
+    if gene.codes is not None:
+        return 0, carried + heads * gene.codes * (head_dim + 1) * EXACT
     return entries * itemsize + heads * EXACT * forgets, carried + heads * EXACT * forgets

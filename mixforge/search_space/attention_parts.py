@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mixforge.kernels import attention
+from mixforge.kernels import attention, softmax_scan
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Backend
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention_choice import BestBlocks, LikelyBlocks
+from mixforge.search_space.parts.attention_codes import CodeAttention
+from mixforge.search_space.parts.attention_eviction import EvictingAttention, TokenScores
 from mixforge.search_space.parts.attention_experts import ExpertOutputs, ExpertQueries, Routing
 from mixforge.search_space.parts.attention_grouped import Grouped
 from mixforge.search_space.parts.attention_heads import (
@@ -28,9 +30,11 @@ from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues, L
 from mixforge.search_space.parts.attention_mix import DynamicMix, StaticMix
 from mixforge.search_space.parts.attention_pattern import EveryToken, Window
 from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
+from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import Biased, Fused, Relative, Scored, Slopes, Terms, Weigh
 from mixforge.search_space.parts.attention_simplicial import Simplicial, TwoKeysValues
-from mixforge.search_space.parts.attention_strides import Blocks, Strided
+from mixforge.search_space.parts.attention_states import ByChunk, ChunkStates
+from mixforge.search_space.parts.attention_strides import Blocks, Boundaries, Strided
 from mixforge.search_space.parts.attention_summaries import NativeSparse, Summarised
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.routing import Router
@@ -40,6 +44,47 @@ if TYPE_CHECKING:
 
 # What balances the load of experts that are heads: the rate of arXiv 2101.03961.
 BALANCE = 0.01
+
+
+def stateful_part(gene: Attn, width: int, backend: Backend) -> Part | None:
+    """The whole module where what it keeps is no cache of a pattern's tokens; None where it is."""
+    if gene.query == "token" and gene.codes is None and gene.evicts is None:
+        return None
+    heads, kv_heads, head_dim = gene.sizes(width)
+    memory, output = memory_part(gene, width, backend), output_part(gene, width, backend)
+    if gene.query == "learned":
+        operation = softmax_scan.form(backend)
+        return Part(
+            LearnedQuery, heads=heads, head_dim=head_dim, memory=memory, output=output, operation=operation
+        )
+    queries = queries_part(gene, width, backend)
+    if gene.codes is not None:
+        # As far from zero as norms leave keys, or as projections start.
+        usual = {"rms": 1.0, "rms_all": 1.0, "l2": head_dim**-0.5}
+        return Part(
+            CodeAttention,
+            heads=heads,
+            head_dim=head_dim,
+            codes=gene.codes,
+            spread=usual.get(gene.qk_norm, 3**-0.5),
+            queries=queries,
+            memory=memory,
+            output=output,
+        )
+    assert gene.evicts is not None
+    window, budget = gene.evicts
+    return Part(
+        EvictingAttention,
+        window=window,
+        budget=budget,
+        sinks=gene.first,
+        queries=queries,
+        memory=memory,
+        position=position_part(gene, width),
+        scores=Part(TokenScores, heads=kv_heads, head_dim=head_dim),
+        output=output,
+        masked=attention.masked_form(backend),
+    )
 
 
 def routing_part(gene: Attn, width: int) -> Part | None:
@@ -125,12 +170,26 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
     )
     if gene.kv == "reuse":
         return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
+    value = Part(nn.Linear, in_features=width, out_features=kv_heads * head_dim, bias=gene.bias != "none")
+    if gene.chunk is not None:
+        states = Part(ByChunk, mixer=gene.states(width).build(heads * head_dim, backend), chunk=gene.chunk)
+        return Part(
+            ChunkStates,
+            heads=heads,
+            head_dim=head_dim,
+            key=key,
+            value=value,
+            key_norm=key_norm,
+            whole=gene.qk_norm == "rms_all",
+            key_states=states,
+            value_states=states,
+        )
     return Part(
         KeysValues,
         heads=kv_heads,
         head_dim=head_dim,
         key=key,
-        value=Part(nn.Linear, in_features=width, out_features=kv_heads * head_dim, bias=gene.bias != "none"),
+        value=value,
         key_norm=key_norm,
         whole=gene.qk_norm == "rms_all",
         key_shift=shift,
@@ -157,8 +216,11 @@ def pattern_part(gene: Attn, backend: Backend) -> Part:
     if isinstance(gene.score, Form):
         window = max(map(int, gene.score.arguments))
     if gene.by_block is not None:
-        block, kept, near = gene.by_block
-        return Part(Blocks, block=block, kept=kept, near=near, masked=masked)
+        block, kept = gene.by_block
+        return Part(Blocks, block=block, kept=kept, masked=masked)
+    if gene.boundaries is not None:
+        block, leading = gene.boundaries
+        return Part(Boundaries, block=block, leading=leading, masked=masked)
     if isinstance(gene.sparse, Form) and gene.special is None:
         block, other = int(gene.sparse.arguments[0]), gene.sparse.arguments[-1]
         if gene.sparse.name == "strided":
@@ -203,7 +265,8 @@ def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
     dims = {"key_dim": gene.key_dim(width), "value_dim": gene.value_dim(width)}
     relative = None if gene.clip is None else Part(Relative, clip=gene.clip, **dims)
     weigh = Part(Weigh, score=gene.score, sinks=sinks)
-    return Part(Scored, scale=scale, terms=terms, weigh=weigh, relative=relative, mix=mix)
+    fades = gene.forget == "mask"
+    return Part(Scored, scale=scale, terms=terms, weigh=weigh, fades=fades, relative=relative, mix=mix)
 
 
 def special_scores_part(gene: Attn, width: int, scale: float) -> Part:

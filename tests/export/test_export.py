@@ -42,6 +42,8 @@ def _catalogue() -> Iterator[str]:
     yield "lm(2 @ (conv + swiglu) + 3 @ attn + mlp, width=32, place=sandwich)"
     yield "lm(beside(attn, gdn, fuse=gate) + (2*attn(heads=3) | 1*attn(heads=3)), width=48, norm=layer)"
     yield "lm(attn(kv=own) + swiglu + attn(kv=shared) + swiglu, width=64, place=post, embed=untied)"
+    yield "lm(attn(kv=ssm_chunk(4), sparse=boundaries(4, 6)) + attn(kv=vq(5), pos=none) + mlp, width=64)"
+    yield "lm(attn(sparse=lte(6, 3), sink=tokens(1)) + attn(forget=mask) + mlp, width=64)"
     yield "lm(attn + swiglu, width=128, weights=sigma, shortcut=attention, scale=mup, softcap=30)"
     yield "lm(reuse(attn + mlp, times=3, halt=act, signal=step) + swiglu, width=16, place=gated)"
     yield "lm(segment(attn + gdn + mlp, length=32, memory=2) + swiglu, width=16)"

@@ -7,7 +7,7 @@ import torch
 
 from mixforge.kernels.attention import masked_attention_torch
 from mixforge.search_space.parts.attention_pattern import Pattern
-from mixforge.search_space.parts.attention_strides import Blocks, Strided
+from mixforge.search_space.parts.attention_strides import Blocks, Boundaries, Strided
 
 LENGTH = 41
 
@@ -28,11 +28,26 @@ def checkpoints(t: int, s: int) -> bool:
     return s == t or (s < t // 5 * 5 and s % 5 == 4)
 
 
+def leading(t: int, s: int) -> bool:
+    return s <= t and (t - s < 3 or s % 5 == 4)
+
+
+def overlapping(t: int, s: int) -> bool:
+    return s <= t and (t - s < 11 or s % 4 == 3)
+
+
+def in_pairs(t: int, s: int) -> bool:
+    return s <= t and (t - s < 2 or s % 2 == 1)
+
+
 PATTERNS = {
     strided: Strided(5, masked_attention_torch),
-    fixed: Blocks(5, 2, True, masked_attention_torch),
-    chunk: Blocks(5, 0, True, masked_attention_torch),
-    checkpoints: Blocks(5, 1, False, masked_attention_torch),
+    fixed: Blocks(5, 2, masked_attention_torch),
+    chunk: Blocks(5, 0, masked_attention_torch),
+    checkpoints: Boundaries(5, 1, masked_attention_torch),
+    leading: Boundaries(5, 3, masked_attention_torch),
+    overlapping: Boundaries(4, 11, masked_attention_torch),
+    in_pairs: Boundaries(2, 2, masked_attention_torch),
 }
 every_pattern = pytest.mark.parametrize(("rule", "pattern"), PATTERNS.items())
 

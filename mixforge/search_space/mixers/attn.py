@@ -1,10 +1,11 @@
 """Softmax attention: o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s over s <= t, and over s > t - W with a window; and
 what the field does to its keys and values, pattern, positions, scores and outputs.
 
-The equations of the genes stand with their modules: `attention_memory` for keys and values, `attention_pattern` for
-windows and sinks, `attention_position` for positions, `attention_heads` for norms, queries of low rank and
-differential outputs, `attention_scores` for terms and weights of scores, `attention_mix` for heads that mix and
-`attention_scan` for learned queries, each with its sources.
+The equations of the genes stand with their modules: `attention_memory`, `attention_states` and `attention_codes` for
+keys and values, `attention_pattern` for windows and sinks, `attention_strides`, `attention_choice` and
+`attention_eviction` for sparse patterns, `attention_position` for positions, `attention_heads` for norms, queries of
+low rank and differential outputs, `attention_scores` for terms and weights of scores, `attention_mix` for heads that
+mix and `attention_scan` for learned queries, each with its sources.
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; multi-query: Shazeer 2019 (arXiv 1911.02150); grouped
 queries: Ainslie et al. 2023 (arXiv 2305.13245); fewer query heads: Filipek 2025 (arXiv 2510.01817), which is `heads`
@@ -27,8 +28,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
-from mixforge.kernels import softmax_scan
-from mixforge.search_space.attention_cost import count_weights, score_flops, slots_of, state_bytes_of
+from mixforge.search_space.attention_cost import (
+    count_weights,
+    replaceable_slots,
+    score_flops,
+    slots_of,
+    state_bytes_of,
+    states_cost,
+)
+from mixforge.search_space.attention_legality import why_unfit
 from mixforge.search_space.attention_parts import (
     memory_part,
     output_part,
@@ -37,45 +45,22 @@ from mixforge.search_space.attention_parts import (
     queries_part,
     routing_part,
     scores_part,
+    stateful_part,
 )
 from mixforge.search_space.expression import spell_number
-from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, genes_of, replace
-from mixforge.search_space.heads import default_heads, shared_heads, undivided
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
+from mixforge.search_space.heads import default_heads, shared_heads
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
+from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
-from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import ForgetGate
+from mixforge.search_space.parts.linear_points import POINTS
 
 # Of the angles of a turn.
 _BASE = 10000.0
-# What genes must be where one learned query scans keys and values.
-_SCAN_NEEDS: Mapping[str, GeneValue] = {
-    "sparse": "none",
-    "pos": "none",
-    "window": "none",
-    "dilation": 1,
-    "sink": "none",
-    "meta": 0,
-    "query_rank": "none",
-    "qk_norm": "none",
-    "score": "softmax",
-    "temper": "none",
-    "forget": "none",
-    "diff": "none",
-    "headmix": "none",
-    "experts": "none",
-}
-# What genes must be where heads are experts.
-_EXPERTS_NEED: Mapping[str, GeneValue] = {
-    "query_rank": "none",
-    "bias": "none",
-    "temper": "none",
-    "forget": "none",
-    "diff": "none",
-    "headmix": "none",
-    "sink": "none",
-}
+# Numbers for each channel of a state space that makes keys: those of the configurations of Attamba's public code.
+_STATES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +68,15 @@ class Attn(Mixer):
     """Softmax attention.
 
     `kv`: every query head has its keys and values (mha), all share one (mqa), or n do (gqa(n)); they are made of a
-    latent of the given rank, beside channels that turn (mla(rank, rope_dim)); values are made of one key head
-    (reuse); `own` also publishes them to the layers above, and `shared` reads what the nearest `own` below has published.
-    `query`: made of the token, or learned and the same for all. `query_rank`: queries through so many channels, with a
-    norm. `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of training, and b otherwise;
-    of it every `dilation`-th token. `sink`: a learned logit in the denominator, or the first n tokens beside a window.
-    `meta`: learned keys and values that every token sees. `rotary`: the share of channels that turn.
-    `experts`: of so many query heads, each token takes `heads`.
+    latent of the given rank, beside channels that turn (mla(rank, rope_dim)); by state spaces that begin anew every n
+    tokens (ssm_chunk(n)); values are made of one key head (reuse); keys are quantised to n codes, which takes no
+    cache (vq(n)); `own` also publishes keys and values to the layers above, and `shared` reads what the nearest `own`
+    below has published. `query`: made of the token, or learned and the same for all. `query_rank`: queries through so
+    many channels, with a norm. `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of
+    training, and b otherwise; of it every `dilation`-th token. `sink`: a learned logit in the denominator, or the
+    first n tokens beside a window. `meta`: learned keys and values that every token sees. `rotary`: the share of
+    channels that turn. `forget`: decays of each head, whose logarithms are added to the scores (head), or which
+    multiply the weights (mask). `experts`: of so many query heads, each token takes `heads`.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -113,6 +100,8 @@ class Attn(Mixer):
         Choice("mha", "mqa", "reuse", "own", "shared"),
         Call("gqa", Whole(1, 256)),
         Call("mla", Whole(1, 16384), Whole(0, 1024)),
+        Call("ssm_chunk", Whole(2, 65536)),
+        Call("vq", Whole(2, 65536)),
     ] = "mha"
     query: Annotated[str, Choice("token", "learned")] = "token"
     query_rank: Annotated[str | int, Choice("none"), Whole(1, 16384)] = "none"
@@ -130,12 +119,14 @@ class Attn(Mixer):
         Call("fixed", Whole(3, 65536), Whole(1, 65536)),
         Call("chunk", Whole(2, 65536)),
         Call("checkpoints", Whole(2, 65536)),
+        Call("boundaries", Whole(2, 65536), Whole(2, 65536)),
         Call("block_topk", Whole(2, 65536), Whole(2, 65536)),
         Call("block_cdf", Whole(2, 65536), Real(0.01, 1)),
         Call("landmark", Whole(2, 65536), Whole(1, 65536)),
         Call("hsa", Whole(2, 65536), Whole(1, 65536)),
         Call("summary", Whole(2, 65536)),
         Call("nsa", Whole(2, 65536), Whole(2, 65536), Whole(1, 1048576)),
+        Call("lte", Whole(4, 1048576), Whole(1, 1048576)),
     ] = "none"
     sink: Annotated[str | Form, Choice("none", "learned"), Call("tokens", Whole(1, 4096))] = "none"
     meta: Annotated[int, Whole(0, 4096)] = 0
@@ -155,7 +146,7 @@ class Attn(Mixer):
         Call("simplicial", Whole(1, 65536), Whole(1, 65536)),
     ] = "softmax"
     temper: Annotated[str, Choice("none", "ssmax")] = "none"
-    forget: Annotated[str, Choice("none", "head")] = "none"
+    forget: Annotated[str, Choice("none", "head", "mask")] = "none"
     diff: Annotated[str | Form, Choice("none", "full"), Call("shared", Whole(1, 1024))] = "none"
     lambda_init: Annotated[float | None, Real(0, 1)] = None
     headmix: Annotated[str | Form, Choice("none", "static"), Call("dynamic", Whole(1, 64))] = "none"
@@ -177,6 +168,26 @@ class Attn(Mixer):
         if isinstance(self.kv, Form) and self.kv.name == "mla":
             return int(self.kv.arguments[0]), int(self.kv.arguments[1])
         return None
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of a chunk of which state spaces make keys and values."""
+        return (
+            int(self.kv.arguments[0]) if isinstance(self.kv, Form) and self.kv.name == "ssm_chunk" else None
+        )
+
+    @property
+    def codes(self) -> int | None:
+        """Of each head, to which keys are quantised."""
+        return int(self.kv.arguments[0]) if isinstance(self.kv, Form) and self.kv.name == "vq" else None
+
+    def states(self, width: int) -> Linear:
+        """The state space that makes keys, and again values, of a chunk; of half as many channels as keys have."""
+        heads, _, head_dim = self.sizes(width)
+        inner = heads * head_dim
+        value_dim = max(1, inner // default_heads(inner) // 2)
+        point = {**POINTS["mamba2"], "key_dim": _STATES, "value_dim": value_dim}
+        return Linear(**point).canonical(inner)  # type: ignore[arg-type]
 
     @property
     def windows(self) -> tuple[int | None, int | None]:
@@ -214,24 +225,36 @@ class Attn(Mixer):
         return None
 
     @property
-    def by_block(self) -> tuple[int, int, bool] | None:
-        """Of a pattern of blocks: their length, how many tokens of each are kept, and whether the own one is seen."""
-        if not isinstance(self.sparse, Form) or self.sparse.name not in ("fixed", "chunk", "checkpoints"):
+    def by_block(self) -> tuple[int, int] | None:
+        """Of a pattern whose tokens see their own block: its length, and how many tokens of each earlier one are kept."""
+        if not isinstance(self.sparse, Form) or self.sparse.name not in ("fixed", "chunk"):
             return None
-        block = int(self.sparse.arguments[0])
-        kept = {"chunk": 0, "checkpoints": 1}.get(self.sparse.name)
-        return (
-            block,
-            int(self.sparse.arguments[1]) if kept is None else kept,
-            self.sparse.name != "checkpoints",
-        )
+        return int(self.sparse.arguments[0]), int(
+            self.sparse.arguments[1]
+        ) if self.sparse.name == "fixed" else 0
+
+    @property
+    def boundaries(self) -> tuple[int, int] | None:
+        """Of a pattern of the last tokens of blocks: a block's length, and how many leading tokens are seen."""
+        if not isinstance(self.sparse, Form) or self.sparse.name not in ("checkpoints", "boundaries"):
+            return None
+        leading = int(self.sparse.arguments[1]) if self.sparse.name == "boundaries" else 1
+        return int(self.sparse.arguments[0]), leading
+
+    @property
+    def evicts(self) -> tuple[int, int] | None:
+        """The window, and how many tokens behind it are kept, where the others are evicted."""
+        if not isinstance(self.sparse, Form) or self.sparse.name != "lte":
+            return None
+        return int(self.sparse.arguments[0]), int(self.sparse.arguments[1])
 
     @property
     def scores(self) -> Literal["fused", "biased", "scored", "special"]:
         """Which form of the scores its genes need."""
         if self.special is not None:
             return "special"
-        if self.score != "softmax" or self.headmix != "none" or self.clip is not None:
+        weighs = self.score != "softmax" or self.forget == "mask" or self.headmix != "none"
+        if weighs or self.clip is not None:
             return "scored"
         added = self.forget != "none" or self.sink == "learned" or self.meta > 0
         return "biased" if added or self.pos in ("alibi", "alibi_rope") else "fused"
@@ -258,145 +281,7 @@ class Attn(Mixer):
         return replace(self, lambda_init=0.8 - 0.6 * math.exp(-0.3 * index))
 
     def why_illegal(self, width: int) -> str | None:
-        heads, kv_heads, head_dim = self.sizes(width)
-        if self.head_dim is None and width % heads != 0:
-            return undivided("attn", heads, width)
-        if heads % kv_heads != 0:
-            return f"{kv_heads} key/value heads do not divide {heads} query heads (mixer attn)"
-        if self.query == "learned":
-            return self._why_no_scan()
-        turning = self.turning(width)
-        if self.turns and (turning != int(turning) or turning % 2 != 0 or turning == 0):
-            given = f"rope_dim {turning}" if self.latent else f"{turning:g} channels of head_dim {head_dim}"
-            return (
-                f"pos={self.pos} turns pairs of channels, and {given} are no pairs (mixer attn); "
-                f"say an even {'rope_dim' if self.latent else 'head_dim, or another rotary'}, or pos=none"
-            )
-        windows = self.windows
-        if windows[1] is not None and windows[0] is not None and windows[1] > windows[0]:
-            return f"window={self.window} names the longer window first (mixer attn); write the shorter one first"
-        if self.dilation > 1 and windows[0] is None:
-            return f"dilation={self.dilation} is of a window, and there is none (mixer attn); say window"
-        if isinstance(self.experts, int):
-            return (
-                self._why_no_experts(heads, kv_heads, self.experts)
-                or self._why_no_cache()
-                or self._why_no_sparse()
-            )
-        return (
-            self._why_no_cache()
-            or self._why_no_latent()
-            or self._why_no_scores(heads, kv_heads)
-            or self._why_no_sparse()
-        )
-
-    def _why_no_experts(self, heads: int, kv_heads: int, experts: int) -> str | None:
-        if heads > experts:
-            return f"each token takes heads={heads} of experts={experts} (mixer attn); say fewer heads or more experts"
-        if kv_heads != 1 or self.latent is not None:
-            return f"experts={experts} share one head of keys and values, not kv={self.kv} (mixer attn); use kv=mqa"
-        for name, plain in _EXPERTS_NEED.items():
-            if getattr(self, name) != plain:
-                return (
-                    f"experts={experts} stand in any head's place, so they take no {name}={getattr(self, name)}, "
-                    f"which is of one head (mixer attn); leave {name} at {plain}"
-                )
-        if self.pos in ("alibi", "alibi_rope") or self.qk_norm in ("l2", "rms_all"):
-            given = f"pos={self.pos}" if self.pos in ("alibi", "alibi_rope") else f"qk_norm={self.qk_norm}"
-            return f"experts={experts} stand in any head's place, and {given} differs by head (mixer attn)"
-        return self._why_no_scores(heads, kv_heads)
-
-    def _why_no_scan(self) -> str | None:
-        if self.kv in ("own", "shared", "reuse") or self.latent is not None:
-            return (
-                f"query=learned keeps no cache, so it takes no kv={self.kv} (mixer attn); use mha, mqa or gqa"
-            )
-        for name, plain in _SCAN_NEEDS.items():
-            if getattr(self, name) != plain:
-                return (
-                    "query=learned is a scan of one query over keys and values, so it takes no "
-                    f"{name}={getattr(self, name)} (mixer attn); leave {name} at {plain}"
-                )
-        return None
-
-    def _why_no_cache(self) -> str | None:
-        """What a cache that layers share cannot do."""
-        if self.kv not in ("own", "shared"):
-            if self.kv == "reuse" and self.pos == "carope":
-                return "kv=reuse turns keys when they are read, where pos=carope has no angle (mixer attn); use rope"
-            return None
-        if self.window != "none":
-            return f"kv={self.kv} is a cache of every token, so it takes no window (mixer attn)"
-        if self.pos in ("lrpe", "carope"):
-            return f"kv={self.kv} needs the same turn in every layer, and pos={self.pos} learns its own (mixer attn)"
-        if self.kv == "shared" and self.meta > 0:
-            return f"kv=shared has no keys and values of its own, so no meta={self.meta} (mixer attn); say it at kv=own"
-        return None
-
-    def _why_no_latent(self) -> str | None:
-        """What keys and values that are only made of latents cannot do."""
-        if self.latent is None:
-            return None
-        for name in ("qk_norm", "bias", "kv_shift", "diff"):
-            if getattr(self, name) != "none":
-                return (
-                    f"kv={self.kv} decodes from latents without making keys and values, so it takes no "
-                    f"{name}={getattr(self, name)} (mixer attn)"
-                )
-        if self.clip is not None:
-            return (
-                f"kv={self.kv} decodes without keys of its heads, so it takes no pos={self.pos} (mixer attn)"
-            )
-        return None
-
-    def _why_no_scores(self, heads: int, kv_heads: int) -> str | None:
-        if self.sink == "learned" and self.score != "softmax":
-            return f"score={self.score} has no denominator for sink=learned (mixer attn); use score=softmax"
-        placeless = self.pos == "xpos" or self.clip is not None
-        if self.meta > 0 and (placeless or isinstance(self.headmix, Form)):
-            given = f"pos={self.pos}" if placeless else f"headmix={self.headmix}"
-            return (
-                f"{given} needs a token's place or input, and meta={self.meta} tokens have none (mixer attn)"
-            )
-        if self.headmix != "none" and heads == 1:
-            return f"headmix={self.headmix} mixes heads, and there is one (mixer attn); say more heads"
-        if self.diff != "none" and (heads % 2 != 0 or kv_heads % 2 != 0):
-            return f"diff={self.diff} pairs heads, and {heads} with {kv_heads} of keys and values are odd (mixer attn)"
-        if isinstance(self.diff, Form) and self.query_rank != "none":
-            return f"diff={self.diff} says how queries are made, so it takes no query_rank={self.query_rank} (mixer attn)"
-        return None
-
-    def _why_no_sparse(self) -> str | None:
-        """What a sparse pattern, and what stands in the place of the usual scores, cannot do."""
-        if self.sparse != "none" and (self.window != "none" or self.kv in ("own", "shared")):
-            beside = f"window={self.window}" if self.window != "none" else f"kv={self.kv}"
-            return f"sparse={self.sparse} says who sees whom, so it takes no {beside} (mixer attn); leave one out"
-        if self.by_block is not None and self.by_block[1] >= self.by_block[0]:
-            return f"sparse={self.sparse} keeps every token of a block (mixer attn); keep less than {self.by_block[0]}"
-        chooses = isinstance(self.sparse, Form) and self.sparse.name.startswith("block_")
-        if self.special is None and not chooses:
-            return None
-        given = f"score={self.score}" if self.score != "softmax" else f"sparse={self.sparse}"
-        if self.special in ("local_linear", "simplicial") and self.sparse != "none":
-            return (
-                f"{given} weighs all tokens, so it takes no sparse={self.sparse} (mixer attn); leave one out"
-            )
-        plain = ("diff", "headmix", "forget", "sink", "meta", "experts", *(("score",) if chooses else ()))
-        plain += ("qk_norm", "bias", "kv_shift", "window") if self.special == "simplicial" else ()
-        for name in plain:
-            if getattr(self, name) != genes_of(Attn)[name].default:
-                return f"{given} takes no {name}={getattr(self, name)} (mixer attn); leave {name} out"
-        if self.kv == "reuse" or self.kv in ("own", "shared") or self.latent is not None:
-            return f"{given} needs keys and values of its own, so it takes no kv={self.kv} (mixer attn); use mha or gqa"
-        if self.special == "simplicial" and self.pos != "none":
-            return f"{given} is over products of keys, which no position turns (mixer attn); use pos=none"
-        if self.special == "local_linear" and self.pos == "xpos":
-            return f"{given} takes keys from queries, which pos=xpos scales apart (mixer attn); use pos=rope"
-        if self.clip is not None or self.pos in ("alibi", "alibi_rope"):
-            return (
-                f"{given} takes no terms of a distance such as pos={self.pos} (mixer attn); use rope or none"
-            )
-        return None
+        return why_unfit(self, width)
 
     def canonical(self, width: int) -> Self:
         heads, kv_heads, head_dim = self.sizes(width)
@@ -415,7 +300,7 @@ class Attn(Mixer):
             head_dim=None if head_dim == default_dim and width % heads == 0 else head_dim,
             kv=kv,
             window=window,
-            sink="none" if self.first > 0 and window == "none" else self.sink,
+            sink="none" if self.first > 0 and window == "none" and self.evicts is None else self.sink,
             theta=self.theta if self.pos in ("rope", "xpos", "lrpe", "alibi_rope") else _BASE,
             rotary=self.rotary if self.turns and self.latent is None else 1.0,
             kv_shift="none" if kv == "shared" else self.kv_shift,
@@ -438,18 +323,21 @@ class Attn(Mixer):
         gene = self.canonical(width)
         matrices, reading, vectors = count_weights(gene, width)
         kept, carried = state_bytes_of(gene, width, itemsize)
-        held = 0 if gene.query == "learned" else slots_of(gene, length) * kept
+        made = states_cost(gene, width, length, itemsize)
+        carried += made.state_bytes
+        held = slots_of(gene, length) * kept
+        written = kept * (1 + replaceable_slots(gene, length)) if held else 0
         lent = sum(
             length * math.prod(shape) for loan in gene.borrows(width).values() for shape in loan.shapes
         )
-        params = sum(map(math.prod, matrices + reading)) + vectors
-        flops = 2 * length * sum(map(math.prod, matrices)) + score_flops(gene, width, length)
+        params = sum(map(math.prod, matrices + reading)) + vectors + made.params
+        flops = 2 * length * sum(map(math.prod, matrices)) + score_flops(gene, width, length) + made.flops
         return Cost(
             params=params,
             # Keys and values that are made when they are read are made of the learned entries as well.
             flops=flops + 2 * (length + gene.meta) * sum(map(math.prod, reading)),
             state_bytes=held + carried,
-            decode_bytes=params * itemsize + held + 2 * carried + (lent * itemsize) + (kept if held else 0),
+            decode_bytes=params * itemsize + held + 2 * carried + lent * itemsize + written,
         )
 
     def key_dim(self, width: int) -> int:
@@ -462,22 +350,14 @@ class Attn(Mixer):
 
     def build(self, width: int, backend: Backend) -> Part:
         gene = self.canonical(width)
-        heads, _, head_dim = gene.sizes(width)
-        if backend == "triton" and gene.scores in ("scored", "special"):
+        if backend == "triton" and (gene.scores in ("scored", "special") or gene.codes is not None):
             raise ValueError(
-                "attn with a score other than softmax, with scores of blocks, with headmix or with relative positions "
-                "has no form for backend='triton'; use backend='torch'"
+                "attn with a score other than softmax, with codes, scores of blocks, forget=mask, headmix or relative "
+                "positions has no form for backend='triton'; use backend='torch'"
             )
-        output = output_part(gene, width, backend)
-        if gene.query == "learned":
-            return Part(
-                LearnedQuery,
-                heads=heads,
-                head_dim=head_dim,
-                memory=memory_part(gene, width, backend),
-                output=output,
-                operation=softmax_scan.form(backend),
-            )
+        stateful = stateful_part(gene, width, backend)
+        if stateful is not None:
+            return stateful
         return Part(
             Attention,
             queries=queries_part(gene, width, backend),
@@ -485,8 +365,10 @@ class Attn(Mixer):
             position=position_part(gene, width),
             pattern=pattern_part(gene, backend),
             scores=scores_part(gene, width, backend),
-            output=output,
-            forget=Part(ForgetGate, width=width, heads=heads) if gene.forget == "head" else None,
+            output=output_part(gene, width, backend),
+            forget=Part(ForgetGate, width=width, heads=gene.sizes(width)[0])
+            if gene.forget != "none"
+            else None,
             routing=routing_part(gene, width),
             meta=gene.meta,
         )

@@ -78,7 +78,7 @@ class Attention(TokenMixer):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         self.pattern.prepare(at, self.training and state is None)
         angle = self.position.angles(x_BTD, at.positions_T, state)
-        present, mix = self.present(x_BTD, angle, state)
+        present, mix = self.present(x_BTD, angle, state, at)
         entries, key_S = present, at.positions_T
         if state is not None:
             entries = {name: self.pattern.extend(state[name], new, at.start) for name, new in present.items()}
@@ -95,7 +95,7 @@ class Attention(TokenMixer):
         x_BTD = x_BD[:, None]
         self.pattern.prepare(at, False)
         angle = self.position.angles(x_BTD, at.positions_T, state)
-        present, mix = self.present(x_BTD, angle, state)
+        present, mix = self.present(x_BTD, angle, state, at)
         for name, new in present.items():
             state[name].index_copy_(2, self.pattern.slot(at.positions_T, state[name].shape[2]), new)
         entries = {name: state[name] for name in present}
@@ -110,10 +110,10 @@ class Attention(TokenMixer):
         return self.output(o_BHTV, x_BTD, route)[:, 0], state
 
     def present(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """What is kept of the tokens of this pass, and how they mix heads as queries."""
-        entries, mix = self.memory.entries(x_BTD, angle, state), None
+        entries, mix = self.memory.entries(x_BTD, angle, state, at), None
         if self.forget is not None:
             entries = {**entries, "forget": self.forget(x_BTD, state)}
         if self.mix is not None:

@@ -45,7 +45,7 @@ class Memory(nn.Module):
         return {}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         """Entries [B, H, T, ...] of the tokens of a pass. The state is brought up to date in place."""
         raise NotImplementedError
@@ -122,14 +122,18 @@ class KeysValues(Memory):
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name in names}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
+        k_BTHK, v_BTHV = self.make(x_BTD, state)
+        return {"key": turned(k_BTHK, angle).transpose(1, 2), "value": v_BTHV.transpose(1, 2)}
+
+    def make(self, x_BTD: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Keys before they are turned, and values, [B, T, H, K]."""
         k_BTF, v_BTF = self.key(x_BTD), self.value(x_BTD)
         if self.key_shift is not None and self.value_shift is not None:
             k_BTF = self.key_shift(k_BTF, x_BTD, None if state is None else state["last_key"])
             v_BTF = self.value_shift(v_BTF, x_BTD, None if state is None else state["last_value"])
-        k_BTHK = turned(normalised(k_BTF, self.heads, self.key_norm, self.whole), angle)
-        return {"key": k_BTHK.transpose(1, 2), "value": split_heads(v_BTF, self.heads).transpose(1, 2)}
+        return normalised(k_BTF, self.heads, self.key_norm, self.whole), split_heads(v_BTF, self.heads)
 
     def read(self, entries: dict[str, Tensor], angle: Tensor | None, at: Pass) -> tuple[Tensor, Tensor]:
         return entries["key"], entries["value"]
@@ -142,7 +146,7 @@ class Borrowed(Memory):
         return {}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         return {}
 
@@ -176,7 +180,7 @@ class ReusedKeys(Memory):
         return {"last_key": torch.zeros(batch, self.head_dim, device=device, dtype=dtype)}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         k_BTK = self.key(x_BTD)
         if self.key_shift is not None:
@@ -209,7 +213,7 @@ class Latents(Memory):
         return {"latent": (1, self.rope_dim + self.rank)}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         r_BTK, c_BTK = torch.split(self.down(x_BTD), [self.rope_dim, self.rank], -1)
         r_BTK = turned(r_BTK[:, :, None], angle)[:, :, 0]

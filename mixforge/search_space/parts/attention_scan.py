@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixforge.kernels.softmax_scan import START, Carry, softmax_scan_step
 from mixforge.search_space.parts.attention_heads import Output
-from mixforge.search_space.parts.attention_memory import KeysValues
+from mixforge.search_space.parts.attention_memory import Memory
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 
 
@@ -25,7 +25,7 @@ class LearnedQuery(TokenMixer):
         self,
         heads: int,
         head_dim: int,
-        memory: KeysValues,
+        memory: Memory,
         output: Output,
         operation: Callable[[Tensor, Tensor, Carry | None], tuple[Tensor, Carry]],
     ) -> None:
@@ -48,9 +48,9 @@ class LearnedQuery(TokenMixer):
             **self.memory.initial_state(batch, device, dtype),
         }
 
-    def scored(self, x_BTD: Tensor, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def scored(self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass) -> tuple[Tensor, Tensor]:
         """Scores [B, H, T] and values [B, H, T, V] of the tokens of a pass."""
-        entries = self.memory.entries(x_BTD, None, state)
+        entries = self.memory.entries(x_BTD, None, state, at)
         k_BHTK, v_BHTV = entries["key"], entries["value"]
         group = self.heads // k_BHTK.shape[1]
         q_HGK = torch.unflatten(self.query * self.head_dim**-0.5, 0, (-1, group))
@@ -61,7 +61,7 @@ class LearnedQuery(TokenMixer):
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         carry = None if state is None else (state["top"], state["weight"], state["sum"])
-        z_BHT, v_BHTV = self.scored(x_BTD, state)
+        z_BHT, v_BHTV = self.scored(x_BTD, state, at)
         o_BHTV, after = self.operation(z_BHT, v_BHTV, carry)
         if carry is not None:
             for old, new in zip(carry, after, strict=True):
@@ -70,7 +70,7 @@ class LearnedQuery(TokenMixer):
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         x_BTD = x_BD[:, None]
-        z_BHT, v_BHTV = self.scored(x_BTD, state)
+        z_BHT, v_BHTV = self.scored(x_BTD, state, at)
         carry = (state["top"], state["weight"], state["sum"])
         o_BHV = softmax_scan_step(z_BHT[..., 0], v_BHTV[:, :, 0], carry)
         return self.output(o_BHV[:, :, None], x_BTD)[:, 0], state

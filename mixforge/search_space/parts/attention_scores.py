@@ -6,24 +6,27 @@
 
 Terms, for a query t and a key s of head h:
 
-    forget     sum of log f_i over s < i <= t, with f_i = sigmoid(w_h . x_i + b_h)
+    forget     log L_ts, the sum of log f_i over s < i <= t, with f_i = sigmoid(w_h . x_i + b_h)
     alibi      -m_h (t - s), m_h = 2^(-8 h / H)
     balanced   as alibi for half of the heads, and +m_h (t - s) for the others
     sink       one more key with the logit b_h, and no value
     meta       n learned entries that every token sees, without a term
 
 `Weigh` makes weights of scores: softmax; sigmoid(z); relu(z) / n and relu(z)^2 / n over n keys that are seen;
-`normalise` subtracts the mean over these keys, and divides by their standard deviation and by n.
+`normalise` subtracts the mean over these keys, and divides by their standard deviation and by n. With forget=mask the
+gate is no term: L_ts multiplies the weights.
 
 Sources: Lin et al. 2025 (arXiv 2503.02130), equations 3 and 4; Press et al. 2021 (arXiv 2108.12409), section 3; Fu et
 al. 2025 (arXiv 2502.18845), section 3.2, for sigmoid and balanced slopes; OpenAI 2025 (arXiv 2508.10925) for the
 sink, as in the reference code of GPT-OSS; Dong et al. 2024 (arXiv 2411.13676) for meta tokens; Wortsman et al. 2023
 (arXiv 2309.08586) for relu / n; Hua et al. 2022 (arXiv 2202.10447) for relu^2; Richter and Wattenhofer 2020 (arXiv
-2005.09561) for normalised scores; Shaw et al. 2018 (arXiv 1803.02155), equations 3 and 4, for relative positions.
+2005.09561) for normalised scores; Shaw et al. 2018 (arXiv 1803.02155), equations 3 and 4, for relative positions;
+Zhao et al. 2025 (PPMA, arXiv 2506.15940) for a mask of decays on softmax attention.
 
 Departures: meta tokens are keys and values of a layer, where in the paper they are tokens of the input; relu^2
 divides by n outside of the square; normalised scores are divided by n, so that an output does not grow with the
-sequence.
+sequence. PPMA's mask runs along paths over an image, both ways, and its decays are those of Mamba-2,
+exp(-a softplus(z)), which for a = 1 is sigmoid(-z); its public code adds log L, which is forget=head.
 """
 
 from __future__ import annotations
@@ -100,9 +103,13 @@ class Terms(nn.Module):
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         term = None if self.slopes is None else self.slopes(sight, exact)[None]
         if self.forgets:
-            gone = sight.present["forget"] - sight.entries["forget"].transpose(2, 3)
-            term = gone if term is None else term + gone
+            term = log_left(sight) if term is None else term + log_left(sight)
         return term
+
+
+def log_left(sight: Sight) -> Tensor:
+    """log L [B, H, T, S], of no meaning for keys that are not earlier."""
+    return sight.present["forget"] - sight.entries["forget"].transpose(2, 3)
 
 
 class Fused(nn.Module):
@@ -235,15 +242,22 @@ class Relative(nn.Module):
 
 
 class Scored(nn.Module):
-    """Scores and weights of all pairs, in plain products."""
+    """Scores and weights of all pairs, in plain products; with `fades`, weights times what the forget gate leaves."""
 
     def __init__(
-        self, scale: float, terms: Terms, weigh: Weigh, relative: Relative | None, mix: HeadMix | None
+        self,
+        scale: float,
+        terms: Terms,
+        weigh: Weigh,
+        fades: bool,
+        relative: Relative | None,
+        mix: HeadMix | None,
     ) -> None:
         super().__init__()
         self.scale = scale
         self.terms = terms
         self.weigh = weigh
+        self.fades = fades
         self.relative = relative
         self.mix = mix
 
@@ -264,8 +278,12 @@ class Scored(nn.Module):
         z = z.to(exact)
         if term is not None:
             z = z + F.pad(term, (sight.meta, 0))
-        seen = F.pad(sight.pattern.sees(sight.query_T, sight.key_S), (sight.meta, 0), value=True)
-        weights = self.weigh(z, seen).to(v.dtype)
+        seen = sight.pattern.sees(sight.query_T, sight.key_S)
+        weights = self.weigh(z, F.pad(seen, (sight.meta, 0), value=True))
+        if self.fades:
+            left = log_left(sight).masked_fill(~seen, -torch.inf).exp()
+            weights = weights * F.pad(left, (sight.meta, 0), value=1)
+        weights = weights.to(v.dtype)
         if self.mix is not None:
             weights = self.mix(weights, 1, sight.mix, sight.entries.get("mix"))
         o_BHTV: Tensor = weights @ v

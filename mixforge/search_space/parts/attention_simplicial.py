@@ -31,7 +31,7 @@ class TwoKeysValues(Memory):
         return {"key": (self.heads, 2 * self.head_dim), "value": (self.heads, 2 * self.head_dim)}
 
     def entries(
-        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None
+        self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> dict[str, Tensor]:
         k_BTHK = split_heads(self.key(x_BTD), self.heads)
         v_BTHV = split_heads(self.value(x_BTD), self.heads)

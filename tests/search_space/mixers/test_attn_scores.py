@@ -43,6 +43,26 @@ def test_forget_gates_are_added_as_the_logarithms_of_what_is_left(window: str | 
     agree(Attn(heads=4, kv=Form("gqa", (2,)), forget="head", pos="none", window=window), expected)
 
 
+@pytest.mark.parametrize("window", ["none", 6])
+def test_a_mask_of_decays_multiplies_the_weights(window: str | int) -> None:
+    """Zhao et al., along one path: (softmax(q k) L) v, L_ts the product of f_l over s < l <= t."""
+
+    def expected(x_TD: Tensor, w: dict[str, Tensor]) -> Tensor:
+        q_THK, k_THK, v_THK = turned(x_TD, w, 4, 2)
+        f_TH = torch.sigmoid(x_TD @ w["forget.gate.weight"].T + w["forget.gate.bias"])
+        span = LENGTH if isinstance(window, str) else window
+        rows = []
+        for t in range(len(x_TD)):
+            seen = list(range(max(0, t - span + 1), t + 1))
+            for h in range(4):
+                left = torch.stack([f_TH[s + 1 : t + 1, h].prod() for s in seen])
+                weight = (k_THK[seen, h // 2] @ q_THK[t, h] / math.sqrt(6)).softmax(0)
+                rows.append((weight * left) @ v_THK[seen, h // 2])
+        return out(torch.stack(rows).view(len(x_TD), -1), w)
+
+    agree(Attn(heads=4, kv=Form("gqa", (2,)), forget="mask", window=window), expected)
+
+
 def test_a_pro_block_norms_and_gates_what_its_heads_say() -> None:
     """Lin et al., section 3.2, with shifted keys and values as `test_attn_memory` has them."""
     mixer = Attn(heads=4, **Attn.aliases["fox_pro"])  # type: ignore[arg-type]

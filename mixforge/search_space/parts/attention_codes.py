@@ -1,0 +1,164 @@
+"""Attention to keys that are quantised: its state is a count and a sum of values for each code of a codebook.
+
+    z_s = argmin_c |k_s - C_c|^2,   k^_s = C_{z_s}
+    o_t = sum_{s <= t} softmax_s(q_t . k^_s / sqrt(K)) v_s
+        = sum_c n_tc e^(q_t . C_c / sqrt(K)) m_tc / sum_c n_tc e^(q_t . C_c / sqrt(K))
+
+n_tc counts the tokens up to t of code c, and m_tc is the mean of their values; each head has C codes. Both lines are the
+same attention, as tokens of one code have one weight. A sequence is read in blocks of C tokens: a token sees those of
+its own block one by one, and all before them by their codes, so that work grows in proportion to the length.
+
+Gradients pass k^ as if it were k (straight through) where tokens are seen one by one, and stop at keys of earlier
+blocks. In training the squared distance of keys and codes is added to the loss, as that of codes to keys that stand
+still, and times 1e-4 as that of keys to codes that stand still.
+
+Sources: Lingle 2023 (Transformer-VQ, arXiv 2309.16354) and its public code, for the codes, the blocks and the
+coefficient; Liu et al. 2024 (LongVQ, arXiv 2404.11163), with a state space beside.
+
+Departures: codes are weights, which descend on their distance to keys and, through the scores, on the loss of the
+model, where the papers move them by running means of their keys; no biases of the distance in and near the block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixforge.search_space.parts.attention_heads import Output, Queries
+from mixforge.search_space.parts.attention_memory import KeysValues
+from mixforge.search_space.parts.layer import Pass, TokenMixer
+from mixforge.search_space.parts.routing import AttachLoss
+
+# Of the distance that draws keys to their codes.
+COMMITMENT = 1e-4
+
+
+class CodeAttention(TokenMixer):
+    """Heads with `codes` keys each, which start as normal numbers with a deviation of `spread`."""
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        codes: int,
+        spread: float,
+        queries: Queries,
+        memory: KeysValues,
+        output: Output,
+    ) -> None:
+        super().__init__()
+        self.scale = head_dim**-0.5
+        self.queries = queries
+        self.memory = memory
+        self.codebook = nn.Parameter(torch.randn(heads, codes, head_dim) * spread)
+        self.output = output
+
+    def initial_state(
+        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        held = torch.float64 if dtype == torch.float64 else torch.float32
+        heads, codes, channels = self.codebook.shape
+        return {
+            "count": torch.zeros(batch, heads, codes, device=device, dtype=held),
+            "sum": torch.zeros(batch, heads, codes, channels, device=device, dtype=held),
+            **self.memory.initial_state(batch, device, dtype),
+        }
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        q_BHTK, k_BHTK, v_BHTV = self.read(x_BTD, state, at)
+        codes_HCK = self.codebook.to(q_BHTK.dtype)
+        is_of_BHTC = nearest(k_BHTK, codes_HCK)
+        code_BHTK = is_of_BHTC @ codes_HCK
+        # The codes' values, with the gradient of the keys'.
+        near_BHTK = code_BHTK + (k_BHTK - k_BHTK.detach())
+        past = None if state is None else (state["count"], state["sum"])
+        o_BHTV, count_BHC, sum_BHCV = by_blocks(q_BHTK, near_BHTK, v_BHTV, is_of_BHTC, codes_HCK, past)
+        y_BTD = self.output(o_BHTV.to(x_BTD.dtype), x_BTD)
+        if state is not None:
+            state["count"].copy_(count_BHC)
+            state["sum"].copy_(sum_BHCV)
+        elif self.training and torch.is_grad_enabled():
+            loss = distance(k_BHTK.detach(), code_BHTK) + COMMITMENT * distance(k_BHTK, code_BHTK.detach())
+            y_BTD = AttachLoss.apply(y_BTD, loss)  # type: ignore[no-untyped-call]
+        return y_BTD, state
+
+    def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        x_BTD = x_BD[:, None]
+        q_BHTK, k_BHTK, v_BHTV = self.read(x_BTD, state, at)
+        codes_HCK = self.codebook.to(q_BHTK.dtype)
+        is_of_BHC1 = nearest(k_BHTK, codes_HCK).transpose(2, 3)
+        state["count"].add_(is_of_BHC1[..., 0])
+        state["sum"].add_(is_of_BHC1 * v_BHTV)
+        scores_BHTC = q_BHTK @ codes_HCK.transpose(1, 2) + state["count"].log()[:, :, None]
+        o_BHTV = scores_BHTC.softmax(3) @ mean_value(state["count"], state["sum"])
+        return self.output(o_BHTV.to(x_BTD.dtype), x_BTD)[:, 0], state
+
+    def read(self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, divided by sqrt(K), keys and values, in float32 or better."""
+        entries = self.memory.entries(x_BTD, None, state, at)
+        exact = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
+        q_BHTK: Tensor = self.queries(x_BTD, None, at.positions_T + 1, None)
+        return q_BHTK.to(exact) * self.scale, entries["key"].to(exact), entries["value"].to(exact)
+
+
+def nearest(k_BHTK: Tensor, codes_HCK: Tensor) -> Tensor:
+    """[B, H, T, C], 1 at the code that is nearest to a key, the first of equally near ones."""
+    apart_BHTC = codes_HCK.square().sum(2)[:, None] - 2 * k_BHTK @ codes_HCK.transpose(1, 2)
+    code_C = torch.arange(codes_HCK.shape[1], device=k_BHTK.device)
+    return (apart_BHTC.argmin(3, keepdim=True) == code_C).to(k_BHTK.dtype)
+
+
+def distance(k_BHTK: Tensor, code_BHTK: Tensor) -> Tensor:
+    """The squared distance, of all heads, as a mean over tokens."""
+    return (k_BHTK - code_BHTK).square().sum((1, 3)).mean()
+
+
+def by_blocks(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    is_of_BHTC: Tensor,
+    codes_HCK: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [B, H, T, V] after a past of counts and sums; both after the last token."""
+    length = q_BHTK.shape[2]
+    size = block_length(length, codes_HCK.shape[1])
+    # Blocks are an axis before the heads. A token that pads the last one is of no code, and nobody sees it.
+    q, k, v, is_of = (folded(x, size) for x in (q_BHTK, k_BHTK, v_BHTV, is_of_BHTC))
+    count_BNHC = running(is_of.sum(3), None if past is None else past[0])
+    sum_BNHCV = running(is_of.transpose(3, 4) @ v, None if past is None else past[1])
+    before_BNHC = count_BNHC[:, :-1]
+    # The logarithm of no token is -inf, which weighs nothing.
+    far = q @ codes_HCK.transpose(1, 2) + before_BNHC.log()[..., None, :]
+    place = torch.arange(size, device=q.device)
+    near = (q @ k.transpose(3, 4)).masked_fill(place > place[:, None], -torch.inf)
+    weights = torch.cat([far, near], 4).softmax(4)
+    o = weights[..., : codes_HCK.shape[1]] @ mean_value(before_BNHC, sum_BNHCV[:, :-1])
+    o = o + weights[..., codes_HCK.shape[1] :] @ v
+    return o.transpose(1, 2).flatten(2, 3)[:, :, :length], count_BNHC[:, -1], sum_BNHCV[:, -1]
+
+
+def block_length(length: int, codes: int) -> int:
+    """As many tokens as codes, so that a query meets about as many of both; one block where there are fewer tokens."""
+    return min(length, codes)
+
+
+def folded(x_BHTK: Tensor, size: int) -> Tensor:
+    """[B, N, H, L, K], the last block filled up with zeros."""
+    padded = F.pad(x_BHTK, (0, 0, 0, -x_BHTK.shape[2] % size))
+    return torch.unflatten(padded, 2, (-1, size)).transpose(1, 2)
+
+
+def running(each: Tensor, past: Tensor | None) -> Tensor:
+    """[B, N + 1, ...]: sums over the blocks before each block and over all."""
+    first = torch.zeros_like(each[:, :1]) if past is None else past[:, None]
+    return torch.cat([first, each], 1).cumsum(1)
+
+
+def mean_value(count: Tensor, total: Tensor) -> Tensor:
+    """Of each code; 0 for those of no token."""
+    return total / count.clamp(min=1)[..., None]
