@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # What genes must be where tokens are evicted.
 _EVICTION_NEEDS: Mapping[str, GeneValue] = {
+    "source": "token",
     "dilation": 1,
     "meta": 0,
     "score": "softmax",
@@ -159,6 +160,8 @@ def _why_no_cache(gene: Attn) -> str | None:
                 "kv=reuse turns keys when they are read, where pos=carope has no angle (mixer attn); use rope"
             )
         return None
+    if gene.source != "token":
+        return f"kv={gene.kv} is a cache of tokens for many layers, so it takes no source={gene.source} (mixer attn)"
     if gene.window != "none":
         return f"kv={gene.kv} is a cache of every token, so it takes no window (mixer attn)"
     if gene.pos in ("lrpe", "carope"):

@@ -90,6 +90,15 @@ def _beside_illegality(unit: Beside, width: int) -> Illegality | None:
             return found
     if unit.shares is not None:
         return Illegality("shares", why_indivisible(unit, width))
+    if unit.fuse == "read" and not unit.readers(width):
+        return Illegality(
+            "no owner",
+            "fuse=read leaves what reads the branches beside it, and none does; say attn(source=context)",
+        )
+    if unit.fuse == "read" and unit.is_normed:
+        return Illegality(
+            "genes", "fuse=read leaves out branches, whose norms nothing would read; say norm=none"
+        )
     return None
 
 

@@ -2,7 +2,8 @@
 
 A mixer lends and borrows by name: `cache`, the keys and values of all tokens so far (Sun et al. 2024, arXiv
 2405.05254, whose cross-decoder layers all read one cache); `values`, those of the tokens of this pass; `experts`,
-weights. A reader reads what the nearest owner of that name below it lends.
+weights. A reader reads what the nearest owner of that name below it lends. `context` is what the branches beside a
+reader say that read none: it has no owner but them, and nobody else reads it.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def trades(unit: Unit, width: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """A mixer where it is applied: its place, and the place of the segment that it is in."""
+    """A mixer where it is applied: its place, the place of the segment that it is in, and the branches beside it."""
 
     place: Place
     mixer: Mixer
     segment: Place = ()
+    beside: tuple[Mixer, ...] = ()
 
 
 def applications(units: tuple[Unit, ...], place: Place = (), segment: Place = ()) -> Iterator[Application]:
@@ -44,7 +46,8 @@ def applications(units: tuple[Unit, ...], place: Place = (), segment: Place = ()
                 yield Application((*place, index, 0), unit.mixer, segment)
             case Beside():
                 for branch, mixer in enumerate(unit.branches):
-                    yield Application((*place, index, branch), mixer, segment)
+                    others = unit.branches[:branch] + unit.branches[branch + 1 :]
+                    yield Application((*place, index, branch), mixer, segment, others)
             case Reuse():
                 for _ in range(min(unit.times, 2)):
                     yield from applications(unit.body, (*place, index), segment)
@@ -74,7 +77,10 @@ def why_unowned(units: tuple[Unit, ...], width: int) -> str | None:
     owners: dict[tuple[Place, str], Application] = {}
     for each in applications(units):
         for name, loan in each.mixer.borrows(width).items():
-            reason = _why_unfit(name, loan, owners.get((each.segment, name)), each, width)
+            if name == "context":
+                reason = _why_alone(each, width)
+            else:
+                reason = _why_unfit(name, loan, owners.get((each.segment, name)), each, width)
             if reason is not None:
                 return f"layer {each.place[0] + 1}: {spell_mixer(each.mixer, width)} {reason}"
         owners |= dict.fromkeys([(each.segment, name) for name in each.mixer.lends(width)], each)
@@ -90,6 +96,12 @@ _REMEDIES = {
 
 
 _NOUNS = {"cache": "a shared cache", "values": "shared values", "experts": "shared experts"}
+
+
+def _why_alone(reader: Application, width: int) -> str | None:
+    if any("context" not in other.borrows(width) for other in reader.beside):
+        return None
+    return "reads what is said beside it, and nothing is; put it beside a mixer, as in attn(source=both) | mamba2"
 
 
 def _why_unfit(

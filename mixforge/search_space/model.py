@@ -27,6 +27,7 @@ from mixforge.search_space.parts.beside import (
     GateFuse,
     MeanFuse,
     NormedFuse,
+    ReadFuse,
     ScalarFuse,
     SumFuse,
 )
@@ -319,9 +320,11 @@ class _Assembly:
         width = self.architecture.width
         branches = [self.mixer(mixer) for mixer in unit.branches]
         norms = [norm_part(width, self.backend) if unit.is_normed else Part(nn.Identity) for _ in branches]
+        readers = list(unit.readers(width))
+        more = {"readers": readers} if readers else {}
         match unit.fuse:
             case "mean":
-                return Part(Beside, branches=branches, fuse=Part(MeanFuse, norms=norms))
+                return Part(Beside, branches=branches, fuse=Part(MeanFuse, norms=norms), **more)
             case "sum":
                 fuse = Part(SumFuse)
             case "scalar":
@@ -330,9 +333,11 @@ class _Assembly:
                 fuse = Part(GateFuse, width=width, branches=len(branches))
             case "concat":
                 fuse = Part(ConcatFuse, width=width, branches=len(branches))
+            case "read":
+                fuse = Part(ReadFuse, readers=readers)
         if unit.is_normed:
             fuse = Part(NormedFuse, norms=norms, fuse=fuse)
-        return Part(Beside, branches=branches, fuse=fuse)
+        return Part(Beside, branches=branches, fuse=fuse, **more)
 
     def mixer(self, mixer: Mixer) -> Part:
         placed = mixer.placed(self.seen[mixer.kind], self.counts[mixer.kind])

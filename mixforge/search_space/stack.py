@@ -18,8 +18,8 @@ from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Who
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.syntax import spell_number
 
-Fuse = Literal["sum", "mean", "gate", "concat", "scalar"]
-FUSES: tuple[Fuse, ...] = ("sum", "mean", "gate", "concat", "scalar")
+Fuse = Literal["sum", "mean", "gate", "concat", "scalar", "read"]
+FUSES: tuple[Fuse, ...] = ("sum", "mean", "gate", "concat", "scalar", "read")
 BranchNorm = Literal["none", "rms"]
 MOST_UNITS = 1_024
 MOST_BRANCHES = 16
@@ -71,7 +71,8 @@ class Beside:
     Canonical form: the order of the branches has no meaning and is sorted; shares of the heads are applied to
     the branches (`Mixer.narrow`) and are None afterwards. Where the heads do not divide so, the shares stay
     and `why_illegal` says it. norm: of each branch's output before it is fused; None is what the fuse has by
-    itself, which is a norm for a mean and none for the others.
+    itself, which is a norm for a mean and none for the others. Branches that read the context read the sum of what the
+    others say (`parts/beside`).
     """
 
     branches: tuple[Mixer, ...]
@@ -96,6 +97,10 @@ class Beside:
 
     def __reduce__(self) -> tuple[type[Beside], tuple[object, ...]]:
         return Beside, (self.branches, self.fuse, self.shares, self.norm)
+
+    def readers(self, width: int) -> tuple[int, ...]:
+        """The branches that read the context."""
+        return tuple(n for n, branch in enumerate(self.branches) if "context" in branch.borrows(width))
 
     @property
     def own_norm(self) -> BranchNorm:

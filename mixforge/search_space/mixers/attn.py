@@ -12,12 +12,15 @@ queries: Ainslie et al. 2023 (arXiv 2305.13245); fewer query heads: Filipek 2025
 and `head_dim`; query and key norms: Dehghani et al. 2023 (arXiv 2302.05442), over all heads at once as in the
 reference code of OLMo 2; output gate o * sigmoid(W_g x): Qiu et al. 2025 (arXiv 2505.06708), elementwise after the
 attention; norm of each head's output and the other genes of a Pro block: Lin et al. 2025 (arXiv 2503.02130), section
-3.2; one cache for many layers, `kv=own` and `kv=shared`: Sun et al. 2024 (arXiv 2405.05254), equation 3.
+3.2; one cache for many layers, `kv=own` and `kv=shared`: Sun et al. 2024 (arXiv 2405.05254), equation 3; keys and
+values of what a mixer beside it makes of the same input, `source=context` and `source=both`: Pilault et al. 2023
+(arXiv 2306.09539), whose context states are a state space model's.
 
 Departures: `kv=own` is an attention layer of its own whose keys and values the `kv=shared` layers above read; in the
-paper the shared keys and values belong to no layer. Norms have one set of weights for all heads, where the reference
-code of the Pro block has one for each. Cosine attention is `qk_norm=l2`, whose learned scale stands for a
-temperature.
+paper the shared keys and values belong to no layer. Context states are seen as tokens are: under sparse=chunk those of
+its own block up to a token itself, where the paper's single-head form has those of the block before. Norms have one
+set of weights for all heads, where the reference code of the Pro block has one for each. Cosine attention is
+`qk_norm=l2`, whose learned scale stands for a temperature.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
 from mixforge.search_space.parts.attention_scores import ForgetGate
+from mixforge.search_space.parts.beside import Beside, SumFuse
 from mixforge.search_space.parts.linear_points import POINTS
 
 # Of the angles of a turn.
@@ -71,12 +75,14 @@ class Attn(Mixer):
     latent of the given rank, beside channels that turn (mla(rank, rope_dim)); by state spaces that begin anew every n
     tokens (ssm_chunk(n)); values are made of one key head (reuse); keys are quantised to n codes, which takes no
     cache (vq(n)); `own` also publishes keys and values to the layers above, and `shared` reads what the nearest `own`
-    below has published. `query`: made of the token, or learned and the same for all. `query_rank`: queries through so
-    many channels, with a norm. `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of
-    training, and b otherwise; of it every `dilation`-th token. `sink`: a learned logit in the denominator, or the
-    first n tokens beside a window. `meta`: learned keys and values that every token sees. `rotary`: the share of
-    channels that turn. `forget`: decays of each head, whose logarithms are added to the scores (head), or which
-    multiply the weights (mask). `experts`: of so many query heads, each token takes `heads`.
+    below has published. `source`: keys and values are of the token, of the context (what the branches beside it make
+    of it that read no context), or there are two attentions, one to each, and their sum. `query`: made of the token,
+    or learned and the same for all. `query_rank`: queries through so many channels, with a norm. `window`: how far a
+    token sees; stochastic(a, b) takes a or b for each batch of training, and b otherwise; of it every `dilation`-th
+    token. `sink`: a learned logit in the denominator, or the first n tokens beside a window. `meta`: learned keys and
+    values that every token sees. `rotary`: the share of channels that turn. `forget`: decays of each head, whose
+    logarithms are added to the scores (head), or which multiply the weights (mask). `experts`: of so many query
+    heads, each token takes `heads`.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -103,6 +109,7 @@ class Attn(Mixer):
         Call("ssm_chunk", Whole(2, 65536)),
         Call("vq", Whole(2, 65536)),
     ] = "mha"
+    source: Annotated[str, Choice("token", "context", "both")] = "token"
     query: Annotated[str, Choice("token", "learned")] = "token"
     query_rank: Annotated[str | int, Choice("none"), Whole(1, 16384)] = "none"
     window: Annotated[
@@ -263,6 +270,8 @@ class Attn(Mixer):
         return {"cache": self._loan(width)} if self.kv == "own" else {}
 
     def borrows(self, width: int) -> Mapping[str, Loan]:
+        if self.source != "token":
+            return {"context": Loan("pass", ((width,),))}
         return {"cache": self._loan(width)} if self.kv == "shared" else {}
 
     def _loan(self, width: int) -> Loan:
@@ -319,7 +328,16 @@ class Attn(Mixer):
         part = replace(self, heads=shared_heads("attn", heads, share), head_dim=head_dim, experts=experts)
         return part.canonical(width)
 
+    def sources(self) -> tuple[Self, ...]:
+        """The attentions of which it is the sum."""
+        if self.source != "both":
+            return (self,)
+        return tuple(replace(self, source=each) for each in ("token", "context"))
+
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
+        if self.source == "both":
+            first, second = (each.cost(width, length, itemsize) for each in self.sources())
+            return first + second
         gene = self.canonical(width)
         matrices, reading, vectors = count_weights(gene, width)
         kept, carried = state_bytes_of(gene, width, itemsize)
@@ -328,7 +346,10 @@ class Attn(Mixer):
         held = slots_of(gene, length) * kept
         written = kept * (1 + replaceable_slots(gene, length)) if held else 0
         lent = sum(
-            length * math.prod(shape) for loan in gene.borrows(width).values() for shape in loan.shapes
+            length * math.prod(shape)
+            for loan in gene.borrows(width).values()
+            for shape in loan.shapes
+            if loan.extent == "cache"
         )
         params = sum(map(math.prod, matrices + reading)) + vectors + made.params
         flops = 2 * length * sum(map(math.prod, matrices)) + score_flops(gene, width, length) + made.flops
@@ -349,6 +370,9 @@ class Attn(Mixer):
         return self.sizes(width)[2] * (1 if self.diff == "none" else 2)
 
     def build(self, width: int, backend: Backend) -> Part:
+        if self.source == "both":
+            branches = [each.build(width, backend) for each in self.sources()]
+            return Part(Beside, branches=branches, fuse=Part(SumFuse))
         gene = self.canonical(width)
         if backend == "triton" and (gene.scores in ("scored", "special") or gene.codes is not None):
             raise ValueError(
@@ -371,4 +395,5 @@ class Attn(Mixer):
             else None,
             routing=routing_part(gene, width),
             meta=gene.meta,
+            crosses=gene.source == "context",
         )

@@ -1,7 +1,9 @@
 """Attention as a token mixer: queries, a memory of earlier tokens, a pattern of who sees whom, scores, an output.
 
-q = queries(x)        entries = memory(x), kept in the slots of the pattern k, v = memory.read(entries of the tokens
-that the pattern brings back) y = output(scores(q, k, v), x)
+q = queries(x)
+entries = memory(x), or memory(context), kept in the slots of the pattern
+k, v = memory.read(entries of the tokens that the pattern brings back)
+y = output(scores(q, k, v), x)
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Attention(TokenMixer):
         forget: ForgetGate | None,
         routing: Routing | None,
         meta: int,
+        crosses: bool,
     ) -> None:
         super().__init__()
         self.queries = queries
@@ -46,6 +49,7 @@ class Attention(TokenMixer):
         self.forget = forget
         self.routing = routing
         self.meta = meta
+        self.crosses = crosses
         self.learned = nn.ParameterDict(
             {name: torch.randn(heads, meta, channels) for name, (heads, channels) in memory.kept().items()}
             if meta
@@ -113,7 +117,8 @@ class Attention(TokenMixer):
         self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """What is kept of the tokens of this pass, and how they mix heads as queries."""
-        entries, mix = self.memory.entries(x_BTD, angle, state, at), None
+        given_BTD = at.shared["context"][0] if self.crosses else x_BTD
+        entries, mix = self.memory.entries(given_BTD, angle, state, at), None
         if self.forget is not None:
             entries = {**entries, "forget": self.forget(x_BTD, state)}
         if self.mix is not None:

@@ -2,7 +2,8 @@
 
 Sources: Dong et al. 2024 (arXiv 2411.13676), equation 3, for `mean`; Zuo et al. 2025 (arXiv 2507.22448) for
 `sum` and `concat` of attention and state-space branches; Lan et al. 2025 (arXiv 2503.01496), equation 8, for
-`scalar`, here with learned weights that begin at one part each.
+`scalar`, here with learned weights that begin at one part each; Pilault et al. 2023 (arXiv 2306.09539), figure 1, for
+branches that read the others' outputs and alone are the output (`read`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from mixforge.search_space.parts.layer import Pass, TokenMixer
 
 
 class Beside(TokenMixer):
-    """Branches that read the same input. Their states share a dictionary, as `0.key`, `1.matrix`."""
+    """Branches that read the same input. Their states share a dictionary, as `0.key`, `1.matrix`.
 
-    def __init__(self, branches: Sequence[TokenMixer], fuse: nn.Module) -> None:
+    readers: the indices of those that also read the context, which is the sum of what the others say.
+    """
+
+    def __init__(self, branches: Sequence[TokenMixer], fuse: nn.Module, readers: Sequence[int] = ()) -> None:
         super().__init__()
+        self.readers = list(readers)
+        self.order = [index for index in range(len(branches)) if index not in readers] + self.readers
         self.branches = nn.ModuleList(branches)
         self.fuse = fuse
 
@@ -39,23 +45,29 @@ class Beside(TokenMixer):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        outputs: list[Tensor] = []
+        outputs: dict[int, Tensor] = {}
         after: dict[str, Tensor] = {}
-        for index in range(len(self.branches)):
+        for index in self.order:
+            if index in self.readers:
+                at.shared["context"] = (self.context(outputs),)
             mine = None if state is None else without_prefix(index, state)
-            y_BTD, new = self.branch(index)(x_BTD, mine, at)
-            outputs.append(y_BTD)
+            outputs[index], new = self.branch(index)(x_BTD, mine, at)
             after |= prefixed(index, new or {})
-        return self.fuse(x_BTD, outputs), None if state is None else after
+        return self.fuse(x_BTD, in_order(outputs)), None if state is None else after
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs: list[Tensor] = []
+        outputs: dict[int, Tensor] = {}
         after: dict[str, Tensor] = {}
-        for index in range(len(self.branches)):
-            y_BD, new = self.branch(index).step(x_BD, without_prefix(index, state), at)
-            outputs.append(y_BD)
+        for index in self.order:
+            if index in self.readers:
+                at.shared["context"] = (self.context(outputs)[:, None],)
+            outputs[index], new = self.branch(index).step(x_BD, without_prefix(index, state), at)
             after |= prefixed(index, new)
-        return self.fuse(x_BD, outputs), after
+        return self.fuse(x_BD, in_order(outputs)), after
+
+    def context(self, outputs: dict[int, Tensor]) -> Tensor:
+        """The sum of what the branches say that read no context."""
+        return torch.stack([y for index, y in outputs.items() if index not in self.readers]).sum(0)
 
     def between(self, state: dict[str, Tensor], length: int) -> None:
         for index in range(len(self.branches)):
@@ -71,6 +83,11 @@ def without_prefix(branch: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of the whole that is a branch's state."""
     prefix = f"{branch}."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def in_order(outputs: dict[int, Tensor]) -> list[Tensor]:
+    """The branches' outputs by their indices."""
+    return [outputs[index] for index in range(len(outputs))]
 
 
 class SumFuse(nn.Module):
@@ -140,3 +157,14 @@ class ConcatFuse(nn.Module):
     def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         y: Tensor = self.mix(torch.cat(outputs, -1))
         return y
+
+
+class ReadFuse(nn.Module):
+    """y = sum of the branches that read the context."""
+
+    def __init__(self, readers: Sequence[int]) -> None:
+        super().__init__()
+        self.readers = list(readers)
+
+    def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        return torch.stack([outputs[index] for index in self.readers]).sum(0)
