@@ -101,7 +101,10 @@ _NOUNS = {"cache": "a shared cache", "values": "shared values", "experts": "shar
 def _why_alone(reader: Application, width: int) -> str | None:
     if any("context" not in other.borrows(width) for other in reader.beside):
         return None
-    return "reads what is said beside it, and nothing is; put it beside a mixer, as in attn(source=both) | mamba2"
+    return (
+        "reads what branches beside it say that read no context, and there is none; "
+        "put it beside a mixer, as in attn(source=both) | mamba2"
+    )
 
 
 def _why_unfit(

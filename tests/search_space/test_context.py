@@ -84,11 +84,30 @@ def test_the_context_is_the_sum_of_the_branches_that_read_none(fuse: str) -> Non
     torch.testing.assert_close(module(x_BTD, None, at())[0], expected)
 
 
+@torch.no_grad()
+def test_a_state_is_written_what_attention_says() -> None:
+    """The delta rule with queries and keys of the token and values of what the branch beside it says."""
+    genes = "heads=1, key_dim=6, value_dim=5, conv=none, out_norm=none, out_gate=none"
+    module = layer(f"attn(heads=2) | linear(rule=delta, values=context, {genes})")
+    x_BTD = inputs()
+    said_BTD = module.branch(0)(x_BTD, None, at())[0]
+    w = weights(module, "branches.1.")
+    q, k, v = torch.split(w["mixed.weight"], [6, 6, 5])
+    matrix, outputs = torch.zeros(6, 5, dtype=torch.float64), []
+    for x, said in zip(x_BTD[0], said_BTD[0], strict=True):
+        query, key = (y / math.sqrt(y @ y + 1e-6) for y in (q @ x, k @ x))
+        beta = torch.sigmoid(w["beta.logit.weight"][0] @ x)
+        matrix = matrix + torch.outer(key, beta * (v @ said - matrix.T @ key))
+        outputs.append(w["output.out.weight"] @ matrix.T @ query / math.sqrt(6))
+    torch.testing.assert_close(module(x_BTD, None, at())[0], said_BTD + torch.stack(outputs))
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "beside(attn(source=both, sparse=chunk(6)), ssm, fuse=read)",
         "attn(source=context, window=5) | gdn | attn(source=both, kv=mla(8, 4))",
+        "beside(attn(heads=2), rwkv7(heads=1, key_dim=8, value_dim=8, values=context), fuse=gate)",
         "beside(attn(source=context, kv=mqa, kv_shift=token, sparse=checkpoints(4)), titans, fuse=gate)",
     ],
 )
@@ -111,9 +130,13 @@ def test_a_model_of_them_reads_in_pieces_and_costs_what_it_says(text: str) -> No
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("attn(source=context)", "reads what is said beside it, and nothing is"),
-        ("attn + attn(source=both)", "reads what is said beside it, and nothing is"),
-        ("attn(source=context) | attn(source=both)", "reads what is said beside it, and nothing is"),
+        ("attn(source=context)", "reads what branches beside it say that read no context"),
+        ("attn + attn(source=both)", "reads what branches beside it say that read no context"),
+        ("gdn(values=context) + attn", "reads what branches beside it say that read no context"),
+        (
+            "attn(source=context) | attn(source=both)",
+            "reads what branches beside it say that read no context",
+        ),
         ("beside(attn, ssm, fuse=read)", "fuse=read leaves what reads the branches beside it, and none does"),
         ("beside(attn(source=context), ssm, fuse=read, norm=rms)", "say norm=none"),
         (

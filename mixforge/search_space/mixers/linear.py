@@ -14,7 +14,8 @@ Genes, from the input to the output:
     shift       what each projection reads of the token before (`parts/token_shift`)
     conv, act   short convolution of queries, keys and values, with a bias by bias=conv, then `act`: SiLU where
                 there is a convolution, unless it is said
-    values      shared blends in the values of the last layer with values=own (`parts/write_gate`)
+    values      shared blends in the values of the last layer with values=own (`parts/write_gate`); context makes them
+                of what the branches beside it say that read no context (WuNeng: `parts/linear_points`)
     decay       none is 1; head and layer fixed numbers for each head; scalar one for each token and head, channel
                 one for each key channel too, both S <- Diag(D_t) S Diag(D'_t), for each value channel too
     forget      how these last three follow from the input, W of rank `forget_rank` by channel (`parts/decay`)
@@ -127,7 +128,7 @@ class Linear(Mixer):
     ] = "none"
     in_gate: Annotated[str, Choice("none", "dt", "sigmoid", "exp", "tied", "tempered")] = "none"
     value_gate: Annotated[str | int, Choice("none"), Whole(1, 1024)] = "none"
-    values: Annotated[str, Choice("plain", "own", "shared")] = "plain"
+    values: Annotated[str, Choice("plain", "own", "shared", "context")] = "plain"
     levels: Annotated[str, Choice("one", "log")] = "one"
     memories: Annotated[
         str | Form,
@@ -266,6 +267,8 @@ class Linear(Mixer):
         return {"values": self._values(width)} if self.values == "own" else {}
 
     def borrows(self, width: int) -> Mapping[str, Loan]:
+        if self.values == "context":
+            return {"context": Loan("pass", ((width,),))}
         return {"values": self._values(width)} if self.values == "shared" else {}
 
     def _values(self, width: int) -> Loan:
@@ -421,7 +424,7 @@ class Linear(Mixer):
         used = {
             "q": True,
             "k": self.key != "forget",
-            "v": True,
+            "v": self.values != "context",
             "forget": from_input or self.pos == "phase",
             "write": writes,
             "out": self.out_gate not in ("none", "self"),
@@ -523,6 +526,7 @@ class Linear(Mixer):
             "gated_values": self.in_gate == "tied" and self.decay != "channel",
             "floor": self.norm == "max1",
             "lends_values": self.values == "own",
+            "crosses": self.values == "context",
             "reads": self._reads() if self.shift != "none" else None,
         }
         usual = {"key": "own", "spread": False, "beside": 0, "copies": 1}

@@ -96,6 +96,7 @@ class LinearAttention(TokenMixer):
         floor: bool = False,
         blend: nn.Module | None = None,
         lends_values: bool = False,
+        crosses: bool = False,
         bonus: nn.Module | None = None,
         late: nn.Module | None = None,
         beside: int = 0,
@@ -128,6 +129,7 @@ class LinearAttention(TokenMixer):
         self.normalised = normalised
         self.floor = floor
         self.lends_values = lends_values
+        self.crosses = crosses
         self.memories = memories
         self.apart = apart
         self.levels = levels
@@ -186,7 +188,7 @@ class LinearAttention(TokenMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None, at: Pass) -> tuple[Tensor, State | None]:
         after: State = {}
-        inputs = self.inputs_of(x_BTD, state, after)
+        inputs = self.inputs_of(x_BTD, state, after, at)
         mixed_BTF = self.project(x_BTD, inputs)
         if self.conv is not None:
             mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
@@ -208,7 +210,7 @@ class LinearAttention(TokenMixer):
 
     def step(self, x_BD: Tensor, state: State, at: Pass) -> tuple[Tensor, State]:
         after: State = {}
-        inputs = self.inputs_of(x_BD[:, None], state, after)
+        inputs = self.inputs_of(x_BD[:, None], state, after, at)
         mixed_BF = self.project(x_BD[:, None], inputs)[:, 0]
         if self.conv is not None:
             mixed_BF = self.conv.step(mixed_BF, state["conv"])
@@ -241,17 +243,19 @@ class LinearAttention(TokenMixer):
                 state[name].copy_(tensor)
         return self.finish(o_BHV[:, None], read, inputs)[:, 0], state
 
-    def inputs_of(self, x_BTD: Tensor, state: State | None, after: State) -> Inputs:
+    def inputs_of(self, x_BTD: Tensor, state: State | None, after: State, at: Pass) -> Inputs:
         """The input of each projection, after the token shift if there is one."""
-        if self.shift is None:
-            return Inputs(x_BTD, x_BTD, x_BTD, x_BTD, x_BTD, x_BTD)
-        shifted, after["shift"] = self.shift(x_BTD, None if state is None else state["shift"])
-        found = dict(zip(self.reads, shifted.unbind(), strict=True))
+        found = {}
+        if self.shift is not None:
+            shifted, after["shift"] = self.shift(x_BTD, None if state is None else state["shift"])
+            found = dict(zip(self.reads, shifted.unbind(), strict=True))
+        if self.crosses:
+            found["v"] = at.shared["context"][0]
         return Inputs(*(found.get(name, x_BTD) for name in ("q", "k", "v", "forget", "write", "out")))
 
     def project(self, x_BTD: Tensor, inputs: Inputs) -> Tensor:
         """Queries, keys and values [B, T, F]."""
-        if self.shift is None:
+        if self.shift is None and not self.crosses:
             mixed_BTF: Tensor = self.mixed(x_BTD)
             return mixed_BTF
         weights = torch.split(self.mixed.weight, self.rows)

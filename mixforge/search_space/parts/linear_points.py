@@ -23,6 +23,8 @@ equations.
   rwkv7     Peng et al. 2025 (arXiv 2503.14456), Goose. The first of its layers has values=own, the others values=shared.
             Ranks are 64 for decays and rates, 32 for the shared values and 128 for the gate; the group norm's epsilon
             is 1e-5; weights start as in `parts/removal_keys` and `parts/decay`.
+            With values=context it is the state-driven heads of WuNeng, Liu et al. 2025 (arXiv 2504.19191): what its
+            attention heads say is what they write.
   gsa       Zhang et al. 2024 (arXiv 2409.07146), with 64 slots. The decays have a bias; log alpha_t >= -5.
   hla2      Zhang, Qin and Gu 2025 (arXiv 2510.27258), without a decay or a sum to divide by. One state less, see
             `kernels/second_order`.
