@@ -11,7 +11,8 @@ Sources: Shazeer et al. 2017 (arXiv 1701.06538), equations 1 to 5, for top-k gat
 experts; DeepSeek-AI 2024 (arXiv 2412.19437), equations 12 to 16, for score=sigmoid, balance=bias and `scale`;
 Yang et al. 2024 (Qwen2, arXiv 2407.10671), section 2.2.2, and its public code for the shared experts' gate. act=clamped
 is GPT-OSS's (see `parts.activation`), which also has the biases of bias=all. weights=shared reads the experts of the
-nearest owner below, with a router of its own (as UMoE's layers do, Yang et al. 2025, arXiv 2505.07260, section 3.3).
+nearest owner below, with a router of its own (as UMoE's layers do, Yang et al. 2025, arXiv 2505.07260, section 3.3;
+`umoe` is their attention).
 
 Departures: the load is balanced over the tokens of a pass, not over each sequence and not over devices.
 """
