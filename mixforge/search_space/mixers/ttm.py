@@ -45,7 +45,13 @@ from mixforge.search_space.parts.decay import exact
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.norm import RMSNorm, norm_part
 from mixforge.search_space.parts.short_convolution import ShortConvolution
-from mixforge.search_space.parts.test_time_memory import Gates, TestTimeMemory, piece_flops
+from mixforge.search_space.parts.test_time_memory import (
+    TestTimeMemory,
+    gates_of,
+    piece_flops,
+    unit,
+    usual_gates,
+)
 
 TWO_LAYERS = Form("mlp", (2,))
 # The fewest channels of a head that the memory's norm takes.
@@ -206,14 +212,8 @@ class MemoryMixer(TokenMixer):
         self.norm = norm
         self.gate = nn.Linear(width, inner, bias=False)
         self.out = nn.Linear(inner, width, bias=False)
-        # Slow forgetting, long momentum, and steps that add up to less than one over a chunk, so that a memory starts
-        # where it learns and not where it swings; a threshold of about 1.
         with torch.no_grad():
-            usual = {"keep": -4.0, "rate": -3.0, "momentum": 2.0, "threshold": 0.5}
-            usual["rate"] -= 2.0 if memory.momentum else 0.0
-            names = ["keep", "rate", *(["momentum"] if memory.momentum else [])]
-            names += ["threshold"] if memory.loss == "huber" else []
-            self.gates.bias.copy_(torch.tensor([usual[name] for name in names for _ in range(heads)]))
+            self.gates.bias.copy_(usual_gates(memory, heads))
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -235,7 +235,8 @@ class MemoryMixer(TokenMixer):
             qkv_BTD, after["conv"] = self.conv(qkv_BTD, None if state is None else state["conv"])
         q, k, v = (split_heads(each, self.heads).transpose(1, 2) for each in exact(qkv_BTD).chunk(3, -1))
         memory = self.memory.initial(x_BTD.shape[0]) if state is None else self.memory.stored(state)
-        o_BHTK, memory = self.memory(unit(q), unit(k), v, self._gates_of(x_BTD), memory, at.start)
+        gates = gates_of(self.memory, self.gates(x_BTD), self.heads)
+        o_BHTK, memory = self.memory(unit(q), unit(k), v, gates, memory, at.start)
         y_BTD = self._finish(o_BHTK.transpose(1, 2), x_BTD)
         kept = {} if self.conv is None else {"conv": after["conv"]}
         return y_BTD, None if state is None else memory.tensors() | kept
@@ -245,23 +246,12 @@ class MemoryMixer(TokenMixer):
         qkv_BD = F.silu(qkv_BD) if self.conv is None else self.conv.step(qkv_BD, state["conv"])
         q, k, v = (split_heads(each, self.heads) for each in exact(qkv_BD).chunk(3, -1))
         memory = self.memory.stored(state)
-        gates = self._gates_of(x_BD[:, None])
+        gates = gates_of(self.memory, self.gates(x_BD[:, None]), self.heads)
         o_BHK, after = self.memory.step(unit(q), unit(k), v, gates, memory, at.positions_T)
         for name, tensor in after.tensors().items():
             state[name].copy_(tensor)
         return self._finish(o_BHK, x_BD), state
 
-    def _gates_of(self, x_BTD: Tensor) -> Gates:
-        each = exact(self.gates(x_BTD)).transpose(1, 2).chunk(self.gates.out_features // self.heads, 1)
-        momentum = F.logsigmoid(each[2]) if self.memory.momentum else None
-        threshold = F.softplus(each[-1]) if self.memory.loss == "huber" else None
-        return Gates(F.logsigmoid(-each[0]), torch.sigmoid(each[1]), momentum, threshold)
-
     def _finish(self, o: Tensor, x: Tensor) -> Tensor:
         y: Tensor = self.out(self.norm(o.to(x.dtype)).flatten(-2) * torch.sigmoid(self.gate(x)))
         return y
-
-
-def unit(x: Tensor) -> Tensor:
-    """Of length 1 over the last axis."""
-    return F.normalize(x, dim=-1, eps=1e-6)

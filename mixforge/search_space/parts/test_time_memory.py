@@ -140,7 +140,7 @@ class TestTimeMemory(nn.Module):
         length, begin, read = q_BHTK.shape[2], 0, []
         while begin < length:
             if (start + begin) % self.chunk == 0:
-                memory = self._chunk_begun(memory)
+                memory = self.begun(memory)
             end = min(length, begin + self.chunk - (start + begin) % self.chunk)
             q, k, v = (x[:, :, begin:end] for x in (q_BHTK, k_BHTK, v_BHTK))
             y, memory = self._piece(q, k, v, gates.between(begin, end), memory)
@@ -152,10 +152,8 @@ class TestTimeMemory(nn.Module):
         self, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, gates: Gates, memory: Memory, position: Tensor
     ) -> tuple[Tensor, Memory]:
         """One token."""
-        is_new = position % self.chunk == 0
-        fresh = self._chunk_begun(memory)
-        start = [torch.where(is_new, new, old) for new, old in zip(fresh.start, memory.start, strict=True)]
-        now = [torch.where(is_new, new, old) for new, old in zip(fresh.now, memory.now, strict=True)]
+        memory = self.begun_at(memory, position)
+        start, now = memory.start, memory.now
         signals = self._signals(start, k_BHK[:, :, None], v_BHK[:, :, None], gates.threshold)
         rate, keep = gates.rate[..., None], gates.keep.exp()[..., None]
         surprise = [-rate * (d.transpose(2, 3) @ h) for h, d in signals]
@@ -167,13 +165,26 @@ class TestTimeMemory(nn.Module):
         dual = None
         if memory.dual is not None:
             dual = [keep * old + new for old, new in zip(memory.dual, surprise, strict=True)]
-        x = q_BHK[:, :, None]
-        for i, weight in enumerate(now):
-            x = self._between(x @ weight.transpose(2, 3), i)
-        y_BHK = self._ended(x, q_BHK[:, :, None])[:, :, 0]
-        return y_BHK, Memory(start, now, surprise if self.momentum else None, dual)
+        return self.read(now, q_BHK[:, :, None])[:, :, 0], Memory(
+            start, now, surprise if self.momentum else None, dual
+        )
 
-    def _chunk_begun(self, memory: Memory) -> Memory:
+    def read(self, weights: list[Tensor], q_BHTK: Tensor) -> Tensor:
+        """What a network of these weights says of queries."""
+        x = q_BHTK
+        for i, weight in enumerate(weights):
+            x = self._between(x @ weight.transpose(2, 3), i)
+        return self._ended(x, q_BHTK)
+
+    def begun_at(self, memory: Memory, position: Tensor) -> Memory:
+        """The memory that the token at `position` [1] finds: as `begun` where a chunk begins with it."""
+        is_new, fresh = position % self.chunk == 0, self.begun(memory)
+        start = [torch.where(is_new, new, old) for new, old in zip(fresh.start, memory.start, strict=True)]
+        now = [torch.where(is_new, new, old) for new, old in zip(fresh.now, memory.now, strict=True)]
+        return Memory(start, now, memory.surprise, memory.dual)
+
+    def begun(self, memory: Memory) -> Memory:
+        """The memory at the beginning of a chunk."""
         linked = memory.now if memory.dual is None else self._linked(memory.dual)
         return Memory(linked, linked, memory.surprise, memory.dual)
 
@@ -266,6 +277,25 @@ class TestTimeMemory(nn.Module):
         return self._ended(x, q_BHTK), after
 
 
+def usual_gates(memory: TestTimeMemory, heads: int) -> Tensor:
+    """A bias of the gates with which a memory starts where it learns and not where it swings: slow forgetting, long
+    momentum, steps that add up to less than one over a chunk, and a threshold of about 1.
+    """
+    usual = {"keep": -4.0, "rate": -3.0, "momentum": 2.0, "threshold": 0.5}
+    usual["rate"] -= 2.0 if memory.momentum else 0.0
+    names = ["keep", "rate", *(["momentum"] if memory.momentum else [])]
+    names += ["threshold"] if memory.loss == "huber" else []
+    return torch.tensor([usual[name] for name in names for _ in range(heads)])
+
+
+def gates_of(memory: TestTimeMemory, logits_BTG: Tensor, heads: int) -> Gates:
+    """Gates of tokens from what a projection says of them, those of one kind beside one another."""
+    each = exact(logits_BTG).transpose(1, 2).chunk(logits_BTG.shape[-1] // heads, 1)
+    momentum = F.logsigmoid(each[2]) if memory.momentum else None
+    threshold = F.softplus(each[-1]) if memory.loss == "huber" else None
+    return Gates(F.logsigmoid(-each[0]), torch.sigmoid(each[1]), momentum, threshold)
+
+
 def _products(log_gate_BHT: Tensor) -> tuple[Tensor, Tensor]:
     """Products of all gates up to t [B, H, T], and of those after i up to t [B, H, T, T], zero for i > t."""
     total_BHT = log_gate_BHT.cumsum(-1)
@@ -273,6 +303,11 @@ def _products(log_gate_BHT: Tensor) -> tuple[Tensor, Tensor]:
     later = torch.ones(length, length, dtype=torch.bool, device=total_BHT.device).triu(1)
     between_BHTT = (total_BHT[..., :, None] - total_BHT[..., None, :]).masked_fill(later, -torch.inf)
     return total_BHT.exp(), between_BHTT.exp()
+
+
+def unit(x: Tensor) -> Tensor:
+    """Of length 1 over the last axis."""
+    return F.normalize(x, dim=-1, eps=1e-6)
 
 
 def _gelu_slope(a: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixforge.search_space.genes import Form, GeneValue
 from mixforge.search_space.mixers.ttm import Ttm
 from mixforge.search_space.parts.layer import Pass
+from mixforge.search_space.parts.test_time_memory import gates_of
 
 LENGTH = 11
 
@@ -134,7 +135,7 @@ def test_the_memory_learns_what_it_reads() -> None:
     )
     k, v = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 1, 200, 8)
     k = k / k.norm(dim=-1, keepdim=True)
-    gates = module._gates_of(torch.zeros(1, 200, 8, dtype=torch.float64))
+    gates = gates_of(module.memory, module.gates(torch.zeros(1, 200, 8, dtype=torch.float64)), module.heads)
     o, _ = module.memory(k, k, v, gates, module.memory.initial(1), 0)
     alpha, theta = 1 - gates.keep[0, 0, 0].exp(), gates.rate[0, 0, 0]
     # M k where (1 - alpha) M k - theta (M k - v) = M k.
