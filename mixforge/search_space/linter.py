@@ -108,7 +108,11 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
             f"each mixer stands in a residual unit with its norm (place={architecture.place})",
         )
     width = architecture.width
-    readers = sum(1 for each in placed if each.mixer.borrows(width))
+    reads = [set(each.mixer.borrows(width)) for each in placed]
+    beside = sum("context" in names for names in reads)
+    if beside:
+        yield Finding("sharing", "note", f"{beside} mixers read what the branches beside them say")
+    readers = sum(1 for names in reads if names - {"context"})
     if readers:
         lenders = {each.place: set(each.mixer.lends(width)) for each in placed if each.mixer.lends(width)}
         idle = unread(architecture.stack, width)
