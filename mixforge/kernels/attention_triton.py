@@ -84,7 +84,7 @@ def flexible_attention(
         q, k, v = (F.pad(x_BHTK, (0, SMALLEST_DIM - dim)) for x_BHTK in (q, k, v))
     mask = block_mask(q.shape[2], window, q.device)
     o_BHTK = run(q, k, v, score_mod, mask, dim**-0.5, q.shape[1] != k.shape[1])
-    return o_BHTK[:, :, past:, :dim]
+    return o_BHTK[:, :, past:, : v_BHTK.shape[3]]
 
 
 def run(

@@ -186,6 +186,14 @@ def test_flex_equals_the_reference(
     torch.testing.assert_close(flex.flexible_attention(*inputs, window, past), expected)
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 32), (24, 16), (6, 12), (12, 6)])
+def test_flex_takes_values_of_another_width_than_keys(flex: ModuleType, dim: int, value_dim: int) -> None:
+    q, k, _ = draw(40, past=3, dim=dim)
+    *_, v = draw(40, past=3, dim=value_dim)
+    expected = WINDOW_FORMS["reference"](q, k, v, 9, 3)
+    torch.testing.assert_close(flex.flexible_attention(q, k, v, 9, 3), expected)
+
+
 def test_flex_takes_a_forget_gate(flex: ModuleType) -> None:
     """Scores gain the log gates between key and query, those of the query's token included."""
     q, k, v = draw(40, key_heads=4, dim=16)
