@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from mixforge.search_space.mixer import Loan, Mixer
 from mixforge.search_space.spelling import spell_mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixers
+from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, mixers
 
 Place = tuple[int, ...]
 """Of a mixer in a stack: the index of its unit, of each unit inside a reused one, and of its branch."""
@@ -50,6 +50,8 @@ def applications(units: tuple[Unit, ...], place: Place = (), segment: Place = ()
                     yield from applications(unit.body, (*place, index), segment)
             case Segment():
                 yield from applications(unit.body, (*place, index), (*place, index))
+            case Residual():
+                yield from applications(unit.body, (*place, index), segment)
 
 
 def unread(units: tuple[Unit, ...], width: int) -> dict[Place, frozenset[str]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mixforge.search_space.architecture import Architecture, Layer, Reuse, Segment
 from mixforge.search_space.architecture import Beside as BesideUnit
+from mixforge.search_space.architecture import Residual as ResidualUnit
 from mixforge.search_space.architecture import Unit as StackUnit
 from mixforge.search_space.genes import Form
 from mixforge.search_space.heads import default_heads
@@ -33,7 +34,7 @@ from mixforge.search_space.parts.beside import (
 from mixforge.search_space.parts.halting import Halting, Recurrence, TimeSignal
 from mixforge.search_space.parts.layer import Pass, Pointwise
 from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
-from mixforge.search_space.parts.residual import Residual, Stack, StreamGate, Unit
+from mixforge.search_space.parts.residual import Branch, Residual, ResidualStack, Stack, StreamGate, Unit
 from mixforge.search_space.parts.segment import SegmentStack
 from mixforge.search_space.parts.shortcut import DepthAttention, DepthAverage, ShortcutStack
 from mixforge.search_space.parts.sigma import with_sigma
@@ -250,11 +251,34 @@ class _Assembly:
         return Part(with_sigma, stack=stack) if self.architecture.weights == "sigma" else stack
 
     def unit(self, unit: StackUnit) -> Part:
-        if isinstance(unit, Segment):
-            return self.segment(unit)
-        if isinstance(unit, Reuse):
-            return self.reuse(unit)
-        return self.residual(self.branches(unit))
+        match unit:
+            case Segment():
+                return self.segment(unit)
+            case Reuse():
+                return self.reuse(unit)
+            case ResidualUnit(body=(Layer() | BesideUnit() as only,)):
+                return self.residual(only, unit.place)
+            case ResidualUnit():
+                return self.around(unit)
+        return self.residual(unit, None)
+
+    def residual(self, unit: Layer | BesideUnit, place: str | None) -> Part:
+        """A residual unit around its function."""
+        place = place or self.architecture.place
+        norms = self.norms(place, "before", "inside", "after")
+        return Part(Residual, mixer=self.branches(unit), **norms, **self.stream(place))
+
+    def around(self, unit: ResidualUnit) -> Part:
+        """A residual connection around units that are applied one after the other."""
+        place = unit.place or self.architecture.place
+        body = [
+            Part(Branch, mixer=self.branches(each), **self.norms(place, "before", "inside"))
+            if isinstance(each, Layer | BesideUnit)
+            else self.unit(each)
+            for each in unit.body
+        ]
+        stack = Part(Stack, units=body)
+        return Part(ResidualStack, body=stack, **self.norms(place, "after"), **self.stream(place))
 
     def segment(self, unit: Segment) -> Part:
         """Layers that begin anew in each segment."""
@@ -290,19 +314,19 @@ class _Assembly:
             more["halting"] = Part(Halting, width=width)
         return Part(Recurrence, body=body, times=unit.times, **more)
 
-    def residual(self, mixer: Part) -> Part:
-        """A residual unit around its function."""
-        places = _PLACES[self.architecture.place]
-        norms = {
-            place: self.norm() if place in places else Part(nn.Identity)
-            for place in ("before", "inside", "after")
-        }
-        more: dict[str, Part | float] = {}
-        if self.architecture.place == "deep":
-            more["stream"] = self.architecture.depth**0.25
-        if self.architecture.place == "gated":
-            more["gate"] = Part(StreamGate, width=self.architecture.width)
-        return Part(Residual, mixer=mixer, **norms, **more)
+    def norms(self, place: str, *where: str) -> dict[str, Part]:
+        """The norms of a residual unit, and what stands where it has none."""
+        there = _PLACES[place]
+        return {each: self.norm() if each in there else Part(nn.Identity) for each in where}
+
+    def stream(self, place: str) -> dict[str, Part | float]:
+        """What a place does to the residual stream beside its norms."""
+        match place:
+            case "deep":
+                return {"stream": self.architecture.depth**0.25}
+            case "gated":
+                return {"gate": Part(StreamGate, width=self.architecture.width)}
+        return {}
 
     def norm(self) -> Part:
         """The norm of the residual stream."""
