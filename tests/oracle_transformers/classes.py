@@ -23,6 +23,7 @@ from transformers import (
     MistralConfig,
     NemotronHConfig,
     Olmo3Config,
+    OlmoHybridConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -206,6 +207,23 @@ def lfm2(size: Size) -> PretrainedConfig:
     return Lfm2Config(**size.usual, layer_types=["conv", "conv", "full_attention", "conv"])
 
 
+def olmo_hybrid(size: Size) -> PretrainedConfig:
+    return OlmoHybridConfig(
+        **size.usual, rope_parameters={"rope_type": "default", "rope_theta": None}, pad_token_id=None
+    )
+
+
+def olmo_hybrid_rope(size: Size) -> PretrainedConfig:
+    return OlmoHybridConfig(
+        **size.usual,
+        rms_norm_eps=1e-5,
+        linear_allow_neg_eigval=False,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        pad_token_id=None,
+    )
+
+
 def block2(size: Size) -> dict[str, object]:
     """Mamba-2's block, under the names that hybrids have for it."""
     return {
@@ -320,6 +338,8 @@ CLASSES: dict[str, Callable[[Size], PretrainedConfig]] = {
         kimi_linear,
         qwen3_next,
         lfm2,
+        olmo_hybrid,
+        olmo_hybrid_rope,
         bamba,
         falcon_h1,
         falcon_h1_norm,

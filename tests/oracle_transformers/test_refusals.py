@@ -37,6 +37,7 @@ def _set(name: str, value: object) -> Callable[[PretrainedConfig], None]:
         ("deepseek_v3", _set("v_head_dim", 8), "v_head_dim is 8, and only 16 can be said"),
         ("qwen3_next", _set("shared_expert_intermediate_size", 40), "40 wide, which is no multiple"),
         ("lfm2", _set("conv_bias", True), "conv_bias is True, and only False"),
+        ("olmo_hybrid", _set("attention_bias", True), "attention_bias is True, and only False"),
         ("xlstm", _set("use_bias", True), "use_bias is True, and only False"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
