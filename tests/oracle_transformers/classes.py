@@ -28,6 +28,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
     RwkvConfig,
     xLSTMConfig,
 )
@@ -299,6 +300,27 @@ def nemotron_h(size: Size) -> PretrainedConfig:
     )
 
 
+def recurrent_gemma(size: Size) -> PretrainedConfig:
+    return RecurrentGemmaConfig(
+        **size.usual,
+        attention_window_size=size.window,
+        logits_soft_cap=5.0,
+        pad_token_id=None,
+    )
+
+
+def recurrent_gemma_wide(size: Size) -> PretrainedConfig:
+    return RecurrentGemmaConfig(
+        **(size.usual | {"hidden_size": size.width + 16}),
+        lru_width=2 * size.width,
+        attention_bias=True,
+        block_types=["recurrent", "attention"],
+        attention_window_size=size.window,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+    )
+
+
 def rwkv(size: Size) -> PretrainedConfig:
     return RwkvConfig(**size.bare, intermediate_size=size.hidden)
 
@@ -346,6 +368,8 @@ CLASSES: dict[str, Callable[[Size], PretrainedConfig]] = {
         granite_hybrid,
         nemotron_h,
         minimax,
+        recurrent_gemma,
+        recurrent_gemma_wide,
         rwkv,
         xlstm,
     )

@@ -38,6 +38,11 @@ def _set(name: str, value: object) -> Callable[[PretrainedConfig], None]:
         ("qwen3_next", _set("shared_expert_intermediate_size", 40), "40 wide, which is no multiple"),
         ("lfm2", _set("conv_bias", True), "conv_bias is True, and only False"),
         ("olmo_hybrid", _set("attention_bias", True), "attention_bias is True, and only False"),
+        (
+            "recurrent_gemma",
+            _set("hidden_activation", "relu"),
+            "hidden_activation is 'relu'; what can be said",
+        ),
         ("xlstm", _set("use_bias", True), "use_bias is True, and only False"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
