@@ -34,8 +34,8 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
     """Costs of a unit with its norms and gates."""
     match unit:
         case Layer() | Beside():
-            parts = [function_cost(unit, width, length, itemsize, frame)]
-            return sum_costs([*parts, residual_cost(frame, width, length, itemsize, 1)])
+            around = residual_cost(frame, width, length, itemsize, 1, 0 if norms_input(unit) else 1)
+            return sum_costs([function_cost(unit, width, length, itemsize, frame), around])
         case Residual():
             return around_cost(unit, width, length, itemsize, frame)
         case Reuse():
@@ -70,7 +70,13 @@ def around_cost(unit: Residual, width: int, length: int, itemsize: int, frame: F
     parts += [
         unit_cost(each, width, length, itemsize, frame) for each in unit.body if isinstance(each, Residual)
     ]
-    return sum_costs([*parts, residual_cost(own, width, length, itemsize, len(mixers))])
+    read = sum(1 for each in mixers if not norms_input(each))
+    return sum_costs([*parts, residual_cost(own, width, length, itemsize, len(mixers), read)])
+
+
+def norms_input(unit: Layer | Beside) -> bool:
+    """Whether no norm of a residual stands before its function."""
+    return isinstance(unit, Layer) and unit.mixer.norms_input
 
 
 def body_cost(units: tuple[Unit, ...], width: int, length: int, itemsize: int, frame: Frame) -> Cost:
@@ -149,10 +155,13 @@ def sigma_cost(count: int, itemsize: int) -> Cost:
 
 
 @lru_cache(maxsize=4_096)
-def residual_cost(frame: Frame, width: int, length: int, itemsize: int, mixers: int) -> Cost:
-    """Of what stands around so many mixers in one residual: norms and, where it is gated, six matrices in three."""
-    count = {"sandwich": 2 * mixers, "none": 0, "post": 1, "deep": 1}.get(frame.place, mixers)
-    norms = count * norm_params(frame.norm, width)
+def residual_cost(frame: Frame, width: int, length: int, itemsize: int, mixers: int, read: int) -> Cost:
+    """Of what stands around so many mixers in one residual: norms and, where it is gated, six matrices in three.
+
+    read: those that read what a norm of the residual gives.
+    """
+    counts = {"sandwich": read + mixers, "inside": mixers, "none": 0, "post": 1, "deep": 1}
+    norms = counts.get(frame.place, read) * norm_params(frame.norm, width)
     if frame.place != "gated":
         return weights_cost(0, norms, length, itemsize)
     gates = weights_cost(6 * width * width, width + norms, length, itemsize)

@@ -88,6 +88,11 @@ def _beside_illegality(unit: Beside, width: int) -> Illegality | None:
         found = _unit_illegality(Layer(mixer), width)
         if found is not None:
             return found
+        if mixer.norms_input:
+            sentence = "norms what it reads itself, and mixers beside one another read what one norm gives"
+            return Illegality(
+                "genes", f"{spell_mixer(mixer, width)}: {sentence}; put it in a layer of its own"
+            )
     if unit.shares is not None:
         return Illegality("shares", why_indivisible(unit, width))
     return None

@@ -23,7 +23,7 @@ from mixforge.search_space.derivation import Derivation
 from mixforge.search_space.grammar import Rejection, Space, spell_size
 from mixforge.search_space.legality import illegality
 from mixforge.search_space.limits import Limit
-from mixforge.search_space.loans import applications, unread
+from mixforge.search_space.loans import EMBEDDING, applications, unread
 from mixforge.search_space.production import Overgrown
 from mixforge.search_space.repair import repair
 
@@ -108,7 +108,7 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
             f"each mixer stands in a residual unit with its norm (place={architecture.place})",
         )
     width = architecture.width
-    readers = sum(1 for each in placed if each.mixer.borrows(width))
+    readers = sum(1 for each in placed if each.mixer.borrows(width).keys() - {EMBEDDING})
     if readers:
         lenders = {each.place: set(each.mixer.lends(width)) for each in placed if each.mixer.lends(width)}
         idle = unread(architecture.stack, width)

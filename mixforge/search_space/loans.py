@@ -2,7 +2,8 @@
 
 A mixer lends and borrows by name: `cache`, the keys and values of all tokens so far (Sun et al. 2024, arXiv
 2405.05254, whose cross-decoder layers all read one cache); `values`, those of the tokens of this pass; `experts`,
-weights. A reader reads what the nearest owner of that name below it lends.
+weights. A reader reads what the nearest owner of that name below it lends. `embedding`, that of the tokens of this pass,
+the model itself lends.
 """
 
 from __future__ import annotations
@@ -76,12 +77,20 @@ def why_unowned(units: tuple[Unit, ...], width: int) -> str | None:
     owners: dict[tuple[Place, str], Application] = {}
     for each in applications(units):
         for name, loan in each.mixer.borrows(width).items():
-            reason = _why_unfit(name, loan, owners.get((each.segment, name)), each, width)
+            if name == EMBEDDING:
+                reason = _NO_EMBEDDING if each.segment else None
+            else:
+                reason = _why_unfit(name, loan, owners.get((each.segment, name)), each, width)
             if reason is not None:
                 return f"layer {each.place[0] + 1}: {spell_mixer(each.mixer, width)} {reason}"
         owners |= dict.fromkeys([(each.segment, name) for name in each.mixer.lends(width)], each)
     return None
 
+
+EMBEDDING = "embedding"
+"""What the model itself lends."""
+
+_NO_EMBEDDING = "reads embeddings, which the memory tokens of a segment have not; put it outside the segment"
 
 # What to write where a reader has no owner.
 _REMEDIES = {

@@ -17,6 +17,7 @@ from mixforge.search_space.architecture import Architecture, Layer, Reuse, Segme
 from mixforge.search_space.architecture import Beside as BesideUnit
 from mixforge.search_space.architecture import Residual as ResidualUnit
 from mixforge.search_space.architecture import Unit as StackUnit
+from mixforge.search_space.costs import norms_input
 from mixforge.search_space.genes import Form
 from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
@@ -98,7 +99,7 @@ class LanguageModel(nn.Module):
 
     def body(self, x_BTD: Tensor) -> Tensor:
         """The stack over whole sequences, for training: [B, T, D] -> [B, T, D]."""
-        at = Pass(torch.arange(x_BTD.shape[1], device=x_BTD.device), 0)
+        at = Pass(torch.arange(x_BTD.shape[1], device=x_BTD.device), 0, {"embedding": (x_BTD,)})
         y_BTD: Tensor = self.stack(x_BTD, None, at)[0]
         return y_BTD
 
@@ -147,8 +148,10 @@ class LanguageModel(nn.Module):
                 f"{length} tokens after {state.length} do not fit a state with room for {state.capacity}; "
                 f"start with prefill(tokens, capacity={end}) or more"
             )
-        at = Pass(torch.arange(state.length, end, device=tokens_BT.device), state.length)
-        x_BTD, layers = self.stack(self.embed(tokens_BT), state.layers, at)
+        x_BTD = self.embed(tokens_BT)
+        positions_T = torch.arange(state.length, end, device=tokens_BT.device)
+        at = Pass(positions_T, state.length, {"embedding": (x_BTD,)})
+        x_BTD, layers = self.stack(x_BTD, state.layers, at)
         return self.head(x_BTD[:, -1]), State(end, state.capacity, state.position + length, layers)
 
     @torch.no_grad()
@@ -171,7 +174,8 @@ class LanguageModel(nn.Module):
         self, token_B: Tensor, position: Tensor, layers: list[dict[str, Tensor]]
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The device work of a step. Nothing in it depends on a value of the host: a graph can capture it."""
-        x_BD, layers = self.stack.step(self.embed(token_B), layers, Pass(position, 0))
+        x_BD = self.embed(token_B)
+        x_BD, layers = self.stack.step(x_BD, layers, Pass(position, 0, {"embedding": (x_BD[:, None],)}))
         return self.head(x_BD), layers
 
 
@@ -265,20 +269,25 @@ class _Assembly:
     def residual(self, unit: Layer | BesideUnit, place: str | None) -> Part:
         """A residual unit around its function."""
         place = place or self.architecture.place
-        norms = self.norms(place, "before", "inside", "after")
-        return Part(Residual, mixer=self.branches(unit), **norms, **self.stream(place))
+        return Part(
+            Residual,
+            mixer=self.branches(unit),
+            **self.norms(place, unit),
+            **self.norms(place),
+            **self.stream(place),
+        )
 
     def around(self, unit: ResidualUnit) -> Part:
         """A residual connection around units that are applied one after the other."""
         place = unit.place or self.architecture.place
         body = [
-            Part(Branch, mixer=self.branches(each), **self.norms(place, "before", "inside"))
+            Part(Branch, mixer=self.branches(each), **self.norms(place, each))
             if isinstance(each, Layer | BesideUnit)
             else self.unit(each)
             for each in unit.body
         ]
         stack = Part(Stack, units=body)
-        return Part(ResidualStack, body=stack, **self.norms(place, "after"), **self.stream(place))
+        return Part(ResidualStack, body=stack, **self.norms(place), **self.stream(place))
 
     def segment(self, unit: Segment) -> Part:
         """Layers that begin anew in each segment."""
@@ -314,9 +323,12 @@ class _Assembly:
             more["halting"] = Part(Halting, width=width)
         return Part(Recurrence, body=body, times=unit.times, **more)
 
-    def norms(self, place: str, *where: str) -> dict[str, Part]:
-        """The norms of a residual unit, and what stands where it has none."""
+    def norms(self, place: str, unit: Layer | BesideUnit | None = None) -> dict[str, Part]:
+        """The norms around a mixer of a residual, or that of its sum, and what stands where there is none."""
         there = _PLACES[place]
+        if unit is not None and norms_input(unit):
+            there = tuple(each for each in there if each != "before")
+        where = ("after",) if unit is None else ("before", "inside")
         return {each: self.norm() if each in there else Part(nn.Identity) for each in where}
 
     def stream(self, place: str) -> dict[str, Part | float]:

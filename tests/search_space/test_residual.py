@@ -120,6 +120,42 @@ def test_one_residual_is_around_mixers_one_after_the_other(place: str) -> None:
 
 
 @torch.no_grad()
+def test_a_block_reads_the_embeddings_and_feeds_one_mixer() -> None:
+    """Zamba2's layer, x + mamba2(norm(x + mlp(norm(attn(norm([x; e])))))), attention as a loop over tokens."""
+    text = "residual(residual(attn(heads=2, head_dim=16, pos=none, reads=embeddings) + geglu) + mamba2)"
+    model = built(f"lm(mlp + {text}, width=16)")
+    e_BTD = inputs()
+    assert isinstance(model.stack, Stack)
+    first, block = model.stack.unit(0), model.stack.unit(1)
+    x_BTD = first(e_BTD, None, Pass(torch.arange(7), 0))[0]
+    w = {name: weight.detach() for name, weight in block.named_parameters()}
+    attn, glu, last = "body.units.0.body.units.0.mixer", "body.units.0.body.units.1", "body.units.1"
+    both = rms(torch.cat([x_BTD, e_BTD], -1), w[f"{attn}.norm.weight"])
+    q, k, v = (
+        (both @ w[f"{attn}.inner.{name}.weight"].T).view(2, 7, 2, 16)
+        for name in ("queries.query", "memory.key", "memory.value")
+    )
+    read = torch.zeros(2, 7, 2, 16, dtype=torch.float64)
+    for b in range(2):
+        for h in range(2):
+            for t in range(7):
+                share = torch.softmax(k[b, : t + 1, h] @ q[b, t, h] / 4, 0)
+                read[b, t, h] = share @ v[b, : t + 1, h]
+    a = rms(read.flatten(2) @ w[f"{attn}.inner.output.out.weight"].T, w[f"{glu}.before.weight"])
+    gate = a @ w[f"{glu}.mixer.inner.gate.weight"].T
+    y = gate * (1 + torch.erf(gate / 2**0.5)) / 2 * (a @ w[f"{glu}.mixer.inner.up.weight"].T)
+    summed = x_BTD + y @ w[f"{glu}.mixer.inner.out.weight"].T
+    assert isinstance(block, ResidualStack)
+    mamba2 = block.body.unit(1)
+    assert isinstance(mamba2, Branch)
+    normed = rms(summed, w[f"{last}.before.weight"])
+    expected = x_BTD + mamba2.mixer(normed, None, Pass(torch.arange(7), 0))[0]
+    torch.testing.assert_close(model.body(e_BTD), expected)
+    # No norm stands before a mixer that norms what it reads.
+    assert isinstance(block.body.unit(0).body.unit(0).before, nn.Identity)  # type: ignore[union-attr,operator]
+
+
+@torch.no_grad()
 def test_none_has_no_norm_but_the_last() -> None:
     model = built("lm(attn + swiglu, width=16, place=none, norm=simple)")
     x_BTD = inputs()
