@@ -30,6 +30,7 @@ from transformers import (
     Qwen3NextConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
+    Zamba2Config,
     xLSTMConfig,
 )
 
@@ -341,6 +342,35 @@ def xlstm(size: Size) -> PretrainedConfig:
     return xLSTMConfig(**size.bare, num_heads=size.heads, chunk_size=16)
 
 
+def zamba2(size: Size) -> PretrainedConfig:
+    return Zamba2Config(
+        **(size.usual | {"num_hidden_layers": 6, "num_key_value_heads": size.heads}),
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid", "hybrid"],
+        n_mamba_heads=2 * size.heads,
+        mamba_d_state=16,
+        chunk_size=16,
+        num_mem_blocks=2,
+        use_shared_attention_adapter=True,
+        adapter_rank=8,
+        use_mem_rope=True,
+        pad_token_id=None,
+    )
+
+
+def zamba2_one_block(size: Size) -> PretrainedConfig:
+    return Zamba2Config(
+        **size.usual,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        n_mamba_heads=2 * size.heads,
+        mamba_d_state=16,
+        mamba_ngroups=2,
+        chunk_size=16,
+        adapter_rank=8,
+        hidden_act="gelu_pytorch_tanh",
+        pad_token_id=None,
+    )
+
+
 CLASSES: dict[str, Callable[[Size], PretrainedConfig]] = {
     make.__name__: make
     for make in (
@@ -372,6 +402,8 @@ CLASSES: dict[str, Callable[[Size], PretrainedConfig]] = {
         recurrent_gemma_wide,
         rwkv,
         xlstm,
+        zamba2,
+        zamba2_one_block,
     )
 }
 """A class's name, with what is particular about its configuration, to the function that makes it."""

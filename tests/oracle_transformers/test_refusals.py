@@ -43,6 +43,8 @@ def _set(name: str, value: object) -> Callable[[PretrainedConfig], None]:
             _set("hidden_activation", "relu"),
             "hidden_activation is 'relu'; what can be said",
         ),
+        ("zamba2", _set("add_bias_linear", True), "add_bias_linear is True, and only False"),
+        ("zamba2", _set("rms_norm_eps", 1e-6), "rms_norm_eps is 1e-06, and only 1e-05"),
         ("xlstm", _set("use_bias", True), "use_bias is True, and only False"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
