@@ -24,7 +24,7 @@ def _delta(config: Config, tensors: Tensors, prefix: str) -> Layer:
     q, k, v = (tensors.take(f"{prefix}.{name}_proj.weight") for name in "qkv")
     weights = {
         "mixed.weight": torch.cat([q, k, v]),
-        # Stored in three parts, whose borders need not be those of queries, keys and values.
+        # In three parts: those of queries, keys and values in the releases, equal ones as transformers stores them.
         "conv.weight": torch.cat([tensors.take(f"{prefix}.{name}_conv1d.weight")[:, 0] for name in "qkv"]),
         "decay.step_size.weight": tensors.take(f"{prefix}.a_proj.weight"),
         "decay.bias": tensors.take(f"{prefix}.dt_bias"),
@@ -66,7 +66,7 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
     genes = {**sizes(config), **_position(config)}
     for layer in range(config.whole("num_hidden_layers")):
         prefix = f"model.layers.{layer}"
-        # Stored under these names, by transformers in attention layers too.
+        # transformers stores them under these names; the releases have those of the class.
         tensors.rename(f"{prefix}.attention_layer_norm.", f"{prefix}.input_layernorm.")
         tensors.rename(f"{prefix}.feedforward_layer_norm.", f"{prefix}.post_attention_layernorm.")
         after = tensors.norm(f"{prefix}.post_attention_layernorm")
