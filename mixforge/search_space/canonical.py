@@ -25,10 +25,11 @@ from mixforge.search_space.stack import (
     Unit,
     mixer_json,
     mixes_tokens,
+    norms_input,
 )
 
-# Places of which nothing is left where there is no mixer.
-_OF_MIXERS = ("pre", "inside", "sandwich", "none")
+# Places that say nothing but whether there is a norm before each mixer, and after it.
+_OF_MIXERS = {"none": (False, False), "pre": (True, False), "inside": (False, True), "sandwich": (True, True)}
 
 
 def canonical(units: tuple[Unit, ...], width: int, place: str) -> tuple[Unit, ...]:
@@ -116,11 +117,19 @@ def _canonical_residual(unit: Residual, width: int, place: str) -> Residual:
             for each in unit.body
         ]
     )
-    said = None if unit.place == place else unit.place
-    if all(isinstance(each, Residual) for each in body) and (said or place) in _OF_MIXERS:
-        # There is no mixer for the norms to stand at.
-        said = None if place in _OF_MIXERS else "none"
-    return Residual(body, said)
+    said = unit.place or place
+    mixers = [each for each in body if not isinstance(each, Residual)]
+    reads = [each for each in mixers if not norms_input(each)]
+
+    def norms(place: str) -> tuple[bool, bool]:
+        before, after = _OF_MIXERS[place]
+        return before and bool(reads), after and bool(mixers)
+
+    if said in _OF_MIXERS:
+        # Some have the same norms, where no mixer reads one or there is no mixer: the model's, or the first.
+        same = [each for each in _OF_MIXERS if norms(each) == norms(said)]
+        said = place if place in same else same[0]
+    return Residual(body, None if said == place else said)
 
 
 def _canonical_reuse(unit: Reuse, width: int, place: str) -> tuple[Unit, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Cost, Mixer
-from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit
+from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, norms_input
 
 
 @lru_cache(maxsize=65_536)
@@ -72,11 +72,6 @@ def around_cost(unit: Residual, width: int, length: int, itemsize: int, frame: F
     ]
     read = sum(1 for each in mixers if not norms_input(each))
     return sum_costs([*parts, residual_cost(own, width, length, itemsize, len(mixers), read)])
-
-
-def norms_input(unit: Layer | Beside) -> bool:
-    """Whether no norm of a residual stands before its function."""
-    return isinstance(unit, Layer) and unit.mixer.norms_input
 
 
 def body_cost(units: tuple[Unit, ...], width: int, length: int, itemsize: int, frame: Frame) -> Cost:

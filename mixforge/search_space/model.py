@@ -17,7 +17,6 @@ from mixforge.search_space.architecture import Architecture, Layer, Reuse, Segme
 from mixforge.search_space.architecture import Beside as BesideUnit
 from mixforge.search_space.architecture import Residual as ResidualUnit
 from mixforge.search_space.architecture import Unit as StackUnit
-from mixforge.search_space.costs import norms_input
 from mixforge.search_space.genes import Form
 from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
@@ -40,7 +39,7 @@ from mixforge.search_space.parts.segment import SegmentStack
 from mixforge.search_space.parts.shortcut import DepthAttention, DepthAverage, ShortcutStack
 from mixforge.search_space.parts.sigma import with_sigma
 from mixforge.search_space.scaling import BASE, output_scale, rate_factors
-from mixforge.search_space.stack import mixers
+from mixforge.search_space.stack import mixers, norms_input
 
 
 @dataclass

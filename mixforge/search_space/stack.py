@@ -233,6 +233,11 @@ def _check_words(form: str, given: dict[str, GeneValue]) -> None:
 Unit = Layer | Beside | Reuse | Segment | Residual
 
 
+def norms_input(unit: Unit) -> bool:
+    """Whether no norm of a residual stands before it."""
+    return isinstance(unit, Layer) and unit.mixer.norms_input
+
+
 def mixes_tokens(unit: Unit) -> bool:
     """Whether a token mixer is in it."""
     return any(mixer.kind == "token" for mixer in mixers((unit,)))

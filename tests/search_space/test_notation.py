@@ -330,6 +330,14 @@ def test_errors_name_the_place_and_the_way_out(text: str, column: int, saying: s
             "lm(residual(residual(attn, place=post), place=inside), width=64, place=post)",
             "lm(residual(residual(attn), place=none), width=64, place=post)",
         ),
+        (
+            "lm(residual(attn(reads=embeddings), place=none), width=64)",
+            "lm(attn(reads=embeddings), width=64)",
+        ),
+        (
+            "lm(mlp + residual(attn(reads=embeddings), place=sandwich), width=64)",
+            "lm(mlp + residual(attn(reads=embeddings), place=inside), width=64)",
+        ),
         ("lm(attn, width=64, eps=0.000001)", "lm(attn, width=64)"),
         ("lm(attn, width=64, eps=auto, scale=standard, weights=plain)", "lm(attn, width=64)"),
         ("lm(attn, width=64, norm=layer, eps=1e-6)", "lm(attn, width=64, norm=layer, eps=1e-06)"),
