@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,3 +55,25 @@ def test_a_release_is_the_same_checkpoint(
     assert found.architecture == expected.architecture
     assert found.weights.keys() == expected.weights.keys()
     assert all(torch.equal(value, expected.weights[name]) for name, value in found.weights.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("recurrent_gemma", {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}),
+        ("recurrent_gemma", {"rope_theta": 10_000.0}),
+        ("zamba2", {"rope_theta": 10_000}),
+    ],
+)
+def test_a_release_says_less_in_its_configuration(
+    name: str, config: dict[str, float], tmp_path: Path
+) -> None:
+    """Positions as they were said before `rope_parameters`, and nothing of embeddings that are the head's."""
+    torch.manual_seed(0)
+    model_of(CLASSES[name](Size())).save_pretrained(tmp_path)
+    expected = read(tmp_path).architecture
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["rope_parameters"], values["tie_word_embeddings"]
+    path.write_text(json.dumps({**values, **config}))
+    assert read(tmp_path).architecture == expected
