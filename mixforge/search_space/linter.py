@@ -105,7 +105,7 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
         yield Finding(
             "residual",
             "note",
-            f"each mixer stands in a residual unit with its norm (place={architecture.place})",
+            f"each mixer stands in a residual with its norm (place={architecture.place} where it says no other)",
         )
     width = architecture.width
     readers = sum(1 for each in placed if each.mixer.borrows(width).keys() - {EMBEDDING})
