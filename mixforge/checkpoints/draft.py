@@ -40,6 +40,11 @@ class Tensors:
         for name in [name for name in self.left if name.endswith(ending)]:
             del self.left[name]
 
+    def drop_all(self, beginning: str) -> None:
+        """Leave out what is there a second time."""
+        for name in [name for name in self.left if name.startswith(beginning)]:
+            del self.left[name]
+
     def norm(self, name: str, *, from_one: bool = False) -> Tensor:
         """A norm's weight; `from_one` where the checkpoint keeps what is added to 1."""
         weight = self.take(f"{name}.weight")
@@ -56,10 +61,15 @@ class Draft:
 
     def add(self, text: str, weights: Mapping[str, Tensor], **norms: Tensor | None) -> None:
         """One residual unit: its mixer's expression, the mixer's weights, and its norms by place (`before=`)."""
+        of_mixer = {f"mixer.{name}": value for name, value in weights.items()}
+        of_norms = {f"{place}.weight": norm for place, norm in norms.items() if norm is not None}
+        self.add_unit(text, {**of_mixer, **of_norms})
+
+    def add_unit(self, text: str, weights: Mapping[str, Tensor]) -> None:
+        """One residual unit of any form: its expression, and its weights as the unit names them."""
         unit = f"stack.units.{len(self.units)}"
         self.units.append(text)
-        self.weights |= {f"{unit}.mixer.{name}": value for name, value in weights.items()}
-        self.weights |= {f"{unit}.{place}.weight": norm for place, norm in norms.items() if norm is not None}
+        self.weights |= {f"{unit}.{name}": value for name, value in weights.items()}
 
     def ends(self, embedding: Tensor, norm: Tensor, readout: Tensor | None) -> None:
         """The embedding [X, D], the last norm and the head [X, D], which is None where it is the embedding."""

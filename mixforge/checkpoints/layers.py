@@ -94,14 +94,14 @@ def biased(weights: dict[str, Tensor]) -> Genes:
     return {"bias": "all" if has_out else "qkv"}
 
 
-def feed_forward(tensors: Tensors, prefix: str, width: int, mixer: str = "swiglu") -> Layer:
+def feed_forward(tensors: Tensors, prefix: str, width: int, act: str = "silu") -> Layer:
     """A gated unit, with biases where there are."""
     names = {"gate": f"{prefix}.gate_proj", "up": f"{prefix}.up_proj", "out": f"{prefix}.down_proj"}
     weights = projections(tensors, names)
-    genes: Genes = {"expand": len(weights["up.weight"]) / width}
+    genes: Genes = {"act": act, "expand": len(weights["up.weight"]) / width}
     if "up.bias" in weights:
         genes["bias"] = "all"
-    return call(mixer, genes), pointwise(weights)
+    return call("glu", genes), pointwise(weights)
 
 
 def experts(tensors: Tensors, prefix: str, genes: Genes, width: int, *, router: str = "gate") -> Layer:

@@ -32,6 +32,7 @@ from mixforge.search_space.stack import MOST_UNITS, depth, gene_json, mixers, un
 from mixforge.search_space.stack import Beside as Beside
 from mixforge.search_space.stack import Fuse as Fuse
 from mixforge.search_space.stack import Layer as Layer
+from mixforge.search_space.stack import Residual as Residual
 from mixforge.search_space.stack import Reuse as Reuse
 from mixforge.search_space.stack import Segment as Segment
 from mixforge.search_space.stack import Unit as Unit
@@ -86,7 +87,7 @@ class Architecture:
             raise ValueError(
                 f"the stack is {depth(self.stack)} layers deep; at most {MOST_UNITS} are allowed"
             )
-        object.__setattr__(self, "stack", canonical(self.stack, self.width))
+        object.__setattr__(self, "stack", canonical(self.stack, self.width, self.place))
         for word, value in self._settled_words():
             object.__setattr__(self, word, value)
         object.__setattr__(self, "_json", self._write_json())
@@ -224,6 +225,9 @@ class Architecture:
                 continue
             if isinstance(unit, Segment):
                 yield from self._entries(unit.body, times, unit, counter)
+                continue
+            if isinstance(unit, Residual):
+                yield from self._entries(unit.body, times, segment, counter)
                 continue
             counter.number += 1
             branches = (unit.mixer,) if isinstance(unit, Layer) else unit.branches

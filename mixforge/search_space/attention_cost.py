@@ -38,32 +38,34 @@ def slots_of(gene: Attn, length: int) -> int:
 def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:
     """Matrices that every token meets; those that every entry meets when it is read; how many other weights."""
     heads, kv_heads, head_dim = gene.sizes(width)
+    seen = gene.seen(width)
     matrices, vectors = query_weights(gene, width)
+    vectors += seen if gene.norms_input else 0
     reading: list[tuple[int, int]] = []
     inner = kv_heads * head_dim
     shifts = 0 if gene.kv_shift == "none" else kv_heads
     biased = gene.bias != "none"
     if gene.latent is not None:
         rank, rope_dim = gene.latent
-        matrices += [(width, rank + rope_dim)]
+        matrices += [(seen, rank + rope_dim)]
         reading += [(rank, 2 * heads * head_dim)]
         vectors += rank + gene.meta * (rank + rope_dim)
     elif gene.kv == "reuse":
-        matrices += [(width, inner), (width, shifts)]
+        matrices += [(seen, inner), (seen, shifts)]
         reading += [(head_dim, head_dim)]
         vectors += head_dim + (biased + gene.meta) * inner
     elif gene.kv != "shared":
-        keys, key_bias = projection(gene, width, inner)
-        matrices += [*keys, (width, inner), (width, 2 * shifts)]
+        keys, key_bias = projection(gene, seen, inner)
+        matrices += [*keys, (seen, inner), (seen, 2 * shifts)]
         # Pairs of tokens are of two keys and two values each.
-        matrices += [(width, 2 * inner if gene.special == "simplicial" else 0)]
+        matrices += [(seen, 2 * inner if gene.special == "simplicial" else 0)]
         vectors += biased * (key_bias + inner) + 2 * gene.meta * inner
     if gene.latent is None and gene.kv != "shared":
         vectors += {"none": 0, "rms": head_dim, "rms_all": inner, "l2": 0}[gene.qk_norm]
     channels = heads * head_dim
     experts = gene.experts if isinstance(gene.experts, int) else 0
-    matrices += [(experts * head_dim if experts else channels, width), (width, experts)]
-    matrices += [(width, channels if gene.out_gate == "sigmoid" else 0)]
+    matrices += [(experts * head_dim if experts else channels, width), (seen, experts)]
+    matrices += [(seen, channels if gene.out_gate == "sigmoid" else 0)]
     vectors += width * (gene.bias == "all") + head_dim * (gene.out_norm == "rms")
     vectors += 0 if gene.diff == "none" else 6 * head_dim
     vectors += heads * gene.codes * head_dim if gene.codes is not None else 0
@@ -72,10 +74,10 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
         matrices += [(kv_heads * TAPS * into, out) for into, out in pairwise(sizes)]
         matrices += [(kv_heads * sizes[-1], 1)]
         vectors += kv_heads * sum(sizes[1:])
-    matrices += [(width, 3 * heads if gene.special == "nsa" else 0)]
+    matrices += [(seen, 3 * heads if gene.special == "nsa" else 0)]
     vectors += heads if gene.special == "local_linear" else 0
     turning = 1 if gene.latent is not None else kv_heads
-    matrices += [(width, heads * (gene.forget != "none")), (width, turning * (gene.pos == "carope"))]
+    matrices += [(seen, heads * (gene.forget != "none")), (seen, turning * (gene.pos == "carope"))]
     vectors += heads * ((gene.forget != "none") + (gene.sink == "learned"))
     if gene.pos == "lrpe":
         vectors += turning * int(gene.turning(width)) // 2
@@ -84,32 +86,33 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     if isinstance(gene.headmix, Form):
         rank = int(gene.headmix.arguments[0])
         hidden = 2 * heads * rank
-        matrices += [(width, 4 * hidden), (4 * hidden, 2 * rank * heads), (width, 4 * heads)]
+        matrices += [(seen, 4 * hidden), (4 * hidden, 2 * rank * heads), (seen, 4 * heads)]
     vectors += 2 * heads * heads * (gene.headmix == "static")
     return matrices, reading, vectors
 
 
 def query_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], int]:
     heads, _, head_dim = gene.sizes(width)
+    seen = gene.seen(width)
     if gene.query == "learned":
         return [], heads * head_dim
     channels = heads * gene.key_dim(width)
-    matrices, bias = projection(gene, width, channels)
+    matrices, bias = projection(gene, seen, channels)
     vectors = {"none": 0, "rms": head_dim, "rms_all": channels, "l2": heads}[gene.qk_norm]
     if isinstance(gene.experts, int):
-        matrices = [(width, gene.experts * head_dim)]
+        matrices = [(seen, gene.experts * head_dim)]
     if isinstance(gene.query_rank, int):
-        matrices = [(width, gene.query_rank), (gene.query_rank, channels)]
+        matrices = [(seen, gene.query_rank), (gene.query_rank, channels)]
         vectors += gene.query_rank
     return matrices, vectors + bias * (gene.bias != "none") + heads * (gene.temper == "ssmax")
 
 
-def projection(gene: Attn, width: int, channels: int) -> tuple[list[tuple[int, int]], int]:
+def projection(gene: Attn, seen: int, channels: int) -> tuple[list[tuple[int, int]], int]:
     """Matrices and bias that make queries or keys of two maps."""
     if not isinstance(gene.diff, Form):
-        return [(width, channels)], channels
+        return [(seen, channels)], channels
     rank = int(gene.diff.arguments[0])
-    return [(width, channels // 2), (width, 2 * rank), (rank, channels)], channels // 2
+    return [(seen, channels // 2), (seen, 2 * rank), (rank, channels)], channels // 2
 
 
 def score_flops(gene: Attn, width: int, length: int) -> int:

@@ -56,6 +56,11 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         return undivided("attn", heads, width)
     if heads % kv_heads != 0:
         return f"{kv_heads} key/value heads do not divide {heads} query heads (mixer attn)"
+    if gene.reads != "stream" and gene.source != "token":
+        return (
+            f"reads={gene.reads} is as wide as two streams, and source={gene.source} as one (mixer attn); "
+            "use source=token"
+        )
     if gene.chunk is not None and (gene.kv_shift != "none" or gene.special == "simplicial"):
         given = f"score={gene.score}" if gene.special == "simplicial" else f"kv_shift={gene.kv_shift}"
         return (

@@ -92,7 +92,7 @@ def routing_part(gene: Attn, width: int) -> Part | None:
         return None
     router = Part(
         Router,
-        width=width,
+        width=gene.seen(width),
         experts=gene.experts,
         top_k=gene.sizes(width)[0],
         score="softmax",
@@ -109,13 +109,14 @@ def routing_part(gene: Attn, width: int) -> Part | None:
 def queries_part(gene: Attn, width: int, backend: Backend) -> Part:
     heads, _, head_dim = gene.sizes(width)
     channels = heads * gene.key_dim(width)
-    query = linear_part(gene, width, channels)
+    seen = gene.seen(width)
+    query = linear_part(gene, seen, channels)
     if isinstance(gene.experts, int):
-        query = Part(ExpertQueries, width=width, experts=gene.experts, head_dim=head_dim)
+        query = Part(ExpertQueries, width=seen, experts=gene.experts, head_dim=head_dim)
     if isinstance(gene.query_rank, int):
         query = Part(
             LowRank,
-            width=width,
+            width=seen,
             rank=gene.query_rank,
             channels=channels,
             bias=gene.bias != "none",
@@ -134,13 +135,13 @@ def queries_part(gene: Attn, width: int, backend: Backend) -> Part:
     )
 
 
-def linear_part(gene: Attn, width: int, channels: int) -> Part:
+def linear_part(gene: Attn, seen: int, channels: int) -> Part:
     """What makes queries or keys of the input."""
     biased = gene.bias != "none"
     if isinstance(gene.diff, Form):
         rank = int(gene.diff.arguments[0])
-        return Part(TwoMaps, width=width, rank=rank, channels=channels // 2, bias=biased)
-    return Part(nn.Linear, in_features=width, out_features=channels, bias=biased)
+        return Part(TwoMaps, width=seen, rank=rank, channels=channels // 2, bias=biased)
+    return Part(nn.Linear, in_features=seen, out_features=channels, bias=biased)
 
 
 def qk_norm_part(gene: Attn, width: int, heads: int, backend: Backend) -> Part | None:
@@ -153,24 +154,25 @@ def qk_norm_part(gene: Attn, width: int, heads: int, backend: Backend) -> Part |
 
 def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
     heads, kv_heads, head_dim = gene.sizes(width)
+    seen = gene.seen(width)
     if gene.kv == "shared":
         return Part(Borrowed)
     if gene.latent is not None:
         rank, rope_dim = gene.latent
         norm = norm_part(rank, backend)
         return Part(
-            Latents, width=width, heads=heads, head_dim=head_dim, rank=rank, rope_dim=rope_dim, norm=norm
+            Latents, width=seen, heads=heads, head_dim=head_dim, rank=rank, rope_dim=rope_dim, norm=norm
         )
     if gene.special == "simplicial":
-        return Part(TwoKeysValues, width=width, heads=kv_heads, head_dim=head_dim)
-    shift = Part(TokenShift, width=width, heads=kv_heads) if gene.kv_shift == "token" else None
+        return Part(TwoKeysValues, width=seen, heads=kv_heads, head_dim=head_dim)
+    shift = Part(TokenShift, width=seen, heads=kv_heads) if gene.kv_shift == "token" else None
     key, key_norm = (
-        linear_part(gene, width, kv_heads * head_dim),
+        linear_part(gene, seen, kv_heads * head_dim),
         qk_norm_part(gene, width, kv_heads, backend),
     )
     if gene.kv == "reuse":
         return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
-    value = Part(nn.Linear, in_features=width, out_features=kv_heads * head_dim, bias=gene.bias != "none")
+    value = Part(nn.Linear, in_features=seen, out_features=kv_heads * head_dim, bias=gene.bias != "none")
     if gene.chunk is not None:
         states = Part(ByChunk, mixer=gene.states(width).build(heads * head_dim, backend), chunk=gene.chunk)
         return Part(
@@ -206,7 +208,7 @@ def position_part(gene: Attn, width: int) -> Part:
     if gene.pos == "lrpe":
         return Part(LearnedRotary, channels=channels, heads=heads, theta=gene.theta)
     if gene.pos == "carope":
-        return Part(ContextRotary, width=width, channels=channels, heads=heads)
+        return Part(ContextRotary, width=gene.seen(width), channels=channels, heads=heads)
     return Part(Rotary, channels=channels, theta=gene.theta, scales=gene.pos == "xpos")
 
 
@@ -259,7 +261,7 @@ def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
         return Part(Biased, scale=scale, terms=terms, sinks=sinks, operation=attention.masked_form(backend))
     mix: Part | None = None
     if isinstance(gene.headmix, Form):
-        mix = Part(DynamicMix, width=width, heads=heads, rank=int(gene.headmix.arguments[0]))
+        mix = Part(DynamicMix, width=gene.seen(width), heads=heads, rank=int(gene.headmix.arguments[0]))
     elif gene.headmix == "static":
         mix = Part(StaticMix, heads=heads)
     dims = {"key_dim": gene.key_dim(width), "value_dim": gene.value_dim(width)}
@@ -281,7 +283,13 @@ def special_scores_part(gene: Attn, width: int, scale: float) -> Part:
         return Part(Summarised, block=block, scale=scale)
     if gene.special == "nsa":
         return Part(
-            NativeSparse, width=width, heads=heads, block=block, count=more[0], window=more[1], scale=scale
+            NativeSparse,
+            width=gene.seen(width),
+            heads=heads,
+            block=block,
+            count=more[0],
+            window=more[1],
+            scale=scale,
         )
     return Part(Grouped, block=block, count=more[0], own=gene.special == "landmark", scale=scale)
 
@@ -294,7 +302,7 @@ def output_part(gene: Attn, width: int, backend: Backend) -> Part:
         norm = norm_part(2 * head_dim, backend)
         difference = Part(Differential, head_dim=head_dim, start=start, norm=norm)
     channels, biased = heads * head_dim, gene.bias == "all"
-    gate = Part(nn.Linear, in_features=width, out_features=channels, bias=False)
+    gate = Part(nn.Linear, in_features=gene.seen(width), out_features=channels, bias=False)
     out = Part(nn.Linear, in_features=channels, out_features=width, bias=biased)
     if isinstance(gene.experts, int):
         out = Part(ExpertOutputs, width=width, experts=gene.experts, head_dim=head_dim)

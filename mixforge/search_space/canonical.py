@@ -2,7 +2,7 @@
 
 Genes that say what follows from the width are left off (`Mixer.canonical`); shares of the heads are applied
 to the branches; branches beside one another are sorted; reuse of reuse is one reuse; what no layer reads is
-not lent.
+not lent; a residual around one mixer with the model's place is that mixer.
 """
 
 from __future__ import annotations
@@ -16,23 +16,36 @@ from math import gcd
 from mixforge.search_space.loans import Place, trades, unread
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.settled import narrow, settle
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixer_json, mixes_tokens
+from mixforge.search_space.stack import (
+    Beside,
+    Layer,
+    Residual,
+    Reuse,
+    Segment,
+    Unit,
+    mixer_json,
+    mixes_tokens,
+    norms_input,
+)
+
+# Places that say nothing but whether there is a norm before each mixer, and after it.
+_OF_MIXERS = {"none": (False, False), "pre": (True, False), "inside": (False, True), "sandwich": (True, True)}
 
 
-def canonical(units: tuple[Unit, ...], width: int) -> tuple[Unit, ...]:
-    """The one form of all stacks that are the same model as this one at this width."""
-    settled = tuple([each for unit in units for each in canonical_unit(unit, width)])
+def canonical(units: tuple[Unit, ...], width: int, place: str) -> tuple[Unit, ...]:
+    """The one form of all stacks that are the same model as this one at this width and place of the norms."""
+    settled = tuple([each for unit in units for each in canonical_unit(unit, width, place)])
     if not any(trades(unit, width) for unit in settled):
         return settled
     idle = unread(settled, width)
-    return tuple(_without_owners(settled, (), idle, width)) if idle else settled
+    return tuple(_without_owners(settled, (), idle, width, place)) if idle else settled
 
 
 def _without_owners(
-    units: tuple[Unit, ...], place: Place, idle: Mapping[Place, frozenset[str]], width: int
+    units: tuple[Unit, ...], at: Place, idle: Mapping[Place, frozenset[str]], width: int, place: str
 ) -> Iterator[Unit]:
     for index, unit in enumerate(units):
-        here = (*place, index)
+        here = (*at, index)
         if not any(owner[: len(here)] == here for owner in idle):
             yield unit
             continue
@@ -45,14 +58,14 @@ def _without_owners(
                     for branch, mixer in enumerate(unit.branches)
                 )
                 changed = Beside(tuple(branches), unit.fuse, unit.shares, unit.norm)
-            case Reuse() | Segment():
-                changed = replace(unit, body=tuple(_without_owners(unit.body, here, idle, width)))
-        yield from canonical_unit(changed, width)
+            case Reuse() | Segment() | Residual():
+                changed = replace(unit, body=tuple(_without_owners(unit.body, here, idle, width, place)))
+        yield from canonical_unit(changed, width, place)
 
 
 @lru_cache(maxsize=65_536)
-def canonical_unit(unit: Unit, width: int) -> tuple[Unit, ...]:
-    """The one form of all units that are the same model as this one at this width."""
+def canonical_unit(unit: Unit, width: int, place: str) -> tuple[Unit, ...]:
+    """The one form of all units that are the same model as this one at this width and place of the norms."""
     match unit:
         case Layer():
             settled = settle(unit.mixer, width)
@@ -60,9 +73,13 @@ def canonical_unit(unit: Unit, width: int) -> tuple[Unit, ...]:
         case Beside():
             return (_canonical_beside(unit, width),)
         case Reuse():
-            return _canonical_reuse(unit, width)
+            return _canonical_reuse(unit, width, place)
+        case Residual():
+            around = _canonical_residual(unit, width, place)
+            is_plain = around.place is None and len(around.body) == 1
+            return around.body if is_plain and not isinstance(around.body[0], Residual) else (around,)
         case Segment():
-            body = tuple(each for inner in unit.body for each in canonical_unit(inner, width))
+            body = tuple(each for inner in unit.body for each in canonical_unit(inner, width, place))
             # Layers that mix no tokens do the same in a segment as outside, unless it is a matrix that carries.
             carries = unit.carry != "tokens" or any(map(mixes_tokens, body))
             return (replace(unit, body=body),) if carries else body
@@ -91,8 +108,32 @@ def _by_json(pair: tuple[Mixer, int]) -> tuple[str, int]:
     return mixer_json(pair[0]), pair[1]
 
 
-def _canonical_reuse(unit: Reuse, width: int) -> tuple[Unit, ...]:
-    body = tuple(each for inner in unit.body for each in canonical_unit(inner, width))
+def _canonical_residual(unit: Residual, width: int, place: str) -> Residual:
+    body = tuple(
+        [
+            _canonical_residual(each, width, place)
+            if isinstance(each, Residual)
+            else canonical_unit(each, width, place)[0]
+            for each in unit.body
+        ]
+    )
+    said = unit.place or place
+    mixers = [each for each in body if not isinstance(each, Residual)]
+    reads = [each for each in mixers if not norms_input(each)]
+
+    def norms(place: str) -> tuple[bool, bool]:
+        before, after = _OF_MIXERS[place]
+        return before and bool(reads), after and bool(mixers)
+
+    if said in _OF_MIXERS:
+        # Some have the same norms, where no mixer reads one or there is no mixer: the model's, or the first.
+        same = [each for each in _OF_MIXERS if norms(each) == norms(said)]
+        said = place if place in same else same[0]
+    return Residual(body, None if said == place else said)
+
+
+def _canonical_reuse(unit: Reuse, width: int, place: str) -> tuple[Unit, ...]:
+    body = tuple(each for inner in unit.body for each in canonical_unit(inner, width, place))
     if unit.times == 1 and unit.signal == "none":
         return body
     # A single application has all the weight.

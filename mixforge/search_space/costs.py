@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Cost, Mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit
+from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, norms_input
 
 
 @lru_cache(maxsize=65_536)
@@ -33,12 +33,11 @@ class Frame(NamedTuple):
 def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
     """Costs of a unit with its norms and gates."""
     match unit:
-        case Layer():
-            # The unit itself is remembered, and hashing a mixer of many genes twice is half of the time.
-            parts = [unit.mixer.cost(width, length, itemsize)]
-        case Beside():
-            parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
-            parts.append(fuse_cost(unit, width, length, itemsize))
+        case Layer() | Beside():
+            around = residual_cost(frame, width, length, itemsize, 1, 0 if norms_input(unit) else 1)
+            return sum_costs([function_cost(unit, width, length, itemsize, frame), around])
+        case Residual():
+            return around_cost(unit, width, length, itemsize, frame)
         case Reuse():
             parts = [body_cost(unit.body, width, length, itemsize, frame)]
             if unit.halt != "none":
@@ -48,9 +47,31 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
         case Segment():
             inside = in_segments(unit, length, partial(_of_length, unit.body, width, itemsize, frame))
             return inside + memory_cost(unit, width, length, itemsize, frame)
+
+
+def function_cost(unit: Layer | Beside, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
+    """Of a residual unit's function alone."""
+    if isinstance(unit, Layer):
+        # The unit itself is remembered, and hashing a mixer of many genes twice is half of the time.
+        parts = [unit.mixer.cost(width, length, itemsize)]
+    else:
+        parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
+        parts.append(fuse_cost(unit, width, length, itemsize))
     if frame.has_sigma:
         parts.append(sigma_cost(matrices(unit, width), itemsize))
-    return sum_costs([*parts, residual_cost(frame, width, length, itemsize)])
+    return sum_costs(parts)
+
+
+def around_cost(unit: Residual, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
+    """Of a residual connection around several mixers, and of residuals inside it."""
+    own = frame if unit.place is None else frame._replace(place=unit.place)
+    mixers = [each for each in unit.body if isinstance(each, Layer | Beside)]
+    parts = [function_cost(each, width, length, itemsize, frame) for each in mixers]
+    parts += [
+        unit_cost(each, width, length, itemsize, frame) for each in unit.body if isinstance(each, Residual)
+    ]
+    read = sum(1 for each in mixers if not norms_input(each))
+    return sum_costs([*parts, residual_cost(own, width, length, itemsize, len(mixers), read)])
 
 
 def body_cost(units: tuple[Unit, ...], width: int, length: int, itemsize: int, frame: Frame) -> Cost:
@@ -129,9 +150,13 @@ def sigma_cost(count: int, itemsize: int) -> Cost:
 
 
 @lru_cache(maxsize=4_096)
-def residual_cost(frame: Frame, width: int, length: int, itemsize: int) -> Cost:
-    """Of what stands around a residual unit's function: its norms and, where it is gated, six matrices in three."""
-    norms = {"sandwich": 2, "none": 0}.get(frame.place, 1) * norm_params(frame.norm, width)
+def residual_cost(frame: Frame, width: int, length: int, itemsize: int, mixers: int, read: int) -> Cost:
+    """Of what stands around so many mixers in one residual: norms and, where it is gated, six matrices in three.
+
+    read: those that read what a norm of the residual gives.
+    """
+    counts = {"sandwich": read + mixers, "inside": mixers, "none": 0, "post": 1, "deep": 1}
+    norms = counts.get(frame.place, read) * norm_params(frame.norm, width)
     if frame.place != "gated":
         return weights_cost(0, norms, length, itemsize)
     gates = weights_cost(6 * width * width, width + norms, length, itemsize)

@@ -28,7 +28,7 @@ from mixforge.search_space.genes import Form, GeneValue, genes_of
 from mixforge.search_space.genes import replace as with_genes
 from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import Mixer
-from mixforge.search_space.stack import MOST_UNITS, Beside, Layer, Reuse, Segment, Unit, depth
+from mixforge.search_space.stack import MOST_UNITS, Beside, Layer, Residual, Reuse, Segment, Unit, depth
 
 Growth = Literal["heads", "head_dim"]
 GROWTHS: tuple[Growth, ...] = ("heads", "head_dim")
@@ -104,7 +104,7 @@ def _scaled(unit: Unit, width: int, ratio: Fraction, grow: Growth) -> Unit | Non
             branches = [_scaled_mixer(mixer, width, ratio, grow) for mixer in unit.branches]
             found = tuple(mixer for mixer in branches if mixer is not None)
             return replace(unit, branches=found) if len(found) == len(branches) else None
-        case Reuse() | Segment():
+        case Reuse() | Segment() | Residual():
             body = [_scaled(each, width, ratio, grow) for each in unit.body]
             inside = tuple(each for each in body if each is not None)
             return replace(unit, body=inside) if len(inside) == len(body) else None

@@ -10,7 +10,7 @@ from typing import Literal
 from mixforge.search_space.loans import trades, why_unowned
 from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.spelling import spell_mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixers, mixes_tokens
+from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, mixers, mixes_tokens
 
 Fault = Literal["genes", "shares", "no token mixer", "no owner", "segments"]
 
@@ -59,9 +59,9 @@ def _unit_illegality(unit: Unit, width: int) -> Illegality | None:
             return Illegality(
                 "segments", "a segment inside a segment; one of them says where layers begin anew"
             )
-        case Reuse() | Segment():
+        case Reuse() | Segment() | Residual():
             found = next((found for each in unit.body if (found := _unit_illegality(each, width))), None)
-            return found or _carried_illegality(unit, width)
+            return found if isinstance(unit, Residual) else found or _carried_illegality(unit, width)
 
 
 def _carried_illegality(unit: Reuse | Segment, width: int) -> Illegality | None:
@@ -88,6 +88,11 @@ def _beside_illegality(unit: Beside, width: int) -> Illegality | None:
         found = _unit_illegality(Layer(mixer), width)
         if found is not None:
             return found
+        if mixer.norms_input:
+            sentence = "norms what it reads itself, and mixers beside one another read what one norm gives"
+            return Illegality(
+                "genes", f"{spell_mixer(mixer, width)}: {sentence}; put it in a layer of its own"
+            )
     if unit.shares is not None:
         return Illegality("shares", why_indivisible(unit, width))
     if unit.fuse == "read" and not unit.readers(width):

@@ -23,7 +23,7 @@ from mixforge.search_space.derivation import Derivation
 from mixforge.search_space.grammar import Rejection, Space, spell_size
 from mixforge.search_space.legality import illegality
 from mixforge.search_space.limits import Limit
-from mixforge.search_space.loans import applications, unread
+from mixforge.search_space.loans import EMBEDDING, applications, unread
 from mixforge.search_space.production import Overgrown
 from mixforge.search_space.repair import repair
 
@@ -105,14 +105,14 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
         yield Finding(
             "residual",
             "note",
-            f"each mixer stands in a residual unit with its norm (place={architecture.place})",
+            f"each mixer stands in a residual with its norm (place={architecture.place} where it says no other)",
         )
     width = architecture.width
     reads = [set(each.mixer.borrows(width)) for each in placed]
     beside = sum("context" in names for names in reads)
     if beside:
         yield Finding("sharing", "note", f"{beside} mixers read what the branches beside them say")
-    readers = sum(1 for names in reads if names - {"context"})
+    readers = sum(1 for names in reads if names - {"context", EMBEDDING})
     if readers:
         lenders = {each.place: set(each.mixer.lends(width)) for each in placed if each.mixer.lends(width)}
         idle = unread(architecture.stack, width)

@@ -3,7 +3,8 @@
 A mixer lends and borrows by name: `cache`, the keys and values of all tokens so far (Sun et al. 2024, arXiv
 2405.05254, whose cross-decoder layers all read one cache); `values`, those of the tokens of this pass; `experts`,
 weights. A reader reads what the nearest owner of that name below it lends. `context` is what the branches beside a
-reader say that read none: it has no owner but them, and nobody else reads it.
+reader say that read none: it has no owner but them, and nobody else reads it. `embedding`, that of the tokens of this
+pass, the model itself lends.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import lru_cache
 
 from mixforge.search_space.mixer import Loan, Mixer
 from mixforge.search_space.spelling import spell_mixer
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, mixers
+from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, mixers
 
 Place = tuple[int, ...]
 """Of a mixer in a stack: the index of its unit, of each unit inside a reused one, and of its branch."""
@@ -53,6 +54,8 @@ def applications(units: tuple[Unit, ...], place: Place = (), segment: Place = ()
                     yield from applications(unit.body, (*place, index), segment)
             case Segment():
                 yield from applications(unit.body, (*place, index), (*place, index))
+            case Residual():
+                yield from applications(unit.body, (*place, index), segment)
 
 
 def unread(units: tuple[Unit, ...], width: int) -> dict[Place, frozenset[str]]:
@@ -79,6 +82,8 @@ def why_unowned(units: tuple[Unit, ...], width: int) -> str | None:
         for name, loan in each.mixer.borrows(width).items():
             if name == "context":
                 reason = _why_alone(each, width)
+            elif name == EMBEDDING:
+                reason = _NO_EMBEDDING if each.segment else None
             else:
                 reason = _why_unfit(name, loan, owners.get((each.segment, name)), each, width)
             if reason is not None:
@@ -86,6 +91,11 @@ def why_unowned(units: tuple[Unit, ...], width: int) -> str | None:
         owners |= dict.fromkeys([(each.segment, name) for name in each.mixer.lends(width)], each)
     return None
 
+
+EMBEDDING = "embedding"
+"""What the model itself lends."""
+
+_NO_EMBEDDING = "reads embeddings, which the memory tokens of a segment have not; put it outside the segment"
 
 # What to write where a reader has no owner.
 _REMEDIES = {

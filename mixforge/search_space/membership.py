@@ -19,7 +19,7 @@ from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.notation import interpret, interpret_stack, vocabulary
 from mixforge.search_space.production import Production, Sentence
 from mixforge.search_space.productions import Applied, Copies, Enter, Fixed, Joined, Pick, whole
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit
+from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit
 from mixforge.search_space.syntax import Apply, Expression, NotationError, Number, read
 
 MOST_LISTED = 100_000
@@ -251,7 +251,9 @@ class _Search:
         """The canonical units of a part of a stack; none where it means nothing."""
         try:
             return tuple(
-                each for unit in interpret_stack(expression) for each in canonical_unit(unit, self.width)
+                each
+                for unit in interpret_stack(expression)
+                for each in canonical_unit(unit, self.width, self.architecture.place)
             )
         except NotationError:
             return ()
@@ -264,7 +266,8 @@ class _Search:
         reads."""
         if not self.unread or len(units) != 1:
             return units if len(units) == 1 else ()
-        return (*units, *canonical_unit(_unread(units[0], self.width), self.width))
+        plain = _unread(units[0], self.width)
+        return (*units, *canonical_unit(plain, self.width, self.architecture.place))
 
 
 def _can_be(production: Production, unit: Unit) -> bool:
@@ -287,7 +290,7 @@ def _unread(unit: Unit, width: int) -> Unit:
             return Layer(plain(unit.mixer))
         case Beside():
             return replace(unit, branches=tuple(map(plain, unit.branches)))
-        case Reuse() | Segment():
+        case Reuse() | Segment() | Residual():
             return replace(unit, body=tuple(_unread(each, width) for each in unit.body))
 
 

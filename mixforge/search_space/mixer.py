@@ -115,6 +115,11 @@ class Mixer(ABC):
         """Whether a pass of training begins with what the pass before it left, so that it is applied once in a pass."""
         return False
 
+    @property
+    def norms_input(self) -> bool:
+        """Whether it norms what it reads itself, so that no norm of its residual unit stands before it."""
+        return False
+
     def placed(self, index: int, count: int) -> Self:
         """This mixer as the `index`-th, from 0, of `count` layers of its `kind`, where its equations ask for that.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mixforge.search_space.architecture import Architecture, Layer, Reuse, Segment
 from mixforge.search_space.architecture import Beside as BesideUnit
+from mixforge.search_space.architecture import Residual as ResidualUnit
 from mixforge.search_space.architecture import Unit as StackUnit
 from mixforge.search_space.genes import Form
 from mixforge.search_space.heads import default_heads
@@ -34,12 +35,12 @@ from mixforge.search_space.parts.beside import (
 from mixforge.search_space.parts.halting import Halting, Recurrence, TimeSignal
 from mixforge.search_space.parts.layer import Pass, Pointwise
 from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
-from mixforge.search_space.parts.residual import Residual, Stack, StreamGate, Unit
+from mixforge.search_space.parts.residual import Branch, Residual, ResidualStack, Stack, StreamGate, Unit
 from mixforge.search_space.parts.segment import SegmentStack
 from mixforge.search_space.parts.shortcut import DepthAttention, DepthAverage, ShortcutStack
 from mixforge.search_space.parts.sigma import with_sigma
 from mixforge.search_space.scaling import BASE, output_scale, rate_factors
-from mixforge.search_space.stack import mixers
+from mixforge.search_space.stack import mixers, norms_input
 
 
 @dataclass
@@ -98,7 +99,7 @@ class LanguageModel(nn.Module):
 
     def body(self, x_BTD: Tensor) -> Tensor:
         """The stack over whole sequences, for training: [B, T, D] -> [B, T, D]."""
-        at = Pass(torch.arange(x_BTD.shape[1], device=x_BTD.device), 0)
+        at = Pass(torch.arange(x_BTD.shape[1], device=x_BTD.device), 0, {"embedding": (x_BTD,)})
         y_BTD: Tensor = self.stack(x_BTD, None, at)[0]
         return y_BTD
 
@@ -147,8 +148,10 @@ class LanguageModel(nn.Module):
                 f"{length} tokens after {state.length} do not fit a state with room for {state.capacity}; "
                 f"start with prefill(tokens, capacity={end}) or more"
             )
-        at = Pass(torch.arange(state.length, end, device=tokens_BT.device), state.length)
-        x_BTD, layers = self.stack(self.embed(tokens_BT), state.layers, at)
+        x_BTD = self.embed(tokens_BT)
+        positions_T = torch.arange(state.length, end, device=tokens_BT.device)
+        at = Pass(positions_T, state.length, {"embedding": (x_BTD,)})
+        x_BTD, layers = self.stack(x_BTD, state.layers, at)
         return self.head(x_BTD[:, -1]), State(end, state.capacity, state.position + length, layers)
 
     @torch.no_grad()
@@ -171,7 +174,8 @@ class LanguageModel(nn.Module):
         self, token_B: Tensor, position: Tensor, layers: list[dict[str, Tensor]]
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The device work of a step. Nothing in it depends on a value of the host: a graph can capture it."""
-        x_BD, layers = self.stack.step(self.embed(token_B), layers, Pass(position, 0))
+        x_BD = self.embed(token_B)
+        x_BD, layers = self.stack.step(x_BD, layers, Pass(position, 0, {"embedding": (x_BD[:, None],)}))
         return self.head(x_BD), layers
 
 
@@ -251,11 +255,39 @@ class _Assembly:
         return Part(with_sigma, stack=stack) if self.architecture.weights == "sigma" else stack
 
     def unit(self, unit: StackUnit) -> Part:
-        if isinstance(unit, Segment):
-            return self.segment(unit)
-        if isinstance(unit, Reuse):
-            return self.reuse(unit)
-        return self.residual(self.branches(unit))
+        match unit:
+            case Segment():
+                return self.segment(unit)
+            case Reuse():
+                return self.reuse(unit)
+            case ResidualUnit(body=(Layer() | BesideUnit() as only,)):
+                return self.residual(only, unit.place)
+            case ResidualUnit():
+                return self.around(unit)
+        return self.residual(unit, None)
+
+    def residual(self, unit: Layer | BesideUnit, place: str | None) -> Part:
+        """A residual unit around its function."""
+        place = place or self.architecture.place
+        return Part(
+            Residual,
+            mixer=self.branches(unit),
+            **self.norms(place, unit),
+            **self.norms(place),
+            **self.stream(place),
+        )
+
+    def around(self, unit: ResidualUnit) -> Part:
+        """A residual connection around units that are applied one after the other."""
+        place = unit.place or self.architecture.place
+        body = [
+            Part(Branch, mixer=self.branches(each), **self.norms(place, each))
+            if isinstance(each, Layer | BesideUnit)
+            else self.unit(each)
+            for each in unit.body
+        ]
+        stack = Part(Stack, units=body)
+        return Part(ResidualStack, body=stack, **self.norms(place), **self.stream(place))
 
     def segment(self, unit: Segment) -> Part:
         """Layers that begin anew in each segment."""
@@ -291,19 +323,22 @@ class _Assembly:
             more["halting"] = Part(Halting, width=width)
         return Part(Recurrence, body=body, times=unit.times, **more)
 
-    def residual(self, mixer: Part) -> Part:
-        """A residual unit around its function."""
-        places = _PLACES[self.architecture.place]
-        norms = {
-            place: self.norm() if place in places else Part(nn.Identity)
-            for place in ("before", "inside", "after")
-        }
-        more: dict[str, Part | float] = {}
-        if self.architecture.place == "deep":
-            more["stream"] = self.architecture.depth**0.25
-        if self.architecture.place == "gated":
-            more["gate"] = Part(StreamGate, width=self.architecture.width)
-        return Part(Residual, mixer=mixer, **norms, **more)
+    def norms(self, place: str, unit: Layer | BesideUnit | None = None) -> dict[str, Part]:
+        """The norms around a mixer of a residual, or that of its sum, and what stands where there is none."""
+        there = _PLACES[place]
+        if unit is not None and norms_input(unit):
+            there = tuple(each for each in there if each != "before")
+        where = ("after",) if unit is None else ("before", "inside")
+        return {each: self.norm() if each in there else Part(nn.Identity) for each in where}
+
+    def stream(self, place: str) -> dict[str, Part | float]:
+        """What a place does to the residual stream beside its norms."""
+        match place:
+            case "deep":
+                return {"stream": self.architecture.depth**0.25}
+            case "gated":
+                return {"gate": Part(StreamGate, width=self.architecture.width)}
+        return {}
 
     def norm(self) -> Part:
         """The norm of the residual stream."""

@@ -10,7 +10,9 @@
 Inside `|` an integer factor is the branch's share of the heads: `2*a | b` gives a two thirds, `1*a | 1*b`
 gives each a half, and without a factor every branch is whole. `beside(a, b, fuse=, norm=)` is the long form of
 `|`, `reuse(a, times=, halt=, signal=)` that of `@`; `segment(a, length=, memory=, carry=)` reads the sequence in
-segments. A gene is given by name, `attn(window=64)`; `auto` is the value of one that follows from the width.
+segments; `residual(a, place=)` is one residual connection around mixers one after the other, or around one whose norms
+stand elsewhere than the model's. A gene is given by name, `attn(window=64)`; `auto` is the value of one that follows
+from the width.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from mixforge.search_space.stack import (
     BranchNorm,
     Fuse,
     Layer,
+    Residual,
     Reuse,
     Segment,
     Unit,
@@ -143,7 +146,7 @@ def _units(tree: Expression) -> list[Unit]:
             )
         case Apply(function="beside"):
             return [_beside(list(tree.arguments), _words(tree, FORMS["beside"]), tree.column)]
-        case Apply(function="reuse" | "segment"):
+        case Apply(function="reuse" | "segment" | "residual"):
             return [_long_stack(tree)]
         case _:
             return [_layer(tree)]
@@ -152,15 +155,22 @@ def _units(tree: Expression) -> list[Unit]:
 
 
 def _long_stack(tree: Apply) -> Unit:
-    """`reuse(stack, times=, ...)` or `segment(stack, length=, ...)`."""
+    """`reuse(stack, times=, ...)`, `segment(stack, length=, ...)` or `residual(stack, place=)`."""
     words = _words(tree, FORMS[tree.function])
-    needed = next(iter(FORMS[tree.function]))
-    if len(tree.arguments) != 1 or needed not in words:
+    word, example = {"reuse": ("times", "8"), "segment": ("length", "8"), "residual": ("place", "post")}[
+        tree.function
+    ]
+    if len(tree.arguments) != 1 or (word not in words and tree.function != "residual"):
         raise NotationError(
-            f"{tree.function} takes one stack and {needed}=, as in {tree.function}(attn + mlp, {needed}=8)",
+            f"{tree.function} takes one stack and {word}=, as in {tree.function}(attn + mlp, {word}={example})",
             tree.column,
         )
     body = tuple(_units(tree.arguments[0]))
+    if tree.function == "residual":
+        try:
+            return Residual(body, **words)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise NotationError(str(error), tree.column) from None
     if tree.function == "segment":
         return Segment(body, **{"memory": FORMS["segment"]["memory"].default, **words})  # type: ignore[arg-type]
     unit = Reuse(body=body, **words)  # type: ignore[arg-type]
@@ -230,6 +240,8 @@ def _unit_from_json(record: object) -> Unit:
         case {"segment": int(length), "body": list(body), "memory": int(memory), **more}:
             carry = gene_value("segment", FORMS["segment"]["carry"], read(str(more.get("carry", "tokens"))))
             return Segment(tuple(map(_unit_from_json, body)), length, memory, cast(str | Form, carry))
+        case {"residual": list(body), **more}:
+            return Residual(tuple(map(_unit_from_json, body)), cast(str | None, more.get("place")))
     raise ValueError(f"{record!r} is not a unit of an architecture")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.enlargement import GROWTHS, at_width
 from mixforge.search_space.model import LanguageModel
-from mixforge.search_space.parts.residual import Residual
+from mixforge.search_space.parts.residual import Residual, ResidualStack
 
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)
 MOST_PARAMS = 30_000_000
@@ -101,7 +101,7 @@ def _pass(model: LanguageModel, tokens_BT: Tensor) -> tuple[float, float]:
         made[0].retain_grad()
         outputs.append(made[0])
 
-    units = [module for module in model.stack.modules() if isinstance(module, Residual)]
+    units = [module for module in model.stack.modules() if isinstance(module, Residual | ResidualStack)]
     hooks = [unit.register_forward_hook(keep) for unit in units]
     loss = F.cross_entropy(model(tokens_BT)[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
     loss.backward()  # type: ignore[no-untyped-call]

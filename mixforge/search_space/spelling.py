@@ -14,7 +14,7 @@ from mixforge.search_space.genes import GeneValue
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.settled import settle
 from mixforge.search_space.shares import shared_forms
-from mixforge.search_space.stack import Beside, Layer, Reuse, Segment, Unit, gene_defaults
+from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, gene_defaults
 from mixforge.search_space.syntax import spell_number
 
 # Longer groups are not looked for, which keeps the search in a stack of a thousand layers short.
@@ -89,6 +89,9 @@ def spell_unit(unit: Unit, width: int) -> tuple[str, bool]:
             body = spell_stack(unit.body, width)
             carry = "" if unit.carry == "tokens" else f", carry={unit.carry}"
             return f"segment({body}, length={unit.length}, memory={unit.memory}{carry})", True
+        case Residual():
+            place = "" if unit.place is None else f", place={unit.place}"
+            return f"residual({spell_stack(unit.body, width)}{place})", True
 
 
 @lru_cache(maxsize=16_384)

@@ -17,6 +17,7 @@ from typing import Literal
 from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, changed_genes, genes_of
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.syntax import spell_number
+from mixforge.search_space.words import WORDS
 
 Fuse = Literal["sum", "mean", "gate", "concat", "scalar", "read"]
 FUSES: tuple[Fuse, ...] = ("sum", "mean", "gate", "concat", "scalar", "read")
@@ -40,6 +41,7 @@ FORMS: dict[str, dict[str, Gene]] = {
         "memory": Gene("memory", (Whole(1, 4_096),), 16),
         "carry": Gene("carry", (Choice("tokens"), Call("associative", Whole(1, 1_024))), "tokens"),
     },
+    "residual": {"place": Gene("place", WORDS["place"].domains, None)},
 }
 
 
@@ -198,13 +200,47 @@ class Segment:
         return tuple(self.body[begin:end] for begin, end in zip([0, *begins[1:]], ends, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """One residual connection around units that are applied one after the other (`parts/residual`).
+
+    Mixers of the body have no residual connection of their own; a residual of the body has its own. place: of the norms
+    of its mixers; None is the model's.
+    """
+
+    body: tuple[Unit, ...]
+    place: str | None = None
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.body:
+            raise ValueError("a residual has at least one layer")
+        if any(isinstance(unit, Reuse | Segment) for unit in self.body):
+            raise ValueError(
+                "a residual is around mixers, mixers beside one another and residuals; put n @ and segment around it"
+            )
+        _check_words("residual", {"place": self.place})
+        object.__setattr__(self, "_hash", hash((Residual, self.body, self.place)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Residual], tuple[object, ...]]:
+        return Residual, (self.body, self.place)
+
+
 def _check_words(form: str, given: dict[str, GeneValue]) -> None:
     for word, value in given.items():
         if not FORMS[form][word].has(value):
             raise ValueError(f"{word} {value!r} of {form} is not legal; expected {FORMS[form][word]}")
 
 
-Unit = Layer | Beside | Reuse | Segment
+Unit = Layer | Beside | Reuse | Segment | Residual
+
+
+def norms_input(unit: Unit) -> bool:
+    """Whether no norm of a residual stands before it."""
+    return isinstance(unit, Layer) and unit.mixer.norms_input
 
 
 def mixes_tokens(unit: Unit) -> bool:
@@ -213,13 +249,15 @@ def mixes_tokens(unit: Unit) -> bool:
 
 
 def depth(units: tuple[Unit, ...]) -> int:
-    """Residual units that one token passes through, reused ones as often as they are applied."""
+    """Residual units that one token passes through, reused ones as often as they are applied; of a residual around
+    several mixers, the mixers.
+    """
     found = 0
     for unit in units:
         match unit:
             case Reuse():
                 found += unit.times * depth(unit.body)
-            case Segment():
+            case Segment() | Residual():
                 found += depth(unit.body)
             case _:
                 found += 1
@@ -234,7 +272,7 @@ def mixers(units: tuple[Unit, ...]) -> Iterator[Mixer]:
                 yield unit.mixer
             case Beside():
                 yield from unit.branches
-            case Reuse() | Segment():
+            case Reuse() | Segment() | Residual():
                 yield from mixers(unit.body)
 
 
@@ -287,3 +325,6 @@ def unit_json(unit: Unit) -> str:
             body = ",".join(map(unit_json, unit.body))
             carry = "" if unit.carry == "tokens" else f',"carry":"{unit.carry}"'
             return f'{{"segment":{unit.length},"body":[{body}]{carry},"memory":{unit.memory}}}'
+        case Residual():
+            place = "" if unit.place is None else f',"place":"{unit.place}"'
+            return f'{{"residual":[{",".join(map(unit_json, unit.body))}]{place}}}'

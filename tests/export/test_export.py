@@ -47,6 +47,8 @@ def _catalogue() -> Iterator[str]:
     yield "lm(attn + swiglu, width=128, weights=sigma, shortcut=attention, scale=mup, softcap=30)"
     yield "lm(reuse(attn + mlp, times=3, halt=act, signal=step) + swiglu, width=16, place=gated)"
     yield "lm(segment(attn + gdn + mlp, length=32, memory=2) + swiglu, width=16)"
+    yield "lm(2 * (residual(residual(attn + mlp) + gdn) + residual(swiglu, place=inside)), width=16)"
+    yield "lm(mamba2 + residual(residual(attn(reads=embeddings) + geglu) + mamba2), width=16)"
     yield "lm(segment(2 * (attn + mlp), length=32, memory=2, carry=associative(4)), width=16, place=deep)"
 
 

@@ -23,11 +23,14 @@ from transformers import (
     MistralConfig,
     NemotronHConfig,
     Olmo3Config,
+    OlmoHybridConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
     RwkvConfig,
+    Zamba2Config,
     xLSTMConfig,
 )
 
@@ -206,6 +209,23 @@ def lfm2(size: Size) -> PretrainedConfig:
     return Lfm2Config(**size.usual, layer_types=["conv", "conv", "full_attention", "conv"])
 
 
+def olmo_hybrid(size: Size) -> PretrainedConfig:
+    return OlmoHybridConfig(
+        **size.usual, rope_parameters={"rope_type": "default", "rope_theta": None}, pad_token_id=None
+    )
+
+
+def olmo_hybrid_rope(size: Size) -> PretrainedConfig:
+    return OlmoHybridConfig(
+        **size.usual,
+        rms_norm_eps=1e-5,
+        linear_allow_neg_eigval=False,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        pad_token_id=None,
+    )
+
+
 def block2(size: Size) -> dict[str, object]:
     """Mamba-2's block, under the names that hybrids have for it."""
     return {
@@ -281,6 +301,27 @@ def nemotron_h(size: Size) -> PretrainedConfig:
     )
 
 
+def recurrent_gemma(size: Size) -> PretrainedConfig:
+    return RecurrentGemmaConfig(
+        **size.usual,
+        attention_window_size=size.window,
+        logits_soft_cap=5.0,
+        pad_token_id=None,
+    )
+
+
+def recurrent_gemma_wide(size: Size) -> PretrainedConfig:
+    return RecurrentGemmaConfig(
+        **(size.usual | {"hidden_size": size.width + 16}),
+        lru_width=2 * size.width,
+        attention_bias=True,
+        block_types=["recurrent", "attention"],
+        attention_window_size=size.window,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+    )
+
+
 def rwkv(size: Size) -> PretrainedConfig:
     return RwkvConfig(**size.bare, intermediate_size=size.hidden)
 
@@ -299,6 +340,35 @@ def minimax(size: Size) -> PretrainedConfig:
 
 def xlstm(size: Size) -> PretrainedConfig:
     return xLSTMConfig(**size.bare, num_heads=size.heads, chunk_size=16)
+
+
+def zamba2(size: Size) -> PretrainedConfig:
+    return Zamba2Config(
+        **(size.usual | {"num_hidden_layers": 6, "num_key_value_heads": size.heads}),
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid", "hybrid"],
+        n_mamba_heads=2 * size.heads,
+        mamba_d_state=16,
+        chunk_size=16,
+        num_mem_blocks=2,
+        use_shared_attention_adapter=True,
+        adapter_rank=8,
+        use_mem_rope=True,
+        pad_token_id=None,
+    )
+
+
+def zamba2_one_block(size: Size) -> PretrainedConfig:
+    return Zamba2Config(
+        **size.usual,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        n_mamba_heads=2 * size.heads,
+        mamba_d_state=16,
+        mamba_ngroups=2,
+        chunk_size=16,
+        adapter_rank=8,
+        hidden_act="gelu_pytorch_tanh",
+        pad_token_id=None,
+    )
 
 
 CLASSES: dict[str, Callable[[Size], PretrainedConfig]] = {
@@ -320,14 +390,20 @@ CLASSES: dict[str, Callable[[Size], PretrainedConfig]] = {
         kimi_linear,
         qwen3_next,
         lfm2,
+        olmo_hybrid,
+        olmo_hybrid_rope,
         bamba,
         falcon_h1,
         falcon_h1_norm,
         granite_hybrid,
         nemotron_h,
         minimax,
+        recurrent_gemma,
+        recurrent_gemma_wide,
         rwkv,
         xlstm,
+        zamba2,
+        zamba2_one_block,
     )
 }
 """A class's name, with what is particular about its configuration, to the function that makes it."""

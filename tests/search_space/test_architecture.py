@@ -83,6 +83,17 @@ def test_costs_add_up_by_hand() -> None:
         ),
         ("lm(attn(kv=own) + attn(kv=shared, heads=4), width=64)", "no owner", "4 x 16"),
         (
+            "lm(segment(mlp + residual(attn(reads=embeddings) + mlp), length=8, memory=2), width=64)",
+            "no owner",
+            "put it outside the segment",
+        ),
+        ("lm(attn(reads=embeddings) | mlp, width=64)", "genes", "put it in a layer of its own"),
+        (
+            "lm(residual(mlp + attn(heads=5)), width=64)",
+            "genes",
+            "layer 1: attn(heads=5): heads 5 does not divide",
+        ),
+        (
             "lm(attn(kv=own, pos=none) + attn(kv=shared), width=64)",
             "no owner",
             "with pos=rope, theta=10000, rotary=1",

@@ -73,6 +73,7 @@ def test_a_factor_that_is_none_is_refused(factor: float) -> None:
         ("gdn(heads=4, key_dim=8)", 96, "head_dim", "gdn(heads=4, key_dim=12)"),
         ("beside(attn(heads=4), conv, fuse=mean)", 128, "heads", "beside(attn(heads=8), conv, fuse=mean)"),
         ("2 @ (attn(heads=4) + mlp)", 128, "heads", "2 @ (attn(heads=8) + mlp)"),
+        ("residual(attn(heads=4) + mlp)", 128, "heads", "residual(attn(heads=8) + mlp)"),
     ],
 )
 def test_at_width_keeps_proportions(text: str, width: int, grow: str, wide: str) -> None:

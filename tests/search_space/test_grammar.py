@@ -55,6 +55,10 @@ SPACES: dict[str, dict[str, object]] = {
         "segment(body, length=any(8, 16), memory=2)) + mlp, width=64, place=any(pre, gated), eps=any(auto, 1e-5))",
         "rules": {"body": "attn + any(mlp, beside(conv, attn, fuse=scalar, norm=any(none, rms)))"},
     },
+    "residuals": {
+        "start": "lm(2 * around + any(attn, residual(around + gdn)), width=64, place=any(pre, inside))",
+        "rules": {"around": "residual(attn + any(mlp, mlp | conv), place=any(auto, pre, post))"},
+    },
     "same places": {
         "start": "lm(any(a + a, a + b + a, any(b, 2 * b)), width=any(32, 64))",
         "rules": {

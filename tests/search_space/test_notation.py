@@ -36,6 +36,12 @@ LONG_FORMS = (
     "segment({}, length=8)",
     "segment({}, length=8, memory=2, carry=associative(8))",
 )
+RESIDUALS = (
+    "residual({})",
+    "residual({}, place=inside)",
+    "residual({}, place=pre)",
+    "residual({}, place=none)",
+)
 FORMS_OF_BESIDE = (
     *(f"fuse={fuse}" for fuse in FUSES),
     "norm=rms",
@@ -85,7 +91,12 @@ def stack_texts() -> st.SearchStrategy[str]:
         repeated = st.builds("{} {} {}".format, st.integers(1, 3), st.sampled_from("*@"), sums)
         return st.one_of(sums, repeated, *(sums.map(form.format) for form in LONG_FORMS))
 
-    return st.recursive(leaf, grow, max_leaves=5)
+    def surround(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        sums = st.lists(inner, min_size=1, max_size=2).map(" + ".join)
+        return st.one_of(sums.map(form.format) for form in RESIDUALS)
+
+    around = st.recursive(leaf, surround, max_leaves=3)
+    return st.recursive(st.one_of(leaf, around), grow, max_leaves=5)
 
 
 texts = st.builds(
@@ -272,6 +283,9 @@ def test_a_cache_that_no_layer_reads_is_an_ordinary_one() -> None:
         ("lm(segment(attn, length=8, carry=asociative(4)), width=64)", 33, "tokens or associative("),
         ("lm(segmant(attn, length=8), width=64)", 3, "did you mean 'segment'"),
         ("lm(attn | segment(attn, length=8), width=64)", 10, "one mixer"),
+        ("lm(residual(attn, mlp), width=64)", 3, "takes one stack and place="),
+        ("lm(residual(attn, place=insid), width=64)", 24, "did you mean 'inside'"),
+        ("lm(gdn + residual(mlp + 2 @ attn), width=64)", 9, "put n @ and segment around it"),
         ("lm(lm(attn, width=64), width=64)", 3, "'lm' has no place"),
         ("lm(__import__(os), width=64)", 3, "unknown mixer"),
         ("lm(attn(heads=2, heads=3), width=64)", 17, "given twice"),
@@ -301,6 +315,28 @@ def test_errors_name_the_place_and_the_way_out(text: str, column: int, saying: s
         (
             "lm(2 @ reuse(attn, times=2, signal=step), width=64)",
             "lm(2 @ reuse(attn, times=2, signal=step), width=64)",
+        ),
+        (
+            "lm(residual(attn) + residual(mlp | attn, place=pre), width=64)",
+            "lm(attn + (attn | mlp), width=64)",
+        ),
+        ("lm(residual(attn, place=inside), width=64, place=inside)", "lm(attn, width=64, place=inside)"),
+        (
+            "lm(residual(residual(attn, place=post) + 2 * mlp), width=64, place=post)",
+            "lm(residual(residual(attn) + 2 * mlp), width=64, place=post)",
+        ),
+        ("lm(residual(residual(attn), place=sandwich), width=64)", "lm(residual(residual(attn)), width=64)"),
+        (
+            "lm(residual(residual(attn, place=post), place=inside), width=64, place=post)",
+            "lm(residual(residual(attn), place=none), width=64, place=post)",
+        ),
+        (
+            "lm(residual(attn(reads=embeddings), place=none), width=64)",
+            "lm(attn(reads=embeddings), width=64)",
+        ),
+        (
+            "lm(mlp + residual(attn(reads=embeddings), place=sandwich), width=64)",
+            "lm(mlp + residual(attn(reads=embeddings), place=inside), width=64)",
         ),
         ("lm(attn, width=64, eps=0.000001)", "lm(attn, width=64)"),
         ("lm(attn, width=64, eps=auto, scale=standard, weights=plain)", "lm(attn, width=64)"),

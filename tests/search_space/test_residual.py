@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixforge.evaluator.candidate import token_loss
 from mixforge.search_space.model import LanguageModel
@@ -12,7 +12,7 @@ from mixforge.search_space.notation import parse
 from mixforge.search_space.parts.beside import Beside
 from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.parts.norm import RMSNorm
-from mixforge.search_space.parts.residual import Residual, Stack
+from mixforge.search_space.parts.residual import Branch, Residual, ResidualStack, Stack, Unit
 
 
 def built(text: str) -> LanguageModel:
@@ -70,6 +70,89 @@ def test_inside_norms_what_the_branch_adds() -> None:
     for unit in units(model):
         expected = expected + rms(f(unit, expected), unit.inside.weight)  # type: ignore[arg-type]
     torch.testing.assert_close(model.body(x_BTD), expected)
+
+
+@torch.no_grad()
+def test_a_residual_has_its_own_place() -> None:
+    """Of Olmo Hybrid: norms before some mixers, after others."""
+    model = built("lm(gdn + residual(attn, place=inside) + residual(mlp, place=post), width=16)")
+    x_BTD = inputs()
+    first, second, third = units(model)
+    expected = x_BTD + f(first, rms(x_BTD, first.before.weight))  # type: ignore[arg-type]
+    expected = expected + rms(f(second, expected), second.inside.weight)  # type: ignore[arg-type]
+    expected = rms(expected + f(third, expected), third.after.weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(model.body(x_BTD), expected)
+
+
+@pytest.mark.parametrize("place", ["pre", "inside", "sandwich", "post", "deep", "none", "gated"])
+@torch.no_grad()
+def test_one_residual_is_around_mixers_one_after_the_other(place: str) -> None:
+    """y = x + attn(mlp(x)) and then x + gdn(y), with a norm for each mixer or for each sum."""
+    text = f"residual(residual(mlp + attn, place={place}) + gdn, place={place})"
+    model = built(f"lm({text}, width=16)")
+    assert isinstance(model.stack, Stack)
+    outer = model.stack.unit(0)
+    assert isinstance(outer, ResidualStack)
+    inner = outer.body.unit(0)
+    assert isinstance(inner, ResidualStack)
+
+    def normed(norm: nn.Module, x: Tensor) -> Tensor:
+        return x if isinstance(norm, nn.Identity) else rms(x, norm.weight)  # type: ignore[arg-type]
+
+    def applied(branch: Unit, x: Tensor) -> Tensor:
+        assert isinstance(branch, Branch)
+        y = branch.mixer(normed(branch.before, x), None, Pass(torch.arange(x.shape[1]), 0))[0]
+        return normed(branch.inside, y)
+
+    def summed(unit: ResidualStack, x: Tensor, y: Tensor) -> Tensor:
+        if place == "gated":
+            assert unit.gate is not None
+            return unit.gate(x, torch.relu(y))  # type: ignore[no-any-return]
+        return normed(unit.after, (3**0.25 if place == "deep" else 1) * x + y)
+
+    x_BTD = inputs()
+    y_BTD = applied(inner.body.unit(1), applied(inner.body.unit(0), x_BTD))
+    y_BTD = applied(outer.body.unit(1), summed(inner, x_BTD, y_BTD))
+    torch.testing.assert_close(model.body(x_BTD), summed(outer, x_BTD, y_BTD))
+    norms = sum(isinstance(module, RMSNorm) for module in model.stack.modules())
+    # And that of gdn's heads.
+    assert norms == {"none": 0, "post": 2, "deep": 2, "sandwich": 6}.get(place, 3) + 1
+
+
+@torch.no_grad()
+def test_a_block_reads_the_embeddings_and_feeds_one_mixer() -> None:
+    """Zamba2's layer, x + mamba2(norm(x + mlp(norm(attn(norm([x; e])))))), attention as a loop over tokens."""
+    text = "residual(residual(attn(heads=2, head_dim=16, pos=none, reads=embeddings) + geglu) + mamba2)"
+    model = built(f"lm(mlp + {text}, width=16)")
+    e_BTD = inputs()
+    assert isinstance(model.stack, Stack)
+    first, block = model.stack.unit(0), model.stack.unit(1)
+    x_BTD = first(e_BTD, None, Pass(torch.arange(7), 0))[0]
+    w = {name: weight.detach() for name, weight in block.named_parameters()}
+    attn, glu, last = "body.units.0.body.units.0.mixer", "body.units.0.body.units.1", "body.units.1"
+    both = rms(torch.cat([x_BTD, e_BTD], -1), w[f"{attn}.norm.weight"])
+    q, k, v = (
+        (both @ w[f"{attn}.inner.{name}.weight"].T).view(2, 7, 2, 16)
+        for name in ("queries.query", "memory.key", "memory.value")
+    )
+    read = torch.zeros(2, 7, 2, 16, dtype=torch.float64)
+    for b in range(2):
+        for h in range(2):
+            for t in range(7):
+                share = torch.softmax(k[b, : t + 1, h] @ q[b, t, h] / 4, 0)
+                read[b, t, h] = share @ v[b, : t + 1, h]
+    a = rms(read.flatten(2) @ w[f"{attn}.inner.output.out.weight"].T, w[f"{glu}.before.weight"])
+    gate = a @ w[f"{glu}.mixer.inner.gate.weight"].T
+    y = gate * (1 + torch.erf(gate / 2**0.5)) / 2 * (a @ w[f"{glu}.mixer.inner.up.weight"].T)
+    summed = x_BTD + y @ w[f"{glu}.mixer.inner.out.weight"].T
+    assert isinstance(block, ResidualStack)
+    mamba2 = block.body.unit(1)
+    assert isinstance(mamba2, Branch)
+    normed = rms(summed, w[f"{last}.before.weight"])
+    expected = x_BTD + mamba2.mixer(normed, None, Pass(torch.arange(7), 0))[0]
+    torch.testing.assert_close(model.body(e_BTD), expected)
+    # No norm stands before a mixer that norms what it reads.
+    assert isinstance(block.body.unit(0).body.unit(0).before, nn.Identity)  # type: ignore[union-attr,operator]
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ reference code of OLMo 2; output gate o * sigmoid(W_g x): Qiu et al. 2025 (arXiv
 attention; norm of each head's output and the other genes of a Pro block: Lin et al. 2025 (arXiv 2503.02130), section
 3.2; one cache for many layers, `kv=own` and `kv=shared`: Sun et al. 2024 (arXiv 2405.05254), equation 3; keys and
 values of what a mixer beside it makes of the same input, `source=context` and `source=both`: Pilault et al. 2023
-(arXiv 2306.09539), whose context states are a state space model's.
+(arXiv 2306.09539), whose context states are a state space model's; attention to the stream and the embeddings,
+`reads=embeddings`: Glorioso et al. 2024 (arXiv 2405.16712), figure 2.
 
 Departures: `kv=own` is an attention layer of its own whose keys and values the `kv=shared` layers above read; in the
 paper the shared keys and values belong to no layer. Context states are seen as tokens are: under sparse=chunk those of
@@ -59,7 +60,9 @@ from mixforge.search_space.part import Part
 from mixforge.search_space.parts.attention import Attention
 from mixforge.search_space.parts.attention_scores import ForgetGate
 from mixforge.search_space.parts.beside import Beside, SumFuse
+from mixforge.search_space.parts.embedded import Embedded
 from mixforge.search_space.parts.linear_points import POINTS
+from mixforge.search_space.parts.norm import norm_part
 
 # Of the angles of a turn.
 _BASE = 10000.0
@@ -82,7 +85,7 @@ class Attn(Mixer):
     token. `sink`: a learned logit in the denominator, or the first n tokens beside a window. `meta`: learned keys and
     values that every token sees. `rotary`: the share of channels that turn. `forget`: decays of each head, whose
     logarithms are added to the scores (head), or which multiply the weights (mask). `experts`: of so many query
-    heads, each token takes `heads`.
+    heads, each token takes `heads`. `reads`: the stream, or the stream and the embeddings.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -160,6 +163,7 @@ class Attn(Mixer):
     experts: Annotated[str | int, Choice("none"), Whole(2, 4096)] = "none"
     out_norm: Annotated[str, Choice("none", "rms")] = "none"
     out_gate: Annotated[str, Choice("none", "sigmoid")] = "none"
+    reads: Annotated[str, Choice("stream", "embeddings")] = "stream"
 
     def sizes(self, width: int) -> tuple[int, int, int]:
         """Query heads, key/value heads (those it reads, for `shared`) and channels of a head."""
@@ -168,6 +172,14 @@ class Attn(Mixer):
         if isinstance(self.kv, Form):
             return heads, int(self.kv.arguments[0]) if self.kv.name == "gqa" else heads, head_dim
         return heads, 1 if self.kv in ("mqa", "reuse") else heads, head_dim
+
+    @property
+    def norms_input(self) -> bool:
+        return self.reads == "embeddings"
+
+    def seen(self, width: int) -> int:
+        """Channels that it reads."""
+        return 2 * width if self.reads == "embeddings" else width
 
     @property
     def latent(self) -> tuple[int, int] | None:
@@ -272,7 +284,8 @@ class Attn(Mixer):
     def borrows(self, width: int) -> Mapping[str, Loan]:
         if self.source != "token":
             return {"context": Loan("pass", ((width,),))}
-        return {"cache": self._loan(width)} if self.kv == "shared" else {}
+        cache = {"cache": self._loan(width)} if self.kv == "shared" else {}
+        return cache | ({"embedding": Loan("pass", ((width,),))} if self.reads == "embeddings" else {})
 
     def _loan(self, width: int) -> Loan:
         """Keys, as they are turned, and values."""
@@ -345,12 +358,7 @@ class Attn(Mixer):
         carried += made.state_bytes
         held = slots_of(gene, length) * kept
         written = kept * (1 + replaceable_slots(gene, length)) if held else 0
-        lent = sum(
-            length * math.prod(shape)
-            for loan in gene.borrows(width).values()
-            for shape in loan.shapes
-            if loan.extent == "cache"
-        )
+        lent = 2 * length * math.prod(gene.sizes(width)[1:]) if gene.kv == "shared" else 0
         params = sum(map(math.prod, matrices + reading)) + vectors + made.params
         flops = 2 * length * sum(map(math.prod, matrices)) + score_flops(gene, width, length) + made.flops
         return Cost(
@@ -379,10 +387,7 @@ class Attn(Mixer):
                 "attn with a score other than softmax, with codes, scores of blocks, forget=mask, headmix or relative "
                 "positions has no form for backend='triton'; use backend='torch'"
             )
-        stateful = stateful_part(gene, width, backend)
-        if stateful is not None:
-            return stateful
-        return Part(
+        part = stateful_part(gene, width, backend) or Part(
             Attention,
             queries=queries_part(gene, width, backend),
             memory=memory_part(gene, width, backend),
@@ -390,10 +395,13 @@ class Attn(Mixer):
             pattern=pattern_part(gene, backend),
             scores=scores_part(gene, width, backend),
             output=output_part(gene, width, backend),
-            forget=Part(ForgetGate, width=width, heads=gene.sizes(width)[0])
+            forget=Part(ForgetGate, width=gene.seen(width), heads=gene.sizes(width)[0])
             if gene.forget != "none"
             else None,
             routing=routing_part(gene, width),
             meta=gene.meta,
             crosses=gene.source == "context",
         )
+        if gene.reads == "stream":
+            return part
+        return Part(Embedded, norm=norm_part(gene.seen(width), backend), inner=part)

@@ -1,9 +1,9 @@
 """Gated linear unit, a channel mixer: y = W_out (act(W_gate x) * W_in x).
 
 Source: Shazeer 2020 (arXiv 2002.05202), equation 6 (SwiGLU, GEGLU) and equation 5 (`act=sigmoid` is GLU,
-`act=none` is Bilinear). There are no biases, as there, unless bias=all; act=clamped(limit) is GPT-OSS's SwiGLU (see
-`parts.activation`). The hidden width is 8/3 of the model's unless `expand` says otherwise, rounded up to a multiple
-of 8.
+`act=none` is Bilinear). There are no biases, as there, unless bias=all; act=clamped(limit) is GPT-OSS's SwiGLU and
+act=gelu_tanh Gemma's GEGLU (see `parts.activation`). The hidden width is 8/3 of the model's unless `expand` says
+otherwise, rounded up to a multiple of 8.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, sho
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.activation import ClampedSwiglu, bilinear, geglu, sigmoid_glu, swiglu
+from mixforge.search_space.parts.activation import (
+    ClampedSwiglu,
+    bilinear,
+    geglu,
+    geglu_tanh,
+    sigmoid_glu,
+    swiglu,
+)
 
 
 def usual_hidden(width: int) -> int:
@@ -39,7 +46,7 @@ class Glu(Mixer):
     }
 
     act: Annotated[
-        str | Form, Choice("silu", "gelu", "sigmoid", "none"), Call("clamped", Real(0.125, 1024))
+        str | Form, Choice("silu", "gelu", "sigmoid", "none", "gelu_tanh"), Call("clamped", Real(0.125, 1024))
     ] = "silu"
     expand: Annotated[int | float | None, Real(NARROWEST, WIDEST)] = None
     bias: Annotated[str, Choice("none", "all")] = "none"
@@ -81,6 +88,7 @@ class Glu(Mixer):
 _PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": swiglu,
     "gelu": geglu,
+    "gelu_tanh": geglu_tanh,
     "sigmoid": sigmoid_glu,
     "none": bilinear,
 }

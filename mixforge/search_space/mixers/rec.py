@@ -22,9 +22,9 @@ those of W_f, W_z and W_o.
 
 Departures: each block has an output projection, which qrnn, mingru and minlstm have not; projections have no biases but
 where one is written, unless bias=all gives them to the projections around the cell and to the convolution, as
-RecurrentGemma has them. rglru is as wide as the model, not 4/3 as wide, unless head_dim says so. hgrn's lower bounds are
-not learned (they are what its learned ones start as), its norm is RMS. lru is without the gated linear unit that follows
-it in its paper: a channel mixer says that.
+RecurrentGemma has them, whose gate is gelu_tanh. rglru is as wide as the model, not 4/3 as wide, unless head_dim says so.
+hgrn's lower bounds are not learned (they are what its learned ones start as), its norm is RMS. lru is without the gated
+linear unit that follows it in its paper: a channel mixer says that.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mixforge.search_space.genes import Choice, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.activation import gelu, sigmoid, silu
+from mixforge.search_space.parts.activation import gelu, gelu_tanh, sigmoid, silu
 from mixforge.search_space.parts.gated_cells import (
     HgrnCell,
     LruCell,
@@ -73,7 +73,7 @@ class Rec(Mixer):
     heads: Annotated[int | None, Whole(1, 256)] = None
     head_dim: Annotated[int | None, Whole(1, 16384)] = None
     conv: Annotated[str | int | None, Choice("none"), Whole(2, 8)] = None
-    gate: Annotated[str | None, Choice("none", "gelu", "sigmoid", "silu")] = None
+    gate: Annotated[str | None, Choice("none", "gelu", "sigmoid", "silu", "gelu_tanh")] = None
     phase: Annotated[str, Choice("learned", "none")] = "learned"
     floor: Annotated[int | float | None, Real(0, 0.999)] = None
     bias: Annotated[str, Choice("none", "all")] = "none"
@@ -226,6 +226,7 @@ _USUAL_GATE = {"hgrn": "sigmoid", "qrnn": "sigmoid", "rglru": "gelu"}
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
     "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
     "sigmoid": sigmoid,
     "silu": silu,
 }

@@ -17,6 +17,13 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, which is nearly gelu. Source: Hendrycks and Gimpel 2016 (arXiv
+    1606.08415), section 2.
+    """
+    return F.gelu(x, approximate="tanh")
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + e^-x)."""
     return torch.sigmoid(x)
@@ -45,6 +52,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) up. Source: Shazeer 2020 (arXiv 2002.05202), equation 6."""
     return F.gelu(gate) * up
+
+
+def geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) up, the form of Gemma (Gemma Team 2024, arXiv 2403.08295)."""
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def sigmoid_glu(gate: Tensor, up: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ class Pass:
     positions_T: int64, the absolute positions of the tokens in this pass (one token in a step).
     start: tokens that came before; for `forward` only, as a step knows its place from `positions_T` alone.
     shared: what layers below have lent, by name: `cache` has the keys and values [B, heads, time, dim] of the last
-        attn(kv=own), `context` what the branches beside have said [B, time, D]. See `loans` for the other names and the
-        shapes.
+        attn(kv=own), `context` what the branches beside have said [B, time, D], `embedding` what entered the first
+        layer [B, time, D]. See `loans` for the other names and the shapes.
     """
 
     positions_T: Tensor

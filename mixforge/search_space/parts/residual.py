@@ -8,6 +8,10 @@
     gated      gate(x, relu(f(norm(x))))
     none       x + f(x)
 
+Around several mixers (`residual(a + b)`) f is one mixer after the other, each with its own norm before it (pre, sandwich,
+gated) or after it (inside, sandwich), and there is one sum, one norm after it (post, deep) or one gate. A residual among
+them is x + f(x) by itself.
+
     gate(x, y) = (1 - z) x + z h
     r = sigmoid(W_r y + U_r x),  z = sigmoid(W_z y + U_z x - b),  h = tanh(W_g y + U_g (r x))
 
@@ -64,6 +68,16 @@ class Unit(nn.Module):
         """What is to be done before token number `length`, from 0, is read by `step`: nothing, for most units."""
 
 
+def joined(x: Tensor, y: Tensor, stream: float, gate: nn.Module | None, after: nn.Module) -> Tensor:
+    """What goes on, of the residual stream and the output of a branch."""
+    together: Tensor
+    if gate is not None:
+        together = gate(x, torch.relu(y))
+        return together
+    together = after((x if stream == 1.0 else stream * x) + y)
+    return together
+
+
 class Residual(Unit):
     """after(stream x + inside(mixer(before(x)))), where a norm that is not there is an `nn.Identity`.
 
@@ -97,21 +111,14 @@ class Residual(Unit):
         self, x_BTD: Tensor, states: list[dict[str, Tensor]] | None, at: Pass
     ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         y_BTD, state = self.mixer(self.before(x_BTD), None if states is None else states[0], at)
-        return self.join(x_BTD, y_BTD), None if state is None else [state]
-
-    def join(self, x: Tensor, y: Tensor) -> Tensor:
-        """What goes on, of the residual stream and the mixer's output."""
-        if self.gate is not None:
-            gated: Tensor = self.gate(x, torch.relu(y))
-            return gated
-        joined: Tensor = self.after((x if self.stream == 1.0 else self.stream * x) + self.inside(y))
-        return joined
+        x_BTD = joined(x_BTD, self.inside(y_BTD), self.stream, self.gate, self.after)
+        return x_BTD, None if state is None else [state]
 
     def step(
         self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         y_BD, state = self.mixer.step(self.before(x_BD), states[0], at)
-        return self.join(x_BD, y_BD), [state]
+        return joined(x_BD, self.inside(y_BD), self.stream, self.gate, self.after), [state]
 
     def between(self, states: list[dict[str, Tensor]], length: int) -> None:
         self.mixer.between(states[0], length)
@@ -181,3 +188,68 @@ class Stack(Unit):
         for unit in map(self.unit, self.order):
             unit.between(states[begin : begin + unit.states], length)
             begin += unit.states
+
+
+class Branch(Unit):
+    """inside(mixer(before(x))): a mixer of several in one residual, without the stream."""
+
+    def __init__(self, mixer: TokenMixer, before: nn.Module, inside: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.before = before
+        self.inside = inside
+        self.states = 1
+
+    def initial_states(
+        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> list[dict[str, Tensor]]:
+        return [self.mixer.initial_state(batch, capacity, device, dtype)]
+
+    def forward(
+        self, x_BTD: Tensor, states: list[dict[str, Tensor]] | None, at: Pass
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+        y_BTD, state = self.mixer(self.before(x_BTD), None if states is None else states[0], at)
+        return self.inside(y_BTD), None if state is None else [state]
+
+    def step(
+        self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        y_BD, state = self.mixer.step(self.before(x_BD), states[0], at)
+        return self.inside(y_BD), [state]
+
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
+        self.mixer.between(states[0], length)
+
+
+class ResidualStack(Unit):
+    """after(stream x + body(x)), or gate(x, relu(body(x))): one residual connection around several units."""
+
+    def __init__(
+        self, body: Stack, after: nn.Module, stream: float = 1.0, gate: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.gate = gate
+        self.stream = stream
+        self.body = body
+        self.after = after
+        self.states = body.states
+
+    def initial_states(
+        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> list[dict[str, Tensor]]:
+        return self.body.initial_states(batch, capacity, device, dtype)
+
+    def forward(
+        self, x_BTD: Tensor, states: list[dict[str, Tensor]] | None, at: Pass
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+        y_BTD, after = self.body(x_BTD, states, at)
+        return joined(x_BTD, y_BTD, self.stream, self.gate, self.after), after
+
+    def step(
+        self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        y_BD, after = self.body.step(x_BD, states, at)
+        return joined(x_BD, y_BD, self.stream, self.gate, self.after), after
+
+    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
+        self.body.between(states, length)

@@ -14,6 +14,7 @@ from mixforge.search_space.mixers.glu import Glu
 EQUATIONS = {
     "silu": lambda z: z / (1 + torch.exp(-z)),
     "gelu": lambda z: z * (1 + torch.erf(z / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda z: z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
     "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),
     "none": lambda z: z,
 }

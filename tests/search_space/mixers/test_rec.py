@@ -42,6 +42,7 @@ def output_and_loop(mixer: Rec, cell: Callable[[Rec, Weights, Tensor], Tensor]) 
 def gate(name: str, z: Tensor) -> Tensor:
     return {
         "gelu": z * (1 + torch.erf(z / math.sqrt(2))) / 2,
+        "gelu_tanh": z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
         "sigmoid": 1 / (1 + torch.exp(-z)),
         "silu": z / (1 + torch.exp(-z)),
     }[name]
@@ -153,6 +154,7 @@ LOOPS = {"hgrn": hgrn, "lru": lru, "mingru": mingru, "minlstm": minlstm, "qrnn":
         Rec(cell="hgrn", floor=0.75, phase="none", conv=3),
         Rec(cell="hgrn", floor=0.25, head_dim=5, gate="silu"),
         Rec(cell="rglru", bias="all"),
+        Rec(cell="rglru", bias="all", gate="gelu_tanh"),
         Rec(cell="lru", gate="gelu", conv=2, bias="all"),
         Rec(cell="qrnn", conv=3, gate="none"),
         Rec(cell="qrnn", conv="none"),
