@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Bytes of a number that is kept in float32 in any case.
 EXACT = 4
+# Bytes of an angle that is the sum of the tokens' own.
+ANGLE = 8
 
 
 def slots_of(gene: Attn, length: int) -> int:
@@ -205,7 +207,7 @@ def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
     forgets = gene.forget != "none"
     carried = 0 if gene.kv_shift == "none" else (1 if gene.kv == "reuse" else 2) * inner * itemsize
     if gene.pos == "carope":
-        carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * EXACT
+        carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * ANGLE
     if gene.query == "learned":
         return 0, carried + heads * (head_dim + 2) * EXACT
     if gene.evicts is not None:

@@ -16,6 +16,8 @@ a single pass over more than 35,000 tokens.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,7 +90,11 @@ class LearnedRotary(Position):
 
 
 class ContextRotary(Position):
-    """Frequencies are made of the tokens, and angles are their sums; these are kept in float32 or better."""
+    """Frequencies are made of the tokens, and angles are their sums; these are kept in float64.
+
+    A score with unit keys sees an angle's error times the scale of the query, and a float32 sum is off by more with
+    every token.
+    """
 
     def __init__(self, width: int, channels: int, heads: int) -> None:
         super().__init__()
@@ -97,18 +103,17 @@ class ContextRotary(Position):
         self.frequency = nn.Linear(width, heads, bias=False)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        return {"angle": torch.zeros(batch, self.heads, self.pairs, device=device, dtype=exact)}
+        return {"angle": torch.zeros(batch, self.heads, self.pairs, device=device, dtype=torch.float64)}
 
     def angles(self, x_BTD: Tensor, positions_T: Tensor, state: dict[str, Tensor] | None) -> Tensor | None:
         exact = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
         f_BTH1 = 1 / (1 + F.softplus(self.frequency(x_BTD).to(exact)))[..., None]
         power = torch.arange(1, self.pairs + 1, device=x_BTD.device, dtype=exact)
-        angle = (f_BTH1**power).cumsum(1)
+        angle = (f_BTH1**power).double().cumsum(1)
         if state is not None:
             angle = angle + state["angle"][:, None]
             state["angle"].copy_(angle[:, -1])
-        return angle
+        return angle.remainder(2 * math.pi).to(exact)
 
 
 def turned(x_BTHK: Tensor, angle: Tensor | None) -> Tensor:

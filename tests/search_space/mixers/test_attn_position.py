@@ -13,6 +13,7 @@ from torch import Tensor
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.attn import Attn
 from mixforge.search_space.parts.attention_scores import alibi_slopes
+from mixforge.search_space.parts.layer import Pass
 
 
 def out(o_TF: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -81,6 +82,21 @@ def test_frequencies_made_of_tokens_add_up_to_their_angles() -> None:
         return out(attention(turn(q_THK), turn(k_THK), v_THK), w)
 
     agree(Attn(heads=2, pos="carope"), expected)
+
+
+@torch.no_grad()
+def test_angles_that_add_up_are_exact_in_float32() -> None:
+    """A step adds one frequency at a time: unit keys under a large scale show what each addition lost."""
+    torch.manual_seed(0)
+    layer = Attn(heads=4, pos="carope", qk_norm="l2").build(64, "torch").build().eval()
+    x_BTD = torch.randn(2, 512, 64)
+    whole, _ = layer(x_BTD, None, Pass(torch.arange(512), 0, {}))
+    state = layer.initial_state(2, 512, x_BTD.device, x_BTD.dtype)
+    steps = []
+    for t in range(512):
+        y_BD, state = layer.step(x_BTD[:, t], state, Pass(torch.arange(t, t + 1), t, {}))
+        steps.append(y_BD)
+    torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=0, atol=1e-5)
 
 
 def slopes_of(heads: int) -> list[float]:
