@@ -78,6 +78,25 @@ def find_evaluation(connection: Connection, architecture: str, budget: str) -> V
     return None if row is None else dict(row)
 
 
+_CAMPAIGN = (
+    select(tables.trial.c.campaign_id)
+    .join(tables.attempt, tables.attempt.c.trial_id == tables.trial.c.id)
+    .where(tables.attempt.c.id == bindparam("key"))
+)
+
+
+def campaign_of(connection: Connection, attempt: int | None) -> int | None:
+    """The campaign that made an attempt; None for what was stored without one."""
+    return None if attempt is None else connection.scalars(_CAMPAIGN, {"key": attempt}).one()
+
+
+_REPLACED = update(tables.evaluation).where(tables.evaluation.c.id == bindparam("key"))
+
+
+def replace_evaluation(connection: Connection, evaluation: int, values: Values) -> None:
+    connection.execute(_REPLACED, {"key": evaluation, **values})
+
+
 def find_profile(
     connection: Connection, architecture: str, budget: str, environment: Environment
 ) -> Values | None:

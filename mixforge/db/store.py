@@ -34,6 +34,9 @@ from mixforge.evaluator.evaluation import Environment, Evaluation, Outcome, Prof
 if TYPE_CHECKING:
     from mixforge.db.encoding import Values
 
+# Outcomes under which the same budget may give figures another time: of a machine that was busy, small or ill.
+_MAY_BE_THE_MACHINES = frozenset({Outcome.timed_out, Outcome.out_of_memory, Outcome.crashed})
+
 
 class Store:
     """An open database of campaigns. Use it in a `with` block, or close it."""
@@ -183,20 +186,25 @@ class Store:
 
         It is finished instead where the outcome is not ok, or where `last` says that no profile is wanted.
         `seconds` is how long the attempt took. Where the same architecture was evaluated under the same
-        budget meanwhile, that evaluation stays and the trial takes its figures.
+        budget meanwhile, that evaluation stays and the trial takes its figures, but for an outcome that may
+        have been the machine's: that one is replaced, and its attempt keeps what it was.
         Raises StaleToken, and ValueError for an ok evaluation with a score that is not a number.
         """
         values, now = encoding.evaluation_values(evaluation), _now()
         with self.database.write() as connection:
             row = transitions.hold(connection, token, "train")
             stored = rows.find_evaluation(connection, row["architecture"], row["budget"])
-            if stored is None:
+            stays = None if stored is None or stored["outcome"] in _MAY_BE_THE_MACHINES else stored
+            if stays is None:
                 identity = {"architecture": row["architecture"], "budget": row["budget"], "attempt_id": token}
                 environment = rows.add_environment(connection, evaluation.environment)
                 measured = {**values, **identity, "environment": environment, "recorded_at": now}
-                rows.add(connection, tables.evaluation, measured)
+                if stored is None:
+                    rows.add(connection, tables.evaluation, measured)
+                else:
+                    rows.replace_evaluation(connection, stored["id"], measured)
             rows.end_attempt(connection, token, _ending(values, seconds, now))
-            after = transitions.after_training(stored or values, last=last, now=now)
+            after = transitions.after_training(stays or values, last=last, now=now)
             rows.set_trial(connection, row["id"], after)
             return rows.trial(connection, row["id"])
 
@@ -246,7 +254,9 @@ class Store:
 
         The trial then waits for its profile, or is finished: where the stored outcome is not ok, where `last`
         says that no profile is wanted, or where the same device of the same host has profiled it under the
-        same budget and torch. None where there is no such evaluation, or the trial is no longer proposed.
+        same budget and torch. None where there is no such evaluation, or the trial is no longer proposed, or
+        where another campaign's evaluation ended by an outcome that may have been its machine's: that is tried
+        again.
         """
         now = _now()
         with self.database.write() as connection:
@@ -254,6 +264,10 @@ class Store:
             identity = (row["architecture"], row["budget"])
             stored = rows.find_evaluation(connection, *identity)
             if stored is None or row["state"] != State.proposed:
+                return None
+            if stored["outcome"] in _MAY_BE_THE_MACHINES and row["campaign_id"] != rows.campaign_of(
+                connection, stored["attempt_id"]
+            ):
                 return None
             after = transitions.after_training(stored, last=last, now=now) | {"reused": True}
             if after["state"] == State.trained and environment is not None:

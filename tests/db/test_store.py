@@ -174,6 +174,36 @@ def test_first_of_two_evaluations_of_the_same_stays(store, campaign, samples):
     assert store.evaluation(late.digest, late.budget) == samples.evaluation(2.0)
 
 
+@pytest.mark.parametrize("outcome", [Outcome.timed_out, Outcome.out_of_memory, Outcome.crashed])
+def test_what_may_be_the_machines_is_tried_again_by_another_campaign(store, campaign, samples, outcome):
+    failed = samples.evaluation(None, outcome=outcome, reason="the machine was busy")
+    first = store.propose(campaign, samples.proposal(0))
+    first_token = store.claim(first, "train", "w")
+    store.record_evaluation(first_token, failed, seconds=1.0)
+    same = store.propose(campaign, samples.proposal(1, n=0))
+    assert store.answer(same).outcome is outcome
+    later = store.add_campaign("later", "e" * 64, "", 0)
+    again = store.propose(later, samples.proposal(0))
+    assert store.answer(again) is None
+    trial = store.record_evaluation(store.claim(again, "train", "w"), samples.evaluation(2.0), seconds=1.0)
+    assert (trial.state, trial.figures["bits_per_byte"]) == (State.trained, 2.0)
+    assert store.evaluation(trial.digest, trial.budget) == samples.evaluation(2.0)
+    # What the first campaign saw is still there.
+    assert store.trial(first).outcome is outcome
+    assert store.attempts(campaign)[0].outcome is outcome
+    third = store.propose(store.add_campaign("third", "f" * 64, "", 0), samples.proposal(0))
+    assert store.answer(third).state is State.trained
+
+
+@pytest.mark.parametrize("outcome", [Outcome.diverged, Outcome.failed_to_compile, Outcome.illegal])
+def test_what_follows_from_the_architecture_answers_every_campaign(store, campaign, samples, outcome):
+    failed = samples.evaluation(None, outcome=outcome, reason="it is so")
+    key = store.propose(campaign, samples.proposal(0))
+    store.record_evaluation(store.claim(key, "train", "w"), failed, seconds=1.0)
+    later = store.propose(store.add_campaign("later", "e" * 64, "", 0), samples.proposal(0))
+    assert store.answer(later).outcome is outcome
+
+
 def test_abandoned_attempts_wait_again(store, campaign, samples):
     samples.finish(store, campaign, 0, 2.0, 1.0)
     keys = [store.propose(campaign, samples.proposal(number)) for number in (1, 2, 3)]
