@@ -7,9 +7,9 @@ For a segment of tokens x, M being the memory as the segments before have left i
     M_t takes a step on the loss of M(k(y_t)) against v(y_t)
     o_t = y_t sigmoid(W_r norm(M_t(q(y_t))))
 
-q, k and v are silu(W .), q and k of length 1. What the memory is and how it learns stands in `parts.test_time_memory`: a
-multi-layer network for each head, the squared loss, momentum and a decay, with a segment's gradients taken where it
-begins. p are learned keys and values.
+q, k and v are silu(W .) behind a norm without weights, q and k of length 1. What the memory is and how it learns stands
+in `parts.test_time_memory`: a multi-layer network for each head, the squared loss, momentum and a decay, with a
+segment's gradients taken where it begins. p are learned keys and values.
 
 Source: Behrouz et al. 2025 (Titans, arXiv 2501.00663), section 4.1, equations 21 to 25, with section 4.4 for projections.
 

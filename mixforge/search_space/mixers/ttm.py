@@ -1,11 +1,12 @@
 """Test-time memory: a network for each head that is trained on the keys and values it reads, while it reads them.
 
-    q, k, v = silu(conv(W x)), with q and k of length 1
+    q, k, v = silu(conv(W x)), with q and k of length 1 and x behind a norm without weights
     o_t = M_t(q_t), where M_t has taken a step on the loss of M(k_t) against v_t
     y_t = W_out (norm(o_t) * sigmoid(W_g x_t))
 
 What the memory is, its loss, its retention and the order of its chunks stand in `parts.test_time_memory`. The gates are
-alpha, eta, theta = sigmoid(w . x + b) and delta = softplus(w . x + b), one of each for a token and head.
+alpha, eta = sigmoid(w . x + b), theta = (1 - eta) sigmoid(w . x + b) and delta = softplus(w . x + b), one of each for a
+token and head.
 
 Sources: Behrouz et al. 2025 (Titans, arXiv 2501.00663), equations 8 to 14 (loss=l2, retention=l2, optimiser=momentum)
 and section 4.4 for the projections; Behrouz et al. 2025 (Miras, arXiv 2504.13173), section 5.3 (equations 24 to 27) for
@@ -14,13 +15,18 @@ and section 4.4 for the projections; Behrouz et al. 2025 (Miras, arXiv 2504.1317
     memora   retention=kl
   with optimiser=gd and the two-layer memory x + LN(W_2 gelu(W_1 x)), and section 5.4 for chunks.
 
-Departures: loss=huber is that of the error's length (Miras, equation 15), whose slope has no jump as Yaad's mixture of
-two losses has (equation 16). Gates are one number for each head, not one for each channel; there is a memory for each
-head, not one for the whole width; the first memory is learned. Titans' persistent tokens belong to its attention, as
-what they would write here is in the first memory. Inside a chunk the weights move in a straight line for every
-retention, as in section 5.4, but a chunk's end takes its sum of gradients through the retention at once, without
-Memora's lag token. The norm of retention=lq is that of a mean and not of a sum, and weights of retention=kl are those
-of a distribution less the uniform one: so both have a size of their own whatever the width, and both signs.
+A memory that learns too fast is chaotic: gradients through it grow without a bound as the text grows longer. So inputs
+pass a norm, as in lucidrains' titans-pytorch (`pre_rmsnorm`); theta has the factor 1 - eta, so that steps along one
+direction add up to no more under a longer momentum; and no step goes past the value that it learns (the reach).
+
+Departures: the norm, the reach and the least size of lq's norm are in neither paper. loss=huber is that of the error's
+length (Miras, equation 15), whose slope has no jump as Yaad's mixture of two losses has (equation 16). Gates are one
+number for each head, not one for each channel; there is a memory for each head, not one for the whole width; the first
+memory is learned. Titans' persistent tokens belong to its attention, as what they would write here is in the first
+memory. Inside a chunk the weights move in a straight line for every retention, as in section 5.4, but a chunk's end
+takes its sum of gradients through the retention at once, without Memora's lag token. The norm of retention=lq is that
+of a mean and not of a sum, and weights of retention=kl are those of a distribution less the uniform one: so both have a
+size of their own whatever the width, and both signs.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
-from mixforge.search_space.parts.norm import RMSNorm, norm_part
+from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 from mixforge.search_space.parts.test_time_memory import (
     TestTimeMemory,
@@ -205,6 +211,7 @@ class MemoryMixer(TokenMixer):
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
+        self.before = SimpleRMSNorm()
         self.qkv = nn.Linear(width, 3 * inner, bias=False)
         self.conv = conv
         self.gates = nn.Linear(width, gates * heads)
@@ -228,6 +235,7 @@ class MemoryMixer(TokenMixer):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        x_BTD = self.before(x_BTD)
         qkv_BTD, after = self.qkv(x_BTD), {}
         if self.conv is None:
             qkv_BTD = F.silu(qkv_BTD)
@@ -242,6 +250,7 @@ class MemoryMixer(TokenMixer):
         return y_BTD, None if state is None else memory.tensors() | kept
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        x_BD = self.before(x_BD)
         qkv_BD = self.qkv(x_BD)
         qkv_BD = F.silu(qkv_BD) if self.conv is None else self.conv.step(qkv_BD, state["conv"])
         q, k, v = (split_heads(each, self.heads) for each in exact(qkv_BD).chunk(3, -1))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mixforge.kernels.attention import attend
 from mixforge.search_space.parts.decay import exact
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
+from mixforge.search_space.parts.norm import SimpleRMSNorm
 from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.test_time_memory import (
     Memory,
@@ -46,6 +47,7 @@ class MemoryAsContext(TokenMixer):
         self.persistent = nn.Parameter(torch.randn(2, heads, persistent, head_dim))
         self.out = nn.Linear(inner, width, bias=False)
         self.memory = memory
+        self.before = SimpleRMSNorm()
         # W_q, W_k and W_v of the memory.
         self.learn = nn.Linear(width, 3 * inner, bias=False)
         self.gates = nn.Linear(width, 3 * heads)
@@ -85,8 +87,9 @@ class MemoryAsContext(TokenMixer):
                 entries = {name: state[name][:, :, : place + count] for name in _KEPT}
             slot = torch.arange(place + count, device=x.device)
             y = self.attended(x, entries, position, slot <= slot[place:, None])
-            q, k, v = self.taught(y)
-            gates = gates_of(self.memory, self.gates(y), self.heads)
+            told = self.before(y)
+            q, k, v = self.taught(told)
+            gates = gates_of(self.memory, self.gates(told), self.heads)
             read, memory = self.memory(q, k, v, gates, memory, at.start + done)
             outputs.append(y * torch.sigmoid(self.recalled(read, y.dtype)))
             done += count
@@ -102,8 +105,9 @@ class MemoryAsContext(TokenMixer):
         entries = {name: state[name] for name in _KEPT}
         seen = torch.arange(entries["key"].shape[2], device=x_BD.device) <= place[:, None]
         y_B1D = self.attended(x_B1D, entries, position, seen)
-        q, k, v = (each[:, :, 0] for each in self.taught(y_B1D))
-        gates = gates_of(self.memory, self.gates(y_B1D), self.heads)
+        told = self.before(y_B1D)
+        q, k, v = (each[:, :, 0] for each in self.taught(told))
+        gates = gates_of(self.memory, self.gates(told), self.heads)
         read_BHK, memory = self.memory.step(q, k, v, gates, memory, position)
         for name, tensor in memory.tensors().items():
             state[name].copy_(tensor)
@@ -113,7 +117,7 @@ class MemoryAsContext(TokenMixer):
     def entries(self, x_BTD: Tensor, memory: Memory, positions_T: Tensor) -> dict[str, Tensor]:
         """Keys and values [B, H, T, K] of tokens, and of what the memory at their segment's beginning says of them."""
         asks = self.learn.weight[: self.heads * self.head_dim]
-        q_BHTK = split_heads(exact(F.silu(F.linear(x_BTD, asks))), self.heads).transpose(1, 2)
+        q_BHTK = split_heads(exact(F.silu(F.linear(self.before(x_BTD), asks))), self.heads).transpose(1, 2)
         h_BTD = self.recalled(self.memory.read(memory.start, unit(q_BHTK)), x_BTD.dtype)
         found = {}
         for prefix, given in (("context_", h_BTD), ("", x_BTD)):
@@ -137,7 +141,7 @@ class MemoryAsContext(TokenMixer):
         return y_BTD
 
     def taught(self, y_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The memory's queries, keys and values [B, H, T, K] of what attention says."""
+        """The memory's queries, keys and values [B, H, T, K] of what attention says, normed."""
         parts = exact(F.silu(self.learn(y_BTD))).chunk(3, -1)
         q, k, v = (split_heads(part, self.heads).transpose(1, 2) for part in parts)
         return unit(q), unit(k), v

@@ -5,17 +5,22 @@
       l2        |e|^2 / 2
       lp        sum |e|^p, with sign(e) ~ tanh(10 e) and |e| ~ sqrt(e^2 + 1e-6)
       huber     |e|^2 / 2 where |e| <= delta_t, else delta_t (|e| - delta_t / 2)
-    surprise    S_t = eta_t S_{t-1} - theta_t grad_t, without momentum eta = 0
+    surprise    S_t = eta_t S_{t-1} - theta_t r_t grad_t, without momentum eta = 0
+    reach       r_t = min(1, (s . e) / |grad_t|^2), s the slope of the loss on M(k_t)
     retention   A_t = (1 - alpha_t) A_{t-1} + S_t, and the weights are
       l2        W = A
-      lq        W = A / |A|_q^{q-2}, |A|_q^q the mean of |a|^q over the matrix
+      lq        W = A / max(1, |A|_q)^{q-2}, |A|_q^q the mean of |a|^q over the matrix
       kl        W = n softmax(A) - 1 by rows of n
 
 Chunks: the gradients of a chunk are taken at the weights W of its start, so that all of them are products of matrices.
 Inside a chunk a token reads M_t = (1 - alpha_t) M_{t-1} + S_t, from M = W at the chunk's start: what retention does
 beyond a decay is done once, at the chunk's end. With chunks of one token the weights are those of the equations.
 
-For a layer with inputs h_i and error signals d_i (grad_i = d_i h_i^T) the tokens of a chunk read
+The reach keeps a memory from swinging. To first order a step takes r theta |grad|^2 from s . e, so with theta up to 1 no
+step goes past the value that it learns. It is 1 for a matrix with the loss l2 and keys of length 1; through a norm
+gradients grow as the weights in front of it decay, and their square is more than s . e.
+
+For a layer with inputs h_i and error signals d_i (grad_i = r_i d_i h_i^T) the tokens of a chunk read
 
     M_t x = a_t M_0 x + b_t S_0 x - sum_{i <= t} c_ti d_i (h_i . x),     c = P_alpha P_eta diag(theta), b = P_alpha e
 
@@ -197,9 +202,9 @@ class TestTimeMemory(nn.Module):
         return dual
 
     def _size(self, weight: Tensor) -> Tensor:
-        """|A|_q^{q-2} of each head's matrix; the small term keeps its slope finite at zero."""
+        """max(1, |A|_q)^{q-2} of each head's matrix; the small term keeps its slope finite at zero."""
         mean = (weight * weight + 1e-12).pow(self.order / 2).mean((-2, -1), keepdim=True)
-        return mean.pow((self.order - 2) / self.order)
+        return mean.pow((self.order - 2) / self.order).clamp(min=1)
 
     def _between(self, a: Tensor, layer: int) -> Tensor:
         return F.gelu(a) if layer < self.layers - 1 else a
@@ -210,13 +215,15 @@ class TestTimeMemory(nn.Module):
     def _signals(
         self, weights: list[Tensor], k_BHTK: Tensor, v_BHTK: Tensor, threshold: Tensor | None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's inputs h and error signals d: the gradient of a token's loss is d h^T."""
+        """Each layer's inputs h and error signals d: within reach the gradient of a token's loss is d h^T."""
         inputs, sums = [k_BHTK], []
         for i, weight in enumerate(weights):
             sums.append(inputs[-1] @ weight.transpose(2, 3))
             if i < self.layers - 1:
                 inputs.append(F.gelu(sums[-1]))
-        d = self._slope(self._ended(sums[-1], k_BHTK) - v_BHTK, threshold)
+        error = self._ended(sums[-1], k_BHTK) - v_BHTK
+        d = self._slope(error, threshold)
+        gain = (d * error).sum(-1, keepdim=True)
         if self.residual:
             y = F.layer_norm(sums[-1], sums[-1].shape[-1:], eps=1e-6)
             spread = (sums[-1].var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
@@ -224,7 +231,13 @@ class TestTimeMemory(nn.Module):
         errors = [d]
         for i in range(self.layers - 1, 0, -1):
             errors.append((errors[-1] @ weights[i]) * _gelu_slope(sums[i - 1]))
-        return list(zip(inputs, reversed(errors), strict=True))
+        errors.reverse()
+        size = sum(
+            h.square().sum(-1, keepdim=True) * d.square().sum(-1, keepdim=True)
+            for h, d in zip(inputs, errors, strict=True)
+        )
+        reach = (gain / (size + 1e-12)).clamp(max=1)
+        return [(h, reach * d) for h, d in zip(inputs, errors, strict=True)]
 
     def _slope(self, e: Tensor, threshold: Tensor | None) -> Tensor:
         """The gradient of the loss on what the memory says."""
@@ -282,18 +295,22 @@ def usual_gates(memory: TestTimeMemory, heads: int) -> Tensor:
     momentum, steps that add up to less than one over a chunk, and a threshold of about 1.
     """
     usual = {"keep": -4.0, "rate": -3.0, "momentum": 2.0, "threshold": 0.5}
-    usual["rate"] -= 2.0 if memory.momentum else 0.0
     names = ["keep", "rate", *(["momentum"] if memory.momentum else [])]
     names += ["threshold"] if memory.loss == "huber" else []
     return torch.tensor([usual[name] for name in names for _ in range(heads)])
 
 
 def gates_of(memory: TestTimeMemory, logits_BTG: Tensor, heads: int) -> Gates:
-    """Gates of tokens from what a projection says of them, those of one kind beside one another."""
+    """Gates of tokens from what a projection says of them, those of one kind beside one another.
+
+    The rate has the factor 1 - eta.
+    """
     each = exact(logits_BTG).transpose(1, 2).chunk(logits_BTG.shape[-1] // heads, 1)
-    momentum = F.logsigmoid(each[2]) if memory.momentum else None
     threshold = F.softplus(each[-1]) if memory.loss == "huber" else None
-    return Gates(F.logsigmoid(-each[0]), torch.sigmoid(each[1]), momentum, threshold)
+    rate, momentum = torch.sigmoid(each[1]), None
+    if memory.momentum:
+        rate, momentum = rate * torch.sigmoid(-each[2]), F.logsigmoid(each[2])
+    return Gates(F.logsigmoid(-each[0]), rate, momentum, threshold)
 
 
 def _products(log_gate_BHT: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,9 +37,13 @@ def turned(x: Tensor, position: int) -> Tensor:
     return out
 
 
+def normed(x: Tensor) -> Tensor:
+    return x / ((x**2).mean() + 1e-6).sqrt()
+
+
 def asked(w: dict[str, Tensor], kind: int, x: Tensor) -> list[Tensor]:
     """Queries (0), keys (1) or values (2) of the memory, by heads."""
-    p = w["learn.weight"].chunk(3)[kind] @ x
+    p = w["learn.weight"].chunk(3)[kind] @ normed(x)
     rows = (p / (1 + torch.exp(-p))).view(HEADS, DIM)
     return list(rows if kind == 2 else rows / (rows**2).sum(1, keepdim=True).sqrt())
 
@@ -47,8 +51,7 @@ def asked(w: dict[str, Tensor], kind: int, x: Tensor) -> list[Tensor]:
 def recalled(w: dict[str, Tensor], memories: list[list[Tensor]], x: Tensor, residual: bool) -> Tensor:
     """W_r norm(M(q(x)))."""
     read = [says(memory, query, residual) for memory, query in zip(memories, asked(w, 0, x), strict=True)]
-    normed = [o / ((o**2).mean() + 1e-6).sqrt() * w["norm.weight"] for o in read]
-    return w["recall.weight"] @ torch.cat(normed)
+    return w["recall.weight"] @ torch.cat([normed(o) * w["norm.weight"] for o in read])
 
 
 def oracle(mixer: Mac, w: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -75,11 +78,15 @@ def oracle(mixer: Mac, w: dict[str, Tensor], x: Tensor) -> Tensor:
                 weight = torch.exp(torch.stack(keys) @ query / math.sqrt(DIM))
                 heads.append(weight / weight.sum() @ torch.stack(values))
             y = w["out.weight"] @ torch.cat(heads)
-            gates = torch.sigmoid((w["gates.weight"] @ y + w["gates.bias"]).view(3, HEADS))
+            gates = torch.sigmoid((w["gates.weight"] @ normed(y) + w["gates.bias"]).view(3, HEADS))
             for head, (key, value) in enumerate(zip(asked(w, 1, y), asked(w, 2, y), strict=True)):
-                alpha, theta, eta = gates[:, head]
+                alpha, rate, eta = gates[:, head]
+                theta = (1 - eta) * rate
                 error = says(at_start[head], key, residual) - value
                 slopes = torch.autograd.grad((error**2).sum() / 2, at_start[head])
+                # No step goes past the value that it learns.
+                reach = ((error**2).sum() / sum((g**2).sum() for g in slopes)).clamp(max=1).detach()
+                slopes = [reach * g for g in slopes]
                 surprises[head] = [eta * s - theta * g for s, g in zip(surprises[head], slopes, strict=True)]
                 memories[head] = [
                     (1 - alpha) * a + s for a, s in zip(memories[head], surprises[head], strict=True)

@@ -25,6 +25,13 @@ def says(weights: list[Tensor], x: Tensor, residual: bool) -> Tensor:
     return x + (h - h.mean()) / (((h - h.mean()) ** 2).mean() + 1e-6).sqrt()
 
 
+def slope_of(mixer: Ttm, error: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of the loss on the error."""
+    at = error.detach().requires_grad_()
+    (found,) = torch.autograd.grad(loss(mixer, at, delta), at)
+    return found
+
+
 def loss(mixer: Ttm, error: Tensor, delta: Tensor) -> Tensor:
     if isinstance(mixer.loss, Form):
         p = mixer.loss.arguments[0]
@@ -42,7 +49,7 @@ def linked(mixer: Ttm, kept: list[Tensor]) -> list[Tensor]:
         return [a.shape[1] * torch.exp(a) / torch.exp(a).sum(1, keepdim=True) - 1 for a in kept]
     if isinstance(mixer.retention, Form):
         q = mixer.retention.arguments[0]
-        return [a / (a.abs() ** q).mean() ** ((q - 2) / q) for a in kept]
+        return [a / (a.abs() ** q).mean().clamp(min=1) ** ((q - 2) / q) for a in kept]
     return kept
 
 
@@ -57,8 +64,12 @@ def one_head(
         if t % mixer.chunk == 0:
             at_start = [w.detach().requires_grad_() for w in linked(mixer, kept)]
             read = [w.detach() for w in at_start]
-        value = loss(mixer, says(at_start, k, residual) - v, gates["delta"][t])
-        slopes = torch.autograd.grad(value, at_start)
+        error = says(at_start, k, residual) - v
+        slopes = torch.autograd.grad(loss(mixer, error, gates["delta"][t]), at_start)
+        # No step goes past the value that it learns.
+        gain = (slope_of(mixer, error, gates["delta"][t]) * error).sum().detach()
+        reach = (gain / sum((g**2).sum() for g in slopes)).clamp(max=1)
+        slopes = [reach * g for g in slopes]
         eta, theta, alpha = (gates[name][t] for name in ("eta", "theta", "alpha"))
         surprise = [eta * s - theta * g for s, g in zip(surprise, slopes, strict=True)]
         kept = [(1 - alpha) * a + s for a, s in zip(kept, surprise, strict=True)]
@@ -92,7 +103,8 @@ def test_memory_is_its_equations(genes: dict[str, GeneValue]) -> None:
     torch.manual_seed(0)
     module = mixer.build(width, "torch").build().double()
     w = {name: weight.detach() for name, weight in module.named_parameters()}
-    x = torch.randn(LENGTH, width, dtype=torch.float64)
+    given = 3 * torch.randn(LENGTH, width, dtype=torch.float64)
+    x = given / ((given**2).mean(-1, keepdim=True) + 1e-6).sqrt()
     p = x @ w["qkv.weight"].T
     p = torch.stack(
         [
@@ -112,6 +124,7 @@ def test_memory_is_its_equations(genes: dict[str, GeneValue]) -> None:
     }
     if mixer.optimiser == "momentum":
         gates["eta"] = torch.sigmoid(logits[:, 2])
+        gates["theta"] = (1 - gates["eta"]) * gates["theta"]
     if mixer.loss == "huber":
         gates["delta"] = torch.log1p(torch.exp(logits[:, -1]))
     read = []
@@ -122,7 +135,7 @@ def test_memory_is_its_equations(genes: dict[str, GeneValue]) -> None:
         read.append(o / ((o**2).mean(-1, keepdim=True) + 1e-6).sqrt() * w["norm.weight"])
     y = (torch.cat(read, -1) * torch.sigmoid(x @ w["gate.weight"].T)) @ w["out.weight"].T
     with torch.no_grad():
-        y_BTD, _ = module(x[None], None, Pass(torch.arange(LENGTH), 0))
+        y_BTD, _ = module(given[None], None, Pass(torch.arange(LENGTH), 0))
     torch.testing.assert_close(y_BTD[0], y, rtol=1e-6, atol=1e-8)
 
 
@@ -140,6 +153,24 @@ def test_the_memory_learns_what_it_reads() -> None:
     alpha, theta = 1 - gates.keep[0, 0, 0].exp(), gates.rate[0, 0, 0]
     # M k where (1 - alpha) M k - theta (M k - v) = M k.
     torch.testing.assert_close(o[0, 0, -1], theta / (alpha + theta) * v[0, 0, -1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", Ttm.aliases)
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e8])
+def test_a_memory_is_not_chaotic(name: str, scale: float) -> None:
+    """However long the text and large the input, the end depends on the start less than on what is near."""
+    torch.manual_seed(0)
+    module = Ttm(**Ttm.aliases[name]).build(32, "torch").build()  # type: ignore[arg-type]
+    x_BTD = (scale * torch.randn(1, 500, 32)).requires_grad_()
+    y_BTD, _ = module(x_BTD, None, Pass(torch.arange(500), 0))
+    assert torch.isfinite(y_BTD).all()
+    (y_BTD[:, -20:] * torch.randn(1, 20, 32)).sum().backward()
+    assert x_BTD.grad is not None
+    first, last = x_BTD.grad[:, :20].norm(), x_BTD.grad[:, -20:].norm()
+    assert first < 0.1 * last
+    for weight in module.parameters():
+        assert weight.grad is not None
+        assert weight.grad.norm() < 1e4
 
 
 def test_a_loss_without_a_bound_is_refused() -> None:
