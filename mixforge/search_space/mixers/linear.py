@@ -37,8 +37,9 @@ Genes, from the input to the output:
     memories    top(n, k) and parts(n, k): n more states for each head, of which a token has k (`parts/memories`)
     init        the state before the first token: zero, learned, or in training noise(sd), drawn from torch's global
                 generator, or carry, that of the batch before (`parts/first_state`)
-    norm        denominator divides o_t by q_t . z_t, z_t the same recurrence over ones in place of values; max1 by
-                max(|q_t . z_t|, 1); length divides each value by a power of its position as it is written
+    norm        denominator divides o_t by q_t . z_t, z_t the same recurrence over ones in place of values, and adds
+                1e-3 to features that may all be 0 (`parts/feature_map`); max1 by max(|q_t . z_t|, 1); length
+                divides each value by a power of its position as it is written
     skip        head adds d_h v_t to o_t, channel d_hc v_t, v_t before its gates; bonus reads the state before it is
                 written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t; late adds (q_t . (u k_t)) v_t after the norm
     out_norm    rms and group normalise each head before the gate, joint and simple (no weights) all heads at once
@@ -89,6 +90,9 @@ USUAL_RANKS: dict[str, int | str] = {
 # tau of forget=sigmoid.
 USUAL_TEMPERATURE = 16
 MOST_FEATURES = 1 << 20
+# Feature maps that may be 0 in every channel, and what is added to their features under norm=denominator.
+SPARSE = ("relu", "learned", "outer")
+LEAST = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,8 +532,9 @@ class Linear(Mixer):
             "lends_values": self.values == "own",
             "crosses": self.values == "context",
             "reads": self._reads() if self.shift != "none" else None,
+            "least": LEAST if self.norm == "denominator" and self.phi_name in SPARSE else 0.0,
         }
-        usual = {"key": "own", "spread": False, "beside": 0, "copies": 1}
+        usual = {"key": "own", "spread": False, "beside": 0, "copies": 1, "least": 0.0}
         first = ("conv", "decay", "beta", "skip", "output", "feature")
         others |= {name: part for name, part in parts.items() if name not in first}
         make, decoded = self._decoder(size) if backend == "triton" else (LinearAttention, {})

@@ -11,6 +11,10 @@ favor(m)  e^{w_i . x' - |x'|^2 / 2} / sqrt(m), x' = x / K^(1/4), with m fixed or
           Choromanski et al. 2020 (arXiv 2009.14794); its exponent cut at 20
 outer(r)  relu(x) times each of the r of relu(P_h x): Pramanik et al. 2023 (arXiv 2310.15719), whose second
               factor reads the input and not the key
+
+Under norm=denominator relu, learned and outer(r) add 1e-3 to each feature, as the public code of Choromanski et al.
+2020 does for relu (`numerical_stabilizer`): a query may have no feature in common with any key, and then the least
+rounding decides what is read.
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ class LinearAttention(TokenMixer):
         reads: list[str] | None = None,
         first: nn.Module | None = None,
         explored: NoisyState | CarriedState | None = None,
+        least: float = 0.0,
     ) -> None:
         super().__init__()
         self.heads, self.key_heads = heads, key_heads
@@ -120,6 +121,8 @@ class LinearAttention(TokenMixer):
         self.spread = spread
         self.act = act
         self.feature = feature
+        # What is added to every feature.
+        self.least = least
         self.turn = turn
         self.unit_keys = unit_keys
         self.key = key
@@ -309,7 +312,7 @@ class LinearAttention(TokenMixer):
         if self.theta is not None:
             x_BTHK = rotate(x_BTHK, positions_T, self.theta, self.spread)
         if self.feature is not None and not is_gate:
-            x_BTHK = self.feature(x_BTHK)
+            x_BTHK = self.feature(x_BTHK) + self.least if self.least else self.feature(x_BTHK)
         if angle is not None:
             x_BTHK = turned(x_BTHK, angle)
         return unit(x_BTHK) if self.unit_keys else x_BTHK

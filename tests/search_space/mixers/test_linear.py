@@ -207,7 +207,7 @@ def test_feature_maps_with_the_denominator(phi: str) -> None:
     if phi == "elu1":
         q, k = (torch.where(each > 0, each + 1, torch.exp(each)) for each in (q, k))
     else:
-        q, k = (torch.clamp(each, min=0) for each in (q, k))
+        q, k = (torch.clamp(each, min=0) + 1e-3 for each in (q, k))
     rows = []
     for t in range(LENGTH):
         weight = torch.einsum("hk,shk->sh", q[t], k[: t + 1])

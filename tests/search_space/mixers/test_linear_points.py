@@ -11,7 +11,7 @@ import torch
 from test_linear import HEADS, LENGTH, WIDTH, Weights, built, rms, sequence, sigmoid, silu, softplus
 from torch import Tensor
 
-from mixforge.search_space.genes import Form
+from mixforge.search_space.genes import Form, GeneValue
 from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.notation import parse
 from mixforge.search_space.parts.layer import Pass
@@ -290,7 +290,7 @@ def test_agalite_gates_keys_and_values() -> None:
     features = []
     for each in (q, k):
         second = torch.relu(torch.einsum("thk,hkr->thr", each, w["feature.weight"]))
-        features.append(torch.einsum("thk,thr->thkr", torch.relu(each), second).flatten(2))
+        features.append(torch.einsum("thk,thr->thkr", torch.relu(each), second).flatten(2) + 1e-3)
     # The module's logits are those of keeping, the paper's of writing.
     gamma = 1 - by_heads(sigmoid(x @ w["decay.up.weight"].T + w["decay.up.bias"]))
     beta = 1 - by_heads(sigmoid(x @ w["value_decay.up.weight"].T + w["value_decay.up.bias"]))
@@ -448,11 +448,26 @@ def test_performer_is_near_softmax_attention() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("phi", ["relu", "learned", Form("outer", (2,))])
+def test_features_that_do_not_meet_are_no_cliff(phi: GeneValue) -> None:
+    """Where a query and all keys have no feature in common, a rounding must not decide what is read."""
+    mixer = Linear(phi=phi, norm="denominator", decay="scalar", forget="sigmoid", heads=8)  # type: ignore[arg-type]
+    for seed in range(20):
+        torch.manual_seed(seed)
+        module = mixer.build(24, "torch").build().to(torch.bfloat16).eval()
+        x = torch.randn(2, 13, 24).to(torch.bfloat16)
+        y, _ = module(x, None, Pass(torch.arange(13), 0))
+        exact, _ = module.double()(x.double(), None, Pass(torch.arange(13), 0))
+        assert (y.double() - exact).norm() < 0.03 * exact.norm(), seed
+
+
+@torch.no_grad()
 def test_cosformer_weighs_by_the_cosine_of_the_distance() -> None:
     x = sequence()
     y, w, _ = output(replace(PLAIN, phi="relu", pos=Form("cosine", (64,)), norm="denominator"), x)
     q, k, v = projected(w, x, DIM, DIM)
-    weights = torch.einsum("thk,shk->tsh", torch.relu(q), torch.relu(k)) / math.sqrt(DIM)
+    q, k = torch.relu(q) + 1e-3, torch.relu(k) + 1e-3
+    weights = torch.einsum("thk,shk->tsh", q, k) / math.sqrt(DIM)
     distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
     weights = weights * torch.cos(math.pi / 2 * distance.double() / 64)[..., None]
     total = torch.stack([weights[t, : t + 1].sum(0) for t in range(LENGTH)])
