@@ -17,7 +17,7 @@ own. The widening is ours: Composer takes the width of its target.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from itertools import groupby
@@ -34,7 +34,7 @@ Growth = Literal["heads", "head_dim"]
 GROWTHS: tuple[Growth, ...] = ("heads", "head_dim")
 
 COUNTS = ("heads", "key_heads")
-"""Genes that count heads: under `grow="heads"` they grow with the width."""
+"""Genes that count heads: under `grow="heads"` they grow with the width, but for one head that stays one."""
 SIZES = ("head_dim", "key_dim", "value_dim")
 """Genes that say how many channels a head has: under `grow="head_dim"` they grow with the width."""
 
@@ -82,6 +82,11 @@ def at_width(architecture: Architecture, width: int, grow: Growth = "heads") -> 
     Sizes that follow from the width follow from the new one. Those that were given are kept in proportion: under
     `grow="heads"` the numbers of heads are, and the channels of a head stay; under `grow="head_dim"` the channels
     of a head are, and the numbers of heads stay, those that follow from the old width too.
+
+    One head that was given stays one, as it says that there are no several: `key_heads=1`, shared by all heads as
+    `kv=mqa` is, and `heads=1` where its channels follow from the width. With channels of its own it is one of several,
+    as a share of a layer in `|` is, and grows. What is usual at the old width, such as one head at a width of 32, counts
+    as not given.
     """
     if grow not in GROWTHS:
         raise ValueError(f"grow {grow!r} is not one of {', '.join(GROWTHS)}")
@@ -116,7 +121,7 @@ def _scaled_mixer(mixer: Mixer, width: int, ratio: Fraction, grow: Growth) -> Mi
     changed: dict[str, GeneValue] = {}
     for name in COUNTS if grow == "heads" else SIZES:
         value = values.get(name)
-        if isinstance(value, int):
+        if isinstance(value, int) and not _stays_one(name, values):
             changed[name] = _whole(value, ratio)
     if grow == "heads":
         for name, value in values.items():
@@ -129,6 +134,12 @@ def _scaled_mixer(mixer: Mixer, width: int, ratio: Fraction, grow: Growth) -> Mi
     if any(value is None or not genes[name].has(value) for name, value in changed.items()):
         return None
     return with_genes(mixer, **changed)
+
+
+def _stays_one(name: str, values: Mapping[str, GeneValue]) -> bool:
+    """Whether a gene counts one head that is no share of several."""
+    follows = any(name in values and not isinstance(values[name], int) for name in SIZES)
+    return values[name] == 1 and (name == "key_heads" or (name == "heads" and follows))
 
 
 def _whole(value: int, ratio: Fraction) -> int | None:
