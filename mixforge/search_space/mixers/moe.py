@@ -214,7 +214,7 @@ class Moe(Mixer):
             gated=self.is_gated,
             shared=shared,
             shared_gate=Part(nn.Linear, in_features=width, out_features=1, bias=False)
-            if self.shared_gate == "sigmoid"
+            if self.shared and self.shared_gate == "sigmoid"
             else None,
         )
 
