@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import select
 import sys
 from typing import Annotated
 
@@ -21,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_STDOUT = 1
 
 
 def _version(wanted: bool) -> None:
@@ -46,27 +50,54 @@ def run() -> None:
     """The entry point. Exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
     # Loading makes many objects and little garbage: looking for it every 700 objects is a twentieth of a question.
     gc.set_threshold(50_000, 20, 50)
+    # A handle of its own, for a library that finds stdout broken turns it to the void and exits with 1.
+    try:
+        out = os.dup(_STDOUT)
+    except OSError:
+        # It was closed before the start.
+        sys.exit(_status())
+    status = _status()
+    if status in (0, 1) and _reader_has_gone(out):
+        # `head` has what it wanted. What is still in the buffer must not be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+        status = 0
+    os.close(out)
+    sys.exit(status)
+
+
+def _status() -> int:
+    """Runs the command."""
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except RunFailed as error:
         narrate(f"failed: {error}")
-        sys.exit(1)
+        return 1
     except ValueError as error:
         from mixforge.db.connection import StoreUnwritable
 
         narrate(f"error: {error}")
         # The database's own troubles, such as a full disk, are no fault of the request.
-        sys.exit(1 if isinstance(error, StoreUnwritable) else 2)
-    except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has gone: nothing is left to say.
-        sys.stderr.close()
-        sys.exit(0)
+        return 1 if isinstance(error, StoreUnwritable) else 2
     except OSError as error:
         narrate(f"failed: {error}")
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
         narrate("interrupted")
-        sys.exit(130)
+        return 130
+    return 0
+
+
+def _reader_has_gone(out: int) -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    poll = select.poll()
+    poll.register(out, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

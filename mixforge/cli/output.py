@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 DEFAULT_DATABASE = "runs/mixforge.db"
 
+# An architecture's text is read in lines of so many characters or more.
+_READABLE = 32
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Database = Annotated[
     str,
@@ -104,12 +107,43 @@ def duration(seconds: float) -> str:
 
 
 def show_table(made: Table) -> None:
-    """A table on stdout, as wide as the terminal; in a pipe as wide as it needs to be."""
+    """A table on stdout, as wide as the terminal; in a pipe as wide as it needs to be.
+
+    Where a terminal has no room for architectures beside the other columns, they follow below, by their digests.
+    """
     out = console()
-    if not out.is_terminal:
-        out.width = 10_000
     # A table's own title would be folded to the table's width.
     if made.title is not None:
         out.print(made.title)
         made.title = None
-    out.print(made)
+    parts = [made]
+    if not out.is_terminal:
+        out.width = 10_000
+    else:
+        parts = _fitted(made, out)
+    for part in parts:
+        out.print(part, crop=False)
+        if not part.show_edge:
+            out.print()
+
+
+def _fitted(made: Table, out: Console) -> list[Table]:
+    """The table, or its architectures in a table of their own where less than a readable width is left for them."""
+    from rich.measure import Measurement
+
+    by_name = {str(column.header): column for column in made.columns}
+    if "digest" not in by_name or made.columns[-1].header != "architecture":
+        return [made]
+    beside, below = table(), table(*(name for name in ("digest", "from", "architecture") if name in by_name))
+    beside.columns = [column for column in made.columns if column.header not in ("from", "architecture")]
+    for column in below.columns:
+        column._cells = by_name[str(column.header)]._cells
+    beside.rows = below.rows = made.rows
+    every = Measurement.get(out, out.options.update(max_width=10_000), made).maximum
+    text = max(map(len, by_name["architecture"].cells), default=0)  # type: ignore[arg-type]
+    if out.width >= every - max(0, text - _READABLE):
+        return [made]
+    beside.show_edge = below.show_edge = False
+    # Cells that are cut say nothing; a terminal breaks a line that is too long.
+    beside.width = Measurement.get(out, out.options.update(max_width=10_000), beside).maximum
+    return [beside, below]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.main import get_command
 
-from mixforge.cli import main
+from mixforge.cli import main, output
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMANDS = sorted(get_command(main.app).commands)  # type: ignore[attr-defined]
@@ -242,6 +244,38 @@ def test_a_wrong_request_is_refused(words: tuple[str, ...], said: str, tell, tmp
     told = tell(*words)
     assert told.status == 2, told.err
     assert said in told.err
+
+
+@pytest.mark.parametrize("words", [("mixers",), ("presets", "--json"), ("spaces", "composer"), ("--help",)])
+def test_a_reader_that_leaves_is_no_error(words: tuple[str, ...]) -> None:
+    """`mixforge presets | head -1`, with a reader that is gone before anything is written."""
+    code = "import sys; from mixforge.cli.main import run; sys.argv[0] = 'mixforge'; sys.stdin.read(); run()"
+    command = [sys.executable, "-c", code, *words]
+    ran = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert ran.stdin is not None
+    assert ran.stdout is not None
+    assert ran.stderr is not None
+    ran.stdout.close()
+    ran.stdin.close()
+    said = ran.stderr.read()
+    ran.stderr.close()
+    assert (ran.wait(), said) == (0, b"")
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for architectures beside the figures they stand below."""
+    out = Console(width=width, file=StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr(output, "console", lambda: out)
+    made = output.table("digest", "bits_per_byte ↓ >", "decode_ms ↓ >", "params ↓ >", "from", "architecture")
+    text = "lm(3 * (mamba2 + swiglu) + attn(heads=4, kv=gqa(2), window=64) + swiglu, width=192)"
+    made.add_row("c5b59428813b", "2.200", "5.1 ±0.15", "500k", "hybrid_3to1 (baseline)", text)
+    output.show_table(made)
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= 11
+    assert sum("digest" in line for line in lines) == (2 if width == 80 else 1)
+    assert sum("2.200" in line and "500k" in line for line in lines) == 1
 
 
 def test_a_refused_search_leaves_nothing(tell, tmp_path: Path) -> None:
