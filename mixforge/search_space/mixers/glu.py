@@ -1,7 +1,7 @@
 """Gated linear unit, a channel mixer: y = W_out (act(W_gate x) * W_in x).
 
-Source: Shazeer 2020 (arXiv 2002.05202), equation 6 (SwiGLU, GEGLU) and equation 5 (`act=sigmoid` is GLU,
-`act=none` is Bilinear). There are no biases, as there, unless bias=all; act=clamped(limit) is GPT-OSS's SwiGLU and
+Source: Shazeer 2020 (arXiv 2002.05202), equation 6 (`act=silu` is SwiGLU there, `act=gelu` GEGLU, `act=sigmoid` GLU and
+`act=none` Bilinear). There are no biases, as there, unless bias=all; act=clamped(limit) is GPT-OSS's SwiGLU and
 act=gelu_tanh Gemma's GEGLU (see `parts.activation`). The hidden width is 8/3 of the model's unless `expand` says
 otherwise, rounded up to a multiple of 8.
 """

@@ -11,7 +11,7 @@
     cell=lru      a = exp(-exp(nu) + i exp(theta)) for each channel,  b_t = exp(gamma) B x_t,  y_t = Re C h_t + D x_t
       Orvieto et al. 2023 (arXiv 2303.06349), equations 4 to 6 and section 3; B and C complex, D diagonal.
     cell=qrnn     a_t = sigmoid(W_f X_t),  b_t = (1 - a_t) tanh(W_z X_t),  gate sigmoid(W_o X_t)
-      Bradbury et al. 2016 (arXiv 1611.01576), equations 1, 2 and 5 (fo-pooling); X_t is the last `conv` tokens.
+      Bradbury et al. 2016 (arXiv 1611.01576), section 2 (fo-pooling); X_t is the last `conv` tokens.
     cell=mingru   a_t = 1 - z_t,  b_t = z_t (W_h x + b_h),  z_t = sigmoid(W_z x + b_z)
     cell=minlstm  a_t = f_t / (f_t + i_t),  b_t = i_t / (f_t + i_t) (W_h x + b_h),  f_t, i_t as z_t
       Feng et al. 2024 (arXiv 2410.01201), sections 3.1 and 3.2, in the form without logarithms.

@@ -6,8 +6,9 @@
     cell=gru     r, z = sigmoid(...),  n = tanh(W_n x_t + b_n + r (R_n h_{t-1} + b'_n)),  h_t = (1 - z) n + z h_{t-1}
       Cho et al. 2014 (arXiv 1406.1078) with the reset gate behind the product, as torch's GRU has it.
     cell=slstm   m_t = max(log sigmoid(f) + m_{t-1}, i);  f' = exp(log sigmoid(f) + m_{t-1} - m_t),  i' = exp(i - m_t)
-                 c_t = f' c_{t-1} + i' tanh(z),  n_t = f' n_{t-1} + i',  h_t = sigmoid(o) c_t / n_t
-      Beck et al. 2024 (arXiv 2405.04517), equations 8 to 15 and appendix A.1; a layer norm of each head follows.
+                 c_t = f' c_{t-1} + i' tanh(g),  n_t = f' n_{t-1} + i',  h_t = sigmoid(o) c_t / n_t
+      Beck et al. 2024 (arXiv 2405.04517), equations 8 to 17 and appendix A.1, where g is z; a layer norm of each head
+      follows.
     y_t = W_out h_t
 
 conv=k: a depthwise convolution with SiLU in front of the input and forget gates (r and z of a GRU) alone, as in xLSTM's

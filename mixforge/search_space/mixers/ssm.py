@@ -8,7 +8,7 @@
 rule=s6: dt = softplus(W_dt W_low u + b), B and C are products of u, and B_t[f] is dt_t[f] B_t: Gu and Dao 2023
   (arXiv 2312.00752), section 3.4 and algorithm 2. A starts as -1 .. -N, dt between 0.001 and 0.1 (section 3.6); the
   rank of dt is width/16. norm=dt_b_c puts a root-mean-square norm on low-rank dt, B and C, as Jamba
-  (Lieber et al. 2024, arXiv 2403.19887, section 6.3) and Falcon Mamba (Zuo et al. 2024, arXiv 2410.05355) do.
+  (Lieber et al. 2024, arXiv 2403.19887, section 6.4) and Falcon Mamba (Zuo et al. 2024, arXiv 2410.05355) do.
   Projections, biases and their order are those of the public code, so that its checkpoints can be loaded.
 rule=s4d: nothing follows from the input: B = (exp(dt A) - 1) / A, C is learned; Gu et al. 2022 (arXiv 2206.11893),
   equation 6 and section 4. poles=complex: N/2 conjugate pairs that start as -1/2 + i pi n (S4D-Lin); poles=real: N
