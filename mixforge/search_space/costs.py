@@ -137,15 +137,22 @@ def matrices(unit: Layer | Beside, width: int) -> int:
     # The mixers are made of torch modules; reading and comparing architectures needs none of them.
     import torch
 
+    from mixforge.search_space.parts.stacked import Stacked
+
     branches = (unit.mixer,) if isinstance(unit, Layer) else unit.branches
     with torch.device("meta"):
         modules = [mixer.build(width, "torch").build() for mixer in branches]
-    found = sum(type(each) is torch.nn.Linear for module in modules for each in module.modules())
+    parts = [each for module in modules for each in module.modules()]
+    found = sum(type(each) is torch.nn.Linear for each in parts)
+    found += sum(len(each.weight) for each in parts if isinstance(each, Stacked))
     return found + (1 if isinstance(unit, Beside) and unit.fuse in ("gate", "concat") else 0)
 
 
 def sigma_cost(count: int, itemsize: int) -> Cost:
-    """Of matrices divided by their spectral norm: a number each, and the norm, which is kept for decoding."""
+    """Of matrices divided by their spectral norm: a number each, and the norm, which is kept for decoding.
+
+    All of stacked matrices count, as all are divided before some are taken.
+    """
     return Cost(params=count, flops=0, state_bytes=0, decode_bytes=2 * count * itemsize)
 
 

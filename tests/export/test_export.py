@@ -45,6 +45,7 @@ def _catalogue() -> Iterator[str]:
     yield "lm(attn(kv=ssm_chunk(4), sparse=boundaries(4, 6)) + attn(kv=vq(5), pos=none) + mlp, width=64)"
     yield "lm(attn(sparse=lte(6, 3), sink=tokens(1)) + attn(forget=mask) + mlp, width=64)"
     yield "lm(attn + swiglu, width=128, weights=sigma, shortcut=attention, scale=mup, softcap=30)"
+    yield "lm(rglru + moe(bias=all) + attn + moe(weights=shared, bias=all), width=64, weights=sigma)"
     yield "lm(reuse(attn + mlp, times=3, halt=act, signal=step) + swiglu, width=16, place=gated)"
     yield "lm(segment(attn + gdn + mlp, length=32, memory=2) + swiglu, width=16)"
     yield "lm(2 * (residual(residual(attn + mlp) + gdn) + residual(swiglu, place=inside)), width=16)"

@@ -44,6 +44,7 @@ TEXTS = [
     "lm(2 * (attn + swiglu), width=64, shortcut=attention, norm=layer)",
     "lm(beside(attn, gdn, fuse=gate) + swiglu, width=16, weights=sigma, place=gated)",
     "lm(attn + swiglu + rglru, width=16, weights=sigma, shortcut=attention)",
+    "lm(rglru + moe(weights=own) + attn + moe(weights=shared), width=16, weights=sigma)",
     "lm(2 * (attn + swiglu), width=128, scale=mup)",
     "lm(reuse(attn + mlp, times=3, halt=act, signal=step) + swiglu, width=16, weights=sigma)",
     "lm(2 @ reuse(gdn + attn(window=3), times=2, signal=step) + reuse(rglru, times=2, halt=act), width=16)",

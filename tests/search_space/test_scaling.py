@@ -11,6 +11,7 @@ from mixforge.evaluator.task import Batch
 from mixforge.evaluator.train import _adamw, _step
 from mixforge.search_space.notation import parse
 from mixforge.search_space.parts.sigma import SigmaLinear
+from mixforge.search_space.parts.stacked import Stacked
 
 
 def change(scale: str, width: int) -> float:
@@ -107,8 +108,39 @@ def test_sigma_takes_every_matrix_of_the_stack() -> None:
             )
 
 
+@pytest.mark.parametrize("mixer", ["moe(experts=3, top_k=2)", "rglru(heads=2)"])
+def test_sigma_takes_each_of_stacked_matrices(mixer: str) -> None:
+    architecture = parse(f"lm(attn + {mixer}, width=32, vocab=11, weights=sigma)")
+    model = architecture.build(dtype=torch.float64)
+    stacks = [module for module in model.modules() if isinstance(module, Stacked)]
+    assert len(stacks) == 2
+    assert architecture.cost(1).params == sum(weight.numel() for weight in model.parameters())
+    model.train()
+    tokens_BT = torch.randint(11, (2, 20), generator=torch.Generator().manual_seed(0))
+    for _ in range(100):
+        model(tokens_BT)
+    for stack in (*stacks, *(module for module in model.eval().modules() if isinstance(module, Stacked))):
+        norms = torch.linalg.matrix_norm(stack.weight, 2)
+        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-3, atol=0)
+    # One gamma for each matrix.
+    with torch.no_grad():
+        gamma = stacks[0].parametrizations["weight"][0].gamma  # type: ignore[index]
+        gamma.copy_(torch.arange(1.0, len(gamma) + 1))
+    torch.testing.assert_close(torch.linalg.matrix_norm(stacks[0].weight, 2), gamma, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(
-    "mixer", ["rnn(cell=gru)", "rnn(cell=lstm)", "rwkv6", "moe", "hyena", "attn(kv=mla(4, 2))"]
+    "mixer",
+    [
+        "rnn(cell=gru)",
+        "rnn(cell=lstm)",
+        "rwkv6",
+        "moe",
+        "moe(bias=all)",
+        "rglru",
+        "hyena",
+        "attn(kv=mla(4, 2))",
+    ],
 )
 def test_sigma_takes_matrices_that_a_mixer_multiplies_itself(mixer: str) -> None:
     """A sequence and steps see the same matrices, and every gamma is learned."""

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.stacked import Stacked
 
-class StackedLinear(nn.Module):
+
+class StackedLinear(Stacked):
     """A matrix [out, in] for each expert, and a bias if it is asked for."""
 
     def __init__(self, experts: int, into: int, out_of: int, bias: bool) -> None:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.stacked import Stacked
 
 Gated = tuple[Tensor, Tensor | None, Tensor]
 
 
-class BlockGate(nn.Module):
+class BlockGate(Stacked):
     """sigmoid(W x + b), W block diagonal: [B, T, H*K] -> [B, T, H*K], in float32 or better."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
@@ -30,9 +31,10 @@ class BlockGate(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         batch, length, _ = x_BTD.shape
-        heads, head_dim, _ = self.weight.shape
+        weight_HKF = self.weight
+        heads, head_dim, _ = weight_HKF.shape
         x_HMK = x_BTD.reshape(batch * length, heads, head_dim).transpose(0, 1)
-        gate_BTD = torch.bmm(x_HMK, self.weight).transpose(0, 1).reshape(x_BTD.shape) + self.bias
+        gate_BTD = torch.bmm(x_HMK, weight_HKF).transpose(0, 1).reshape(x_BTD.shape) + self.bias
         return torch.sigmoid(exact(gate_BTD))
 
 

@@ -5,9 +5,12 @@
 Source: Zhai et al. 2023 (arXiv 2303.06296), section 3.1 and appendix C: one iteration of the power method in each
 forward pass of training, without a gradient; sigma itself has one. gamma begins at 1.
 
-Departures: only linear maps are divided, not weights that a mixer keeps stacked (experts, heads of a recurrence). The
-product is divided, not the matrix, which is the same number and less work. Outside training sigma is
-measured once, when the model leaves training, and kept: the paper's code measures it in every pass.
+Each of stacked matrices (experts, blocks of the gates of rglru) has its own gamma and sigma.
+
+Departures: recurrent matrices of `rnn`, feature maps, the second matrices of low-rank pairs and filters are not divided.
+The product is divided, not the matrix, which is the same number and less work; only stacked matrices are divided
+themselves. Outside training u stays, and the sigma of a linear map is measured once, when the model leaves training: the
+paper's code measures it in every pass.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from mixforge.search_space.parts.stacked import Stacked
 
 # Iterations before the first pass: sigma of a fresh matrix is then right to some percent.
 _FIRST = 16
@@ -73,9 +79,37 @@ class SigmaLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class SigmaStack(nn.Module):
+    """Stacked matrices [N, ., .], each of spectral norm gamma."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones_like(matrices[:, 0, 0]))
+        self.register_buffer("left", F.normalize(torch.randn_like(matrices[..., 0]), dim=1))
+        self.left: Tensor
+        for _ in range(0 if matrices.is_meta else _FIRST):
+            self.measure(matrices.detach())
+
+    def measure(self, matrices: Tensor) -> Tensor:
+        """As `SigmaLinear.measure`, of each matrix."""
+        with torch.no_grad():
+            right = F.normalize(torch.einsum("no,noi->ni", self.left, matrices), dim=1, eps=1e-12)
+            self.left.copy_(F.normalize(torch.einsum("noi,ni->no", matrices, right), dim=1, eps=1e-12))
+        return torch.einsum("no,noi,ni->n", self.left.clone(), matrices, right).clamp_min(1e-6)
+
+    def forward(self, matrices: Tensor) -> Tensor:
+        if self.training:
+            sigma = self.measure(matrices)
+        else:
+            sigma = (self.left[..., None] * matrices).sum(1).norm(dim=1).clamp_min(1e-6)
+        return matrices * (self.gamma / sigma)[:, None, None]
+
+
 def with_sigma(stack: nn.Module) -> nn.Module:
     """The same stack with each of its matrices in this form."""
     for module in list(stack.modules()):
+        if isinstance(module, Stacked):
+            register_parametrization(module, "weight", SigmaStack(module.weight))
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, SigmaLinear(child))
