@@ -46,6 +46,11 @@ class Definition:
     uses: frozenset[str]
     """Names that it takes from its module's scope."""
 
+    @property
+    def hints(self) -> frozenset[str]:
+        """Those of them that stand in annotations alone, which nothing evaluates."""
+        return self.uses - free_names(without_annotations(self.text))
+
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -115,6 +120,26 @@ def free_names(text: str) -> frozenset[str]:
             if symbol.is_referenced() and outside:
                 names.add(symbol.get_name())
     return frozenset(names - own)
+
+
+class _Bare(ast.NodeTransformer):
+    """Takes annotations away."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+
+def without_annotations(text: str) -> str:
+    return ast.unparse(_Bare().visit(ast.parse(text)))
 
 
 def rename(text: str, old: str, new: str, key: Key) -> str:

@@ -2,17 +2,20 @@
 
 Every name that a definition uses is looked up where Python would look it up: in its own module, then through
 that module's imports. Definitions of the package are copied with their comments and docstrings; imports of
-`ALLOWED` libraries are kept; anything else is an error, so that what is written runs without the package.
+`ALLOWED` libraries are kept; anything else is an error, so that what is written runs without the package. A module that
+is named in annotations alone is one that this model does not have: it is not copied, and the annotation says nn.Module.
 """
 
 from __future__ import annotations
 
 import builtins
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import UnionType
 from typing import Any
 
 import torch
@@ -120,11 +123,15 @@ class _Collector:
             if key in self.found or key in self.given:
                 continue
             definition = self.found[key] = self._definition(key)
+            hints = definition.hints
             for name in sorted(definition.uses):
                 target = self._resolve(key.module, name, used_by=key)
                 self.targets[key.module, name] = target
                 if isinstance(target, Key):
-                    waiting.append(target)
+                    if name in hints and _is_torch_module(target):
+                        imported.add(_torch_import("nn"))
+                    else:
+                        waiting.append(target)
                 elif target is not None:
                     imported.add(target)
         names = self._names(imported)
@@ -256,9 +263,12 @@ class _Collector:
             text = rename(text, definition.key.name, own, definition.key)
         for name in definition.uses:
             target = self.targets[definition.key.module, name]
-            if isinstance(target, Key) and target != definition.key and names[target] != name:
-                text = rename(text, name, names[target], definition.key)
-        return text
+            if not isinstance(target, Key) or target == definition.key:
+                continue
+            means = names.get(target, "nn.Module")
+            if means != name:
+                text = rename(text, name, means, definition.key)
+        return re.sub(r"nn\.Module( \| nn\.Module)+", "nn.Module", text)
 
 
 def _is_module(name: str) -> bool:
@@ -267,6 +277,13 @@ def _is_module(name: str) -> bool:
     except ModuleNotFoundError:
         # Its parent is a module and no package.
         return False
+
+
+def _is_torch_module(key: Key) -> bool:
+    """Whether it is a module's class, or a name for one of several."""
+    made = getattr(importlib.import_module(key.module), key.name)
+    classes = made.__args__ if isinstance(made, UnionType) else (made,)
+    return all(isinstance(each, type) and issubclass(each, nn.Module) for each in classes)
 
 
 def _inside(module: str, package: str) -> bool:

@@ -269,6 +269,45 @@ def test_a_module_in_front_of_a_name_is_taken_off(package: Load) -> None:
     ]
 
 
+def test_a_module_that_only_annotations_name_is_not_copied(package: Load) -> None:
+    text = """
+        from __future__ import annotations
+
+        from torch import nn
+
+        class Here(nn.Module):
+            pass
+
+        class Absent(nn.Module):
+            pass
+
+        class Other(nn.Module):
+            pass
+
+        Either = Absent | Other
+        Number = int
+
+        def made(a: Here, b: Absent | Other | None, c: Either, d: Number) -> Absent:
+            e: Other | Here = Here()
+            return e if isinstance(a, Here) else b
+    """
+    toy = package("hints", hints=text)
+    source = collect([toy.made], package=toy.__package__)
+    (section,) = source.sections
+    assert "import nn" in source.imports
+    assert "Absent" not in section.text
+    assert "Other" not in section.text
+    assert "class Here" in section.text
+    # What is no module is copied.
+    assert "Number = int" in section.text
+    assert (
+        "def made(a: Here, b: nn.Module | None, c: nn.Module, d: Number) -> nn.Module:\n"
+        "    e: nn.Module | Here = Here()"
+    ) in section.text
+    made = _run(f"{source.imports}\n\n{section.text}\n")["made"]
+    assert made(None, 1, 2, 3) == 1
+
+
 def test_a_local_name_that_hides_a_renamed_global_is_refused(package: Load) -> None:
     one = "def _same():\n    return 1\n\n\ndef one():\n    return _same()\n"
     two = """

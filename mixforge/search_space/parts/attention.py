@@ -58,7 +58,8 @@ class Attention(TokenMixer):
 
     @property
     def mix(self) -> HeadMix | None:
-        return self.scores.mix if isinstance(self.scores, Scored) else None
+        mix: HeadMix | None = getattr(self.scores, "mix", None)
+        return mix
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

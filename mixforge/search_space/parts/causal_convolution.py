@@ -67,7 +67,8 @@ def convolve(
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
     """A sequence through either of them, whose state is the only one of a layer."""
     past = None if state is None else state["conv"]
-    if isinstance(conv, CausalConvolution):
+    # Asked for the usual one, so that a model that has it needs no word of the other.
+    if not isinstance(conv, ShortConvolution):
         return conv(x_BTD, past, at), state
     y_BTD, after_BDW = conv(x_BTD, past)
     return y_BTD, None if state is None else {"conv": after_BDW}
@@ -75,6 +76,6 @@ def convolve(
 
 def convolve_one(conv: Convolution, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> Tensor:
     """One token through either of them."""
-    if isinstance(conv, CausalConvolution):
+    if not isinstance(conv, ShortConvolution):
         return conv.step(x_BD, state["conv"], at)
     return conv.step(x_BD, state["conv"])
