@@ -111,7 +111,7 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
     reads = [set(each.mixer.borrows(width)) for each in placed]
     beside = sum("context" in names for names in reads)
     if beside:
-        yield Finding("sharing", "note", f"{beside} mixers read what the branches beside them say")
+        yield Finding("sharing", "note", f"mixers that read what the branches beside them say: {beside}")
     readers = sum(1 for names in reads if names - {"context", EMBEDDING})
     if readers:
         lenders = {each.place: set(each.mixer.lends(width)) for each in placed if each.mixer.lends(width)}

@@ -75,7 +75,7 @@ def test_shared_caches_and_deep_post_norm_are_told() -> None:
     notes = dict(of(lint(preset("yoco")), "note"))
     assert notes["sharing"] == "1 mixers read what 1 owners lend"
     notes = dict(of(lint(preset("block_state_transformer")), "note"))
-    assert notes["sharing"] == "3 mixers read what the branches beside them say"
+    assert notes["sharing"] == "mixers that read what the branches beside them say: 3"
     deep = of(lint(parse("lm(12 * (attn + mlp), width=64, place=post)")), "warning")
     assert [rule for rule, _ in deep] == ["residual"]
 
