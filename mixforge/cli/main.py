@@ -55,22 +55,25 @@ def run() -> None:
         out = os.dup(_STDOUT)
     except OSError:
         # It was closed before the start.
-        sys.exit(_status())
-    status = _status()
-    if status in (0, 1) and _reader_has_gone(out):
+        sys.exit(_failure())
+    has_failed = True
+    try:
+        status = _failure()
+    except SystemExit as end:
+        has_failed, status = False, end.code if isinstance(end.code, int) else int(end.code is not None)
+    if _reader_has_gone(out):
         # `head` has what it wanted. What is still in the buffer must not be written when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
-        status = 0
+        # The library's status, which says no more than that. A run that failed has failed for all that.
+        status = 0 if status == 1 and not has_failed else status
     os.close(out)
     sys.exit(status)
 
 
-def _status() -> int:
-    """Runs the command."""
+def _failure() -> int:
+    """Runs the command, which ends by SystemExit unless it fails. Gives the exit status of a failure."""
     try:
         app()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except RunFailed as error:
         narrate(f"failed: {error}")
         return 1

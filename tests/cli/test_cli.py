@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -289,3 +290,20 @@ def test_an_export_folder_that_exists_is_left_alone(tell, tmp_path: Path) -> Non
     assert told.status == 2
     assert "out exists" in told.err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_failure_is_one_where_nobody_reads_as_well() -> None:
+    code = """
+from mixforge.cli import main
+
+def app():
+    raise main.RunFailed("the disk is full")
+
+main.app = app
+main.run()
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "mixforge: failed: the disk is full\n")
