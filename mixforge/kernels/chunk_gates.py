@@ -36,9 +36,14 @@ Pair = tuple[Tensor, Tensor]
 class Gates(ABC):
     """The scalings of all chunks under one decay. Each is its own adjoint."""
 
+    # The factors of `reading`, [C, B, G, 1, L, 1]; None for one.
+    read: Tensor | None = None
+    # What takes long to make, for the adjoint to be given.
+    made: tuple[Tensor, ...] = ()
+
     @abstractmethod
-    def __init__(self, log: Tensor | None) -> None:
-        """From the log decays, None for none."""
+    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
+        """From the log decays, None for none, and perhaps from what was `made` of them before."""
 
     @abstractmethod
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ class Gates(ABC):
 class PlainGates(Gates):
     """No decay."""
 
-    def __init__(self, log: Tensor | None) -> None:
+    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
         assert log is None
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
@@ -86,7 +91,9 @@ class PlainGates(Gates):
         return out.copy_(x)
 
     def mask_(self, products: Tensor) -> Tensor:
-        return tril_(products)
+        # A product with ones takes a fourth of the time of `tril_` where there are 16 rows.
+        size = products.shape[2]
+        return products.mul_(products.new_ones(size, size).tril_().repeat(products.shape[1] // size, 1))
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x
@@ -107,20 +114,24 @@ class PlainGates(Gates):
 class ScalarGates(Gates):
     """One decay for all key channels of a token: log decays [C, B or 1, G, 1, L, 1], of any size."""
 
-    def __init__(self, log: Tensor | None) -> None:
+    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
         assert log is not None
         self.shape = log.shape
         # Summed in float64 and differenced as two parts: after a decay of -1000 a float32 sum would leave the
         # later pairs with a relative error of 1e-4.
         total = log.double().cumsum(-2)
-        high = total.to(log.dtype)
-        low = (total - high).to(log.dtype)
+        self.made = made or (self.all_pairs(total, log.dtype),)
+        self.read: Tensor = total.clamp(min=FLOOR).exp().to(log.dtype)
+        self.write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp().to(log.dtype)
+
+    @staticmethod
+    def all_pairs(total: Tensor, dtype: torch.dtype) -> Tensor:
+        high = total.to(dtype)
+        low = (total - high).to(dtype)
         pairs = high - high.mT
         pairs += low
         pairs -= low.mT
-        self.pairs = pairs.clamp_(FLOOR, 0).exp_().tril_()
-        self.read = total.clamp(min=FLOOR).exp().to(log.dtype)
-        self.write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp().to(log.dtype)
+        return pairs.clamp_(FLOOR, 0).exp_().tril_()
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
@@ -129,8 +140,9 @@ class ScalarGates(Gates):
         return out.copy_(x)
 
     def mask_(self, products: Tensor) -> Tensor:
-        chunks, _, heads, _, size, _ = self.pairs.shape
-        products.view(chunks, -1, heads, products.shape[1] // size, size, size).mul_(self.pairs)
+        (pairs,) = self.made
+        chunks, _, heads, _, size, _ = pairs.shape
+        products.view(chunks, -1, heads, products.shape[1] // size, size, size).mul_(pairs)
         return products
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -158,18 +170,21 @@ class ChannelGates(Gates):
     inside the range of float32.
     """
 
-    def __init__(self, log: Tensor | None) -> None:
+    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
         assert log is not None
         # The anchor is the chunk's first row, so that nothing of a later row enters an earlier one.
-        first = log[..., :1, :]
+        first = log[..., 0, :, None]
         total = torch.empty(log.shape, dtype=log.dtype, device=log.device)
-        torch.cumsum(log, -2, out=total)
-        total -= first
-        last = total[..., 0, -1, :, None].clone()
-        last[:-1] += first[1:, :, :, 0].mT
-        self.first, self.kept = first[0, :, :, 0].mT.exp(), last.exp_()
-        self.right = (-total).exp_()
+        # Row after row, which takes a third of the time of `cumsum`.
+        sums = total.unbind(-2)
+        sums[0].zero_()
+        for row, before, now in zip(log.unbind(-2)[1:], sums[:-1], sums[1:], strict=True):
+            torch.add(before, row, out=now)
+        last = sums[-1][..., 0, :, None].clone()
+        last[:-1] += first[1:, :, :, 0]
+        self.first, self.kept = first[0, :, :, 0].exp(), last.exp_()
         self.left = total.exp_()
+        self.right = self.left.reciprocal()
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.mul(x, self.left, out=out)
@@ -178,7 +193,10 @@ class ChannelGates(Gates):
         return torch.mul(x, self.right, out=out)
 
     def mask_(self, products: Tensor) -> Tensor:
-        return tril_(products)
+        # No product with ones: what is above the diagonal may be infinite.
+        size = products.shape[2]
+        products.view(-1, size, size).tril_()
+        return products
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x
@@ -193,14 +211,13 @@ class ChannelGates(Gates):
         return self.kept.unbind()
 
     def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        d = total_grad(rows, columns)
-        ends = torch.linalg.vecdot(states, dstates)[..., None, None, :]
-        later = torch.ones(d.shape[-2], d.shape[-2], dtype=d.dtype, device=d.device).triu_()
-        later[0] = 0
-        flat = d.flatten(0, 3)
-        d = torch.bmm(later.expand(len(flat), -1, -1), flat).view_as(d)
-        torch.add(d[..., 1:, :], ends[1:], out=out[..., 1:, :])
-        out[..., :1, :] = ends[:-1]
+        ends = torch.linalg.vecdot(states, dstates).unsqueeze(3)
+        *into, last = out.unbind(-2)
+        *of_rows, of_last = total_grad(rows, columns).unbind(-2)
+        torch.add(ends[1:], of_last, out=last)
+        for row, of_row in zip(reversed(into[1:]), reversed(of_rows[1:]), strict=True):
+            last = torch.add(last, of_row, out=row)
+        into[0].copy_(ends[:-1])
 
 
 def total_grad(rows: Pair, columns: Pair) -> Tensor:
@@ -210,10 +227,3 @@ def total_grad(rows: Pair, columns: Pair) -> Tensor:
     for x, dx in zip(others, dothers, strict=True):
         d.addcmul_(x, dx)
     return d.addcmul_(*columns, value=-1)
-
-
-def tril_(products: Tensor) -> Tensor:
-    """The lower triangle of each of the square matrices below one another in [*, R * L, L], in place."""
-    size = products.shape[2]
-    products.view(-1, size, size).tril_()
-    return products

@@ -8,8 +8,8 @@ In a chunk that starts from the state S0, with the products of `chunk_gates`:
     S1 = keep(S0) + writing(W)^T Y
 
 The triangular system is solved by substitution: a Neumann series or repeated squaring fails for keys that
-resemble one another. The adjoint runs over the chunks backwards, from the states between them; it keeps
-those, Y and the products of rows, and makes the scalings again.
+resemble one another. The adjoint runs over the chunks backwards, from the states between them; it keeps those,
+Y, the products of rows and the pairs of scalar decays, and makes the other scalings again.
 
 Source: Yang et al. 2024 (arXiv 2406.06484, section 3.2) and Yang, Kautz and Hatamizadeh 2024
 (arXiv 2412.06464, section 3.3). Departures: Y comes chunk by chunk, the matrix W of those papers is
@@ -171,34 +171,38 @@ class DeltaRule(Rule):
         gates.rows(k, of_k)
         gates.columns(w, w)
         # Below the adjoint of what q reads stands that of what k reads, which the system has on its other side.
-        down = space(do, 2)
+        down, size = space(do, 2), inner.shape[1]
         down_of_q, down_of_k = down.chunk(2, 3)
         down_of_q.copy_(do)
         down_, rows_, w_ = matrices(down), matrices(rows), matrices(w)
-        size = inner.shape[1]
         dy = torch.bmm(inner.mT, down_[:, :size])
         dv_ = torch.empty_like(dy)
         dv = dv_.view(do.shape)
+        # What is left of these after `reading`: the states' adjoints come of it, and rows are not scaled for them.
+        scaled = down if gates.read is None else space(do, 2)
+        scaled_of_q, scaled_of_k = scaled.chunk(2, 3)
+        gates.reading(down_of_q, scaled_of_q)
         dstates = torch.empty_like(states)
         dbefore, dafter = neighbours(dstates)
         dstates[-1] = dstate
         each, keeps = dstates.unbind(), gates.keeps(len(q))
-        flat = (matrices(gates.reading(rows)).mT, matrices(gates.writing(w)), inverse.mT, dy, dv_, down_)
+        flat = (rows_.mT, matrices(gates.writing(w)), inverse.mT, dy, dv_, matrices(scaled))
         parts = list(zip(*(z.chunk(len(q)) for z in (*flat, dbefore, dafter)), strict=True))
         for chunk in reversed(range(len(q))):
-            read, write, solve, dy_c, dv_c, down_c, before_c, after_c = parts[chunk]
+            read, write, solve, dy_c, dv_c, scaled_c, before_c, after_c = parts[chunk]
             torch.baddbmm(dy_c, write, after_c, out=dy_c)
             torch.bmm(solve, dy_c, out=dv_c)
             torch.neg(dv[chunk], out=down_of_k[chunk])
-            torch.bmm(read, down_c, out=before_c)
+            if gates.read is not None:
+                torch.mul(down_of_k[chunk], gates.read[chunk], out=scaled_of_k[chunk])
+            torch.bmm(read, scaled_c, out=before_c)
             add_kept(keeps[chunk], each[chunk + 1], each[chunk])
         into_v.copy_(dv)
         dgrams = gates.mask_(torch.bmm(down_, y_.mT))
         dgrams[:, size:].diagonal(dim1=-2, dim2=-1).zero_()
         before, _ = neighbours(states)
-        drows_, dw_ = torch.bmm(down_, before.mT), torch.bmm(y_, dafter.mT)
+        drows_, dw_ = torch.bmm(matrices(scaled), before.mT), torch.bmm(y_, dafter.mT)
         drows, dw = drows_.view_as(rows), dw_.view_as(w)
-        gates.reading(drows, drows)
         gates.writing(dw, dw)
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
@@ -235,17 +239,18 @@ class Chunks(torch.autograd.Function):
         o = space(v)
         kept: list[Tensor] = []
         for q_, k_, v_, log_, beta_, o_ in slabs((q, k, v, log, beta, o), size, count):
-            state, made = rule.forward(gates_of(log_), q_, k_, v_, beta_, state, o_)
+            gates = gates_of(log_)
+            state, made = rule.forward(gates, q_, k_, v_, beta_, state, o_)
             if any(ctx.needs_input_grad):
-                kept.extend(made)
+                kept.extend((*made, *gates.made))
         ctx.save_for_backward(q, k, v, log, beta, *kept)
-        ctx.how = rule, gates_of, size, count
+        ctx.how = rule, gates_of, size, count, len(gates.made)
         return o, state.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        rule, gates_of, size, count = ctx.how
+        rule, gates_of, size, count, of_gates = ctx.how
         inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         decays = ctx.needs_input_grad[3]
         grads = [None if x is None or (x is inputs[3] and not decays) else space(x) for x in inputs]
@@ -253,7 +258,8 @@ class Chunks(torch.autograd.Function):
         each = len(kept) // len(parts)
         for slab, (tokens, (do_, *into)) in reversed(list(enumerate(parts))):
             made = kept[each * slab : each * (slab + 1)]
-            dstate = rule.backward(gates_of(tokens[3]), made, tokens, do_, dstate, into)
+            gates = gates_of(tokens[3], *made[each - of_gates :])
+            dstate = rule.backward(gates, made[: each - of_gates], tokens, do_, dstate, into)
         return *grads, dstate, None, None, None, None
 
 

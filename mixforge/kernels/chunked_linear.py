@@ -42,9 +42,11 @@ from mixforge.kernels.chunk_rules import AddRule, Chunks, DeltaRule, Rule
 
 # Fifteen steps of this size from a chunk's first row to its last stay inside the range of float32.
 CHANNEL_FLOOR = -5.0
-# Rows of a chunk. A chunk of decays per channel is short for the same reason.
+# Rows of a chunk. A chunk of decays per channel is short for the same reason, and one of the rule delta where keys
+# and values are so narrow that its square matrices would cost more than its states.
 CHUNK = 32
 CHANNEL_CHUNK = 16
+NARROW_CHUNK, NARROW = 16, 32
 # Token-heads that are worked on at a time, so that what passes between operations stays in a core's cache.
 SLAB = 4096
 
@@ -205,7 +207,7 @@ def add_plain(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, no decay."""
-    return in_chunks(AddRule, PlainGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(AddRule, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def add_scalar(
@@ -217,7 +219,7 @@ def add_scalar(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, a decay per head, or per token and head."""
-    return in_chunks(AddRule, ScalarGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(AddRule, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def add_channel(
@@ -229,8 +231,7 @@ def add_channel(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, a decay per key channel."""
-    size = CHANNEL_CHUNK
-    return in_chunks(AddRule, ChannelGates, size, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(AddRule, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_plain(
@@ -242,7 +243,7 @@ def delta_plain(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, no decay."""
-    return in_chunks(DeltaRule, PlainGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DeltaRule, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_scalar(
@@ -254,7 +255,7 @@ def delta_scalar(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, a decay per head, or per token and head."""
-    return in_chunks(DeltaRule, ScalarGates, CHUNK, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DeltaRule, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_channel(
@@ -266,14 +267,12 @@ def delta_channel(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, a decay per key channel."""
-    size = CHANNEL_CHUNK
-    return in_chunks(DeltaRule, ChannelGates, size, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DeltaRule, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def in_chunks(
     rule: type[Rule],
     gates: type[Gates],
-    longest: int,
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTGV: Tensor,
@@ -281,10 +280,11 @@ def in_chunks(
     beta_BTG: Tensor | None,
     state_BGKV: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a rule over chunks of at most `longest` rows, some chunks at a time."""
+    """Run a rule over the chunks, some at a time."""
     check_inputs(q_BTHK, v_BTGV, decay)
-    batch, length, heads, _ = v_BTGV.shape
-    size = chunk_size(length, longest)
+    batch, length, heads, value_dim = v_BTGV.shape
+    is_channel = decay is not None and decay.dim() == 4
+    size = chunk_size(length, beta_BTG is not None, is_channel, max(q_BTHK.shape[3], value_dim))
     if decay is not None:
         decay = decay.expand(1, length, heads) if decay.dim() == 1 else decay
         decay = decay if decay.dim() == 4 else decay[..., None]
@@ -307,8 +307,9 @@ def pad(x: Tensor, size: int, heads: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size)) if x.shape[1] % size else x
 
 
-def chunk_size(length: int, longest: int) -> int:
-    """Rows of a chunk: a multiple of 16, no more than hold the sequence."""
+def chunk_size(length: int, is_delta: bool, is_channel: bool, dim: int) -> int:
+    """Rows of a chunk: a multiple of 16, no more than hold the sequence; `dim` is the wider of keys and values."""
+    longest = CHANNEL_CHUNK if is_channel else NARROW_CHUNK if is_delta and dim <= NARROW else CHUNK
     return min(longest, -(-length // 16) * 16)
 
 
@@ -342,7 +343,7 @@ def matmul_flops(
     Padding counts, and so do the zeros above a diagonal: it is what runs. Key heads are repeated, so their
     number does not matter; the triangular system is not a product.
     """
-    size = chunk_size(length, CHANNEL_CHUNK if decay == "channel" else CHUNK)
+    size = chunk_size(length, rule == "delta", decay == "channel", max(key_dim, value_dim))
     chunks = -(-length // size)
     pairs, states = (1, 2) if rule == "add" else (2, 3)
     products = pairs * size * size * (key_dim + value_dim) + states * size * key_dim * value_dim

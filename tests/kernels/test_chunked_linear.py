@@ -16,6 +16,8 @@ from mixforge.kernels.chunked_linear import FORMS, form, linear_step, matmul_flo
 DECAYS = ("none", "head", "scalar", "channel")
 RULES = ("add", "delta")
 MEMBERS = list(itertools.product(DECAYS, RULES))
+# The rule delta takes longer chunks for wider heads.
+SIZES = [(*member, 5) for member in MEMBERS] + [(decay, "delta", 33) for decay in DECAYS[:3]]
 Inputs = list[Tensor | None]
 NAMES = ("q", "k", "v", "decay", "beta", "state")
 
@@ -113,9 +115,9 @@ def test_equals_the_papers_recurrence(decay: str, rule: str, backend: str) -> No
 
 
 @pytest.mark.parametrize("length", [1, 13, 63, 64, 65, 200])
-@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
-def test_chunks_equal_the_loop_at_every_length(decay: str, rule: str, length: int) -> None:
-    inputs = draw(decay, rule, length)
+@pytest.mark.parametrize(("decay", "rule", "key_dim"), SIZES)
+def test_chunks_equal_the_loop_at_every_length(decay: str, rule: str, key_dim: int, length: int) -> None:
+    inputs = draw(decay, rule, length, key_dim=key_dim)
     expected = results(lambda x: run(FORMS["reference"], x), inputs)
     assert_near(results(lambda x: run(FORMS["torch"], x), inputs), expected, 1e-11)
 
@@ -201,6 +203,21 @@ def test_slabs_change_nothing(decay: str, rule: str, monkeypatch: pytest.MonkeyP
     assert_near(results(lambda x: run(FORMS["torch"], x), inputs), expected, 1e-12)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_infinite_above_the_diagonal_is_not_read(rule: str) -> None:
+    inputs = draw("channel", rule, 16, key_dim=64, dtype=torch.float32)
+    q, k, _, g, _, _ = inputs
+    assert q is not None
+    assert k is not None
+    assert g is not None
+    # The first query by the last key, whose scaling is e^75.
+    inputs[0], inputs[1], inputs[3] = 1e5 * q.abs(), 10 * k.abs(), torch.full_like(g, -5.0)
+    if rule == "delta":
+        inputs[4] = torch.full_like(g[..., 0], 0.01)
+    expected = results(lambda x: run(FORMS["reference"], x), in_float64(inputs))
+    assert_near(results(lambda x: run(FORMS["torch"], x), inputs), expected, 1e-4)
+
+
 @pytest.mark.parametrize(("decay", "rule"), MEMBERS)
 def test_a_later_token_leaves_earlier_outputs_as_they_were(decay: str, rule: str) -> None:
     inputs = draw(decay, rule, 80, dtype=torch.float32)
@@ -239,14 +256,14 @@ def test_steps_equal_the_loop(decay: str, rule: str, grad: bool) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("length", [1, 30, 100])
-@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
-def test_flops_equal_the_counter(decay: str, rule: str, length: int, grad: bool) -> None:
-    inputs = draw(decay, rule, length, batch=1, dtype=torch.float32)
+@pytest.mark.parametrize(("decay", "rule", "key_dim"), SIZES)
+def test_flops_equal_the_counter(decay: str, rule: str, key_dim: int, length: int, grad: bool) -> None:
+    inputs = draw(decay, rule, length, batch=1, key_dim=key_dim, dtype=torch.float32)
     leaves = [None if x is None else x.requires_grad_(grad) for x in inputs]
     with FlopCounterMode(display=False) as counter:
         FORMS["torch"](*leaves)
     expected = matmul_flops(
-        length, key_heads=2, value_heads=4, key_dim=5, value_dim=7, rule=rule, decay=decay
+        length, key_heads=2, value_heads=4, key_dim=key_dim, value_dim=7, rule=rule, decay=decay
     )
     assert counter.get_total_flops() == expected
 
