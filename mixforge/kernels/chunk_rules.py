@@ -188,15 +188,17 @@ class DeltaRule(Rule):
         each, keeps = dstates.unbind(), gates.keeps(len(q))
         flat = (rows_.mT, matrices(gates.writing(w)), inverse.mT, dy, dv_, matrices(scaled))
         parts = list(zip(*(z.chunk(len(q)) for z in (*flat, dbefore, dafter)), strict=True))
+        minus = -dv.new_ones(len(q)) if gates.read is None else -gates.read
+        found = list(zip(dv.unbind(), minus.unbind(), scaled_of_k.unbind(), strict=True))
         for chunk in reversed(range(len(q))):
             read, write, solve, dy_c, dv_c, scaled_c, before_c, after_c = parts[chunk]
             torch.baddbmm(dy_c, write, after_c, out=dy_c)
             torch.bmm(solve, dy_c, out=dv_c)
-            torch.neg(dv[chunk], out=down_of_k[chunk])
-            if gates.read is not None:
-                torch.mul(down_of_k[chunk], gates.read[chunk], out=scaled_of_k[chunk])
+            torch.mul(*found[chunk][:2], out=found[chunk][2])
             torch.bmm(read, scaled_c, out=before_c)
             add_kept(keeps[chunk], each[chunk + 1], each[chunk])
+        if scaled is not down:
+            torch.neg(dv, out=down_of_k)
         into_v.copy_(dv)
         dgrams = gates.mask_(torch.bmm(down_, y_.mT))
         dgrams[:, size:].diagonal(dim1=-2, dim2=-1).zero_()

@@ -42,11 +42,11 @@ from mixforge.kernels.chunk_rules import AddRule, Chunks, DeltaRule, Rule
 
 # Fifteen steps of this size from a chunk's first row to its last stay inside the range of float32.
 CHANNEL_FLOOR = -5.0
-# Rows of a chunk. A chunk of decays per channel is short for the same reason, and one of the rule delta where keys
-# and values are so narrow that its square matrices would cost more than its states.
-CHUNK = 32
+# Rows of a chunk. A chunk of decays per channel is short for the same reason, and so is one where keys and values
+# together have so few dims that its square matrices, of which the rule delta has more, cost more than its states.
+CHUNK, NARROW_CHUNK = 32, 16
 CHANNEL_CHUNK = 16
-NARROW_CHUNK, NARROW = 16, 32
+NARROW = {"add": 32, "delta": 64}
 # Token-heads that are worked on at a time, so that what passes between operations stays in a core's cache.
 SLAB = 4096
 
@@ -283,8 +283,12 @@ def in_chunks(
     """Run a rule over the chunks, some at a time."""
     check_inputs(q_BTHK, v_BTGV, decay)
     batch, length, heads, value_dim = v_BTGV.shape
-    is_channel = decay is not None and decay.dim() == 4
-    size = chunk_size(length, beta_BTG is not None, is_channel, max(q_BTHK.shape[3], value_dim))
+    size = chunk_size(
+        length,
+        "add" if beta_BTG is None else "delta",
+        q_BTHK.shape[3] + value_dim,
+        is_channel=decay is not None and decay.dim() == 4,
+    )
     if decay is not None:
         decay = decay.expand(1, length, heads) if decay.dim() == 1 else decay
         decay = decay if decay.dim() == 4 else decay[..., None]
@@ -307,9 +311,9 @@ def pad(x: Tensor, size: int, heads: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size)) if x.shape[1] % size else x
 
 
-def chunk_size(length: int, is_delta: bool, is_channel: bool, dim: int) -> int:
-    """Rows of a chunk: a multiple of 16, no more than hold the sequence; `dim` is the wider of keys and values."""
-    longest = CHANNEL_CHUNK if is_channel else NARROW_CHUNK if is_delta and dim <= NARROW else CHUNK
+def chunk_size(length: int, rule: str, dims: int, *, is_channel: bool) -> int:
+    """Rows of a chunk: a multiple of 16, no more than hold the sequence; `dims` is those of keys and of values."""
+    longest = CHANNEL_CHUNK if is_channel else NARROW_CHUNK if dims <= NARROW[rule] else CHUNK
     return min(longest, -(-length // 16) * 16)
 
 
@@ -343,7 +347,7 @@ def matmul_flops(
     Padding counts, and so do the zeros above a diagonal: it is what runs. Key heads are repeated, so their
     number does not matter; the triangular system is not a product.
     """
-    size = chunk_size(length, rule == "delta", decay == "channel", max(key_dim, value_dim))
+    size = chunk_size(length, rule, key_dim + value_dim, is_channel=decay == "channel")
     chunks = -(-length // size)
     pairs, states = (1, 2) if rule == "add" else (2, 3)
     products = pairs * size * size * (key_dim + value_dim) + states * size * key_dim * value_dim

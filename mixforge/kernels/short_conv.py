@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +62,44 @@ def short_conv_torch(
         )
     width, length = weight_DW.shape[1], x_BTD.shape[1]
     x_BDT = with_past(x_BTD, width, state_BDW)
-    # As a picture of one row whose channels come last, which is how tokens lie in memory: nothing is copied to turn it
-    # round, and forward and backward take a half of the time of a convolution in one dimension.
-    y_BD1T = F.conv2d(x_BDT[:, :, None], weight_DW[:, None, None], bias_D, groups=weight_DW.shape[0])
-    y_BTD = y_BD1T[:, :, 0].transpose(1, 2)
+    y_BTD = Convolution.apply(x_BDT, weight_DW, bias_D)  # type: ignore[no-untyped-call]
     return F.silu(y_BTD) if activation == "silu" else y_BTD, x_BDT[:, :, length:].clone()
+
+
+class Convolution(torch.autograd.Function):
+    """y_BTD of x [B, D, T + W - 1], the weights [D, W] and a bias [D] or None.
+
+    It is torch's, as a picture of one row whose channels come last, which is how tokens lie in memory: nothing is copied
+    to turn it round, and it takes a half of the time of a convolution in one dimension. The gradient of the weights is
+    ours: a product and a sum for each tap take half of the time of torch's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BDS: Tensor, weight_DW: Tensor, bias_D: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_BDS, weight_DW)
+        y_BD1T = F.conv2d(x_BDS[:, :, None], weight_DW[:, None, None], bias_D, groups=len(weight_DW))
+        return y_BD1T.squeeze(2).transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_BDS, weight_DW = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        dx_BDS = dweight_DW = None
+        if of_x:
+            dy_BDT, row = dy_BTD.transpose(1, 2), (x_BDS[:, :, None], weight_DW[:, None, None])
+            how = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], len(weight_DW), [True, False, False])
+            dx_BDS = torch.ops.aten.convolution_backward(dy_BDT[:, :, None], *row, *how)[0].squeeze(2)
+        if of_weight:
+            wide = torch.promote_types(dy_BTD.dtype, torch.float32)
+            x_BSD, dy = x_BDS.transpose(1, 2).to(wide), dy_BTD.to(wide)
+            product, length = torch.empty_like(dy), dy.shape[1]
+            dweight_DW = torch.empty_like(weight_DW, dtype=wide)
+            for tap in range(weight_DW.shape[1]):
+                torch.mul(x_BSD[:, tap : tap + length], dy, out=product)
+                dweight_DW[:, tap] = product.sum((0, 1))
+            dweight_DW = dweight_DW.to(weight_DW.dtype)
+        return dx_BDS, dweight_DW, dy_BTD.sum((0, 1)) if of_bias else None
 
 
 def check_conv(

@@ -16,8 +16,8 @@ from mixforge.kernels.chunked_linear import FORMS, form, linear_step, matmul_flo
 DECAYS = ("none", "head", "scalar", "channel")
 RULES = ("add", "delta")
 MEMBERS = list(itertools.product(DECAYS, RULES))
-# The rule delta takes longer chunks for wider heads.
-SIZES = [(*member, 5) for member in MEMBERS] + [(decay, "delta", 33) for decay in DECAYS[:3]]
+# Chunks are longer for wider heads.
+SIZES = [(*member, key_dim) for member in MEMBERS for key_dim in (5, 65)]
 Inputs = list[Tensor | None]
 NAMES = ("q", "k", "v", "decay", "beta", "state")
 

@@ -422,16 +422,13 @@ class LinearAttention(TokenMixer):
 
     def finish(self, o_BTHV: Tensor, read: Reads, inputs: Inputs) -> Tensor:
         """Normaliser, skip, norm, gate and output projection."""
-        if self.normalised and self.floor:
-            total = o_BTHV[..., -1:].abs()
-            least = (
-                torch.ones_like(total)
-                if read.floor_BTH is None
-                else read.floor_BTH[..., None].to(total.dtype)
-            )
-            o_BTHV = o_BTHV[..., :-1] / (torch.maximum(total, least) + 1e-6)
-        elif self.normalised:
-            o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + 1e-6)
+        if self.normalised:
+            o_BTHV, total = torch.split(o_BTHV, [self.value_dim, 1], -1)
+            if self.floor:
+                least = total.new_ones(()) if read.floor_BTH is None else read.floor_BTH[..., None]
+                total = torch.maximum(total.abs(), least.to(total.dtype))
+            # Not a quotient, whose adjoint divides three times.
+            o_BTHV = o_BTHV * (total + 1e-6).reciprocal()
         if self.skip is not None:
             o_BTHV = o_BTHV + self.skip(read.v_BTHV)
         late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)
