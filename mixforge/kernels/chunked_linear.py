@@ -44,7 +44,8 @@ from mixforge.kernels.chunk_rules import AddRule, Chunks, DeltaRule, Rule
 CHANNEL_FLOOR = -5.0
 # Rows of a chunk. A chunk of decays per channel is short for the same reason, and so is one where keys and values
 # together have so few dims that its square matrices, of which the rule delta has more, cost more than its states.
-CHUNK, NARROW_CHUNK = 32, 16
+CHUNK = 32
+NARROW_CHUNK = 16
 CHANNEL_CHUNK = 16
 NARROW = {"add": 32, "delta": 64}
 # Token-heads that are worked on at a time, so that what passes between operations stays in a core's cache.

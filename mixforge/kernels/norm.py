@@ -37,6 +37,12 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return y.to(x.dtype)
 
 
+def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(|x|^2 + eps) over the last axis [..., D], as the published models of the delta rule have it."""
+    y: Tensor = UnitNorm.apply(x, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
 def rms_norm_gated_reference(
     x: Tensor,
     gate: Tensor,
@@ -103,13 +109,31 @@ class RootMeanSquare(torch.autograd.Function):
         return normal * weight
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gradient,) = gradients
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         normal, inverse, weight = ctx.saved_tensors
-        products = gradient * normal
-        along = (products @ weight / weight.shape[0])[..., None]
-        d_weight = products.flatten(0, -2).sum(0)
-        return (gradient * weight - normal * along) * inverse, d_weight, None
+        products = (gradient * normal).reshape(-1, len(weight))
+        # In place, for memory that is touched for the first time takes longer than the arithmetic.
+        along = torch.mv(products, weight).div_(-len(weight)).view(inverse.shape)
+        return (gradient * weight).addcmul_(normal, along).mul_(inverse), products.sum(0), None
+
+
+class UnitNorm(torch.autograd.Function):
+    """`unit_norm`, with dx = (g - y (g . y)) r, r = 1 / sqrt(|x|^2 + eps)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vecdot(x, x).add_(eps).rsqrt_().unsqueeze(-1)
+        y: Tensor = x * inverse
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        y, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(gradient, y).neg_().unsqueeze(-1)
+        return torch.addcmul(gradient, y, along).mul_(inverse), None
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {"reference": rms_norm_reference, "torch": rms_norm_torch}

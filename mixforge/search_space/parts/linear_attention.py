@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.kernels.norm import unit_norm
 from mixforge.search_space.parts.first_state import CarriedState, NoisyState
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.memories import Memories
@@ -315,7 +316,7 @@ class LinearAttention(TokenMixer):
             x_BTHK = self.feature(x_BTHK) + self.least if self.least else self.feature(x_BTHK)
         if angle is not None:
             x_BTHK = turned(x_BTHK, angle)
-        return unit(x_BTHK) if self.unit_keys else x_BTHK
+        return unit_norm(x_BTHK) if self.unit_keys else x_BTHK
 
     def gate_writes(
         self, read: Reads, gate: Tensor | None, inputs: Inputs, state: State | None, after: State, at: Pass
@@ -434,8 +435,3 @@ class LinearAttention(TokenMixer):
         late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)
         y: Tensor = self.output(o_BTHV, inputs.out, *late)
         return y
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-6) over the last axis, which is how the published models of the delta rule have it."""
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
