@@ -35,7 +35,7 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
     match unit:
         case Layer() | Beside():
             around = residual_cost(frame, width, length, itemsize, 1, 0 if norms_input(unit) else 1)
-            return sum_costs([function_cost(unit, width, length, itemsize, frame), around])
+            return function_cost(unit, width, length, itemsize, frame) + around
         case Residual():
             return around_cost(unit, width, length, itemsize, frame)
         case Reuse():
@@ -52,14 +52,12 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
 def function_cost(unit: Layer | Beside, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
     """Of a residual unit's function alone."""
     if isinstance(unit, Layer):
-        # The unit itself is remembered, and hashing a mixer of many genes twice is half of the time.
-        parts = [unit.mixer.cost(width, length, itemsize)]
+        # The unit itself is remembered.
+        found = unit.mixer.cost(width, length, itemsize)
     else:
         parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
-        parts.append(fuse_cost(unit, width, length, itemsize))
-    if frame.has_sigma:
-        parts.append(sigma_cost(matrices(unit, width), itemsize))
-    return sum_costs(parts)
+        found = sum_costs([*parts, fuse_cost(unit, width, length, itemsize)])
+    return found + sigma_cost(matrices(unit, width), itemsize) if frame.has_sigma else found
 
 
 def around_cost(unit: Residual, width: int, length: int, itemsize: int, frame: Frame) -> Cost:

@@ -168,10 +168,8 @@ def turn_piece(pos: str | Form, width: int, heads: int, channels: int) -> Piece:
         return Piece(part=Part(FixedTurn, most=int(pos.arguments[0])))
     if pos == "lrpe":
         return Piece(part=Part(LearnedTurn, heads=heads, channels=channels), params=count)
-    if pos == "phase":
-        made = Part(PhaseTurn, width=width, heads=heads, channels=channels)
-        return Piece(part=made, params=width * count, macs=width * count)
-    return NOTHING
+    made = Part(PhaseTurn, width=width, heads=heads, channels=channels)
+    return Piece(part=made, params=width * count, macs=width * count)
 
 
 def conv_piece(channels: int, size: int, activation: str, bias: bool, backend: Backend) -> Piece:
@@ -190,8 +188,6 @@ def conv_piece(channels: int, size: int, activation: str, bias: bool, backend: B
 
 def shift_piece(shift: str, width: int, count: int) -> Piece:
     """The token shift of `count` projections."""
-    if shift == "none":
-        return NOTHING
     rank = 2 * count * SHIFT_RANK * width if shift == "lowrank" else 0
     made = Part(TokenShift, width=width, count=count, lowrank=shift == "lowrank")
     own = width if shift == "lowrank" else 0
@@ -231,19 +227,20 @@ def levels_piece(width: int, heads: int) -> Piece:
     )
 
 
-def in_gate_piece(in_gate: str, width: int, heads: int, cap: float | None = None) -> Piece:
-    """in_gate=sigmoid and in_gate=exp."""
-    if in_gate not in ("sigmoid", "exp"):
-        return NOTHING
-    capped = {} if cap is None or in_gate == "sigmoid" else {"cap": cap}
-    made = Part(SigmoidGate if in_gate == "sigmoid" else ExpGate, width=width, heads=heads, **capped)
+def write_gate_piece(width: int, heads: int) -> Piece:
+    """in_gate=sigmoid."""
+    made = Part(SigmoidGate, width=width, heads=heads)
     return Piece(part=made, params=(width + 1) * heads, macs=width * heads)
 
 
-def value_gate_piece(rank: int | None, width: int, heads: int, value_dim: int) -> Piece:
+def exp_gate_piece(width: int, heads: int, cap: float | None) -> Piece:
+    """in_gate=exp."""
+    made = Part(ExpGate, width=width, heads=heads, **({} if cap is None else {"cap": cap}))
+    return Piece(part=made, params=(width + 1) * heads, macs=width * heads)
+
+
+def value_gate_piece(rank: int, width: int, heads: int, value_dim: int) -> Piece:
     """The low-rank gate of the values."""
-    if rank is None:
-        return NOTHING
     made = Part(ValueGate, width=width, heads=heads, value_dim=value_dim, rank=rank)
     matrix = rank * (width + heads * value_dim)
     return Piece(part=made, params=matrix + heads * value_dim, macs=matrix)
@@ -267,9 +264,7 @@ def skip_piece(skip: str, heads: int, value_dim: int, features: int) -> Piece:
         return Piece(part=Part(HeadSkip, heads=heads), params=heads)
     if skip == "channel":
         return Piece(part=Part(ChannelSkip, heads=heads, value_dim=value_dim), params=heads * value_dim)
-    if skip in ("bonus", "late"):
-        return Piece(part=Part(Bonus, heads=heads, features=features), params=heads * features)
-    return NOTHING
+    return Piece(part=Part(Bonus, heads=heads, features=features), params=heads * features)
 
 
 def output_piece(
@@ -284,16 +279,7 @@ def output_piece(
 ) -> Piece:
     """Norm, gate and output projection."""
     inner = heads * value_dim
-    norms: dict[str, tuple[Part | None, int]] = {
-        "rms": (norm_part(value_dim, backend), value_dim),
-        "joint": (norm_part(inner, backend), inner),
-        "gated": (norm_part(inner, backend), inner),
-        "grouped": (Part(PartsNorm, parts=groups, channels=inner, norm=Part(SimpleRMSNorm)), inner),
-        "simple": (Part(SimpleNorm), 0),
-        "group": (Part(GroupNorm, heads=heads, value_dim=value_dim), 2 * inner),
-        "none": (None, 0),
-    }
-    norm, weights = norms[out_norm]
+    norm, weights = _output_norm(out_norm, heads, value_dim, groups, backend)
     macs = width * inner
     bias = 0
     others: dict[str, int | bool] = {}
@@ -318,3 +304,22 @@ def output_piece(
         **others,
     )
     return Piece(part=made, params=macs + weights + bias, macs=macs)
+
+
+def _output_norm(
+    out_norm: str, heads: int, value_dim: int, groups: int, backend: Backend
+) -> tuple[Part | None, int]:
+    """The norm of the output, and its weights."""
+    inner = heads * value_dim
+    match out_norm:
+        case "rms":
+            return norm_part(value_dim, backend), value_dim
+        case "joint" | "gated":
+            return norm_part(inner, backend), inner
+        case "grouped":
+            return Part(PartsNorm, parts=groups, channels=inner, norm=Part(SimpleRMSNorm)), inner
+        case "simple":
+            return Part(SimpleNorm), 0
+        case "group":
+            return Part(GroupNorm, heads=heads, value_dim=value_dim), 2 * inner
+    return None, 0
