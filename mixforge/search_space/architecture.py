@@ -49,6 +49,7 @@ CHOICES: dict[str, tuple[str, ...]] = {word: names_of(gene) for word, gene in WO
 
 
 RMS_EPS = 1e-6
+_WORDS = {"width": WIDTH, **WORDS}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,9 +77,10 @@ class Architecture:
     _text: str | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        for word, gene in {"width": WIDTH, **WORDS}.items():
+        for word, gene in _WORDS.items():
             given = getattr(self, word)
-            if not gene.has(given):
+            # A default is legal, but the width has none.
+            if (gene is WIDTH or given is not gene.default) and not gene.has(given):
                 hint = nearest(given, names_of(gene)) if isinstance(given, str) else ""
                 raise ValueError(f"{word} {given!r} is not legal; expected {gene}{hint}")
         if not self.stack:

@@ -35,7 +35,7 @@ _OF_MIXERS = {"none": (False, False), "pre": (True, False), "inside": (False, Tr
 def canonical(units: tuple[Unit, ...], width: int, place: str) -> tuple[Unit, ...]:
     """The one form of all stacks that are the same model as this one at this width and place of the norms."""
     settled = tuple([each for unit in units for each in canonical_unit(unit, width, place)])
-    if not any(trades(unit, width) for unit in settled):
+    if not any(trades(unit, width) for unit in dict.fromkeys(settled)):
         return settled
     idle = unread(settled, width)
     return tuple(_without_owners(settled, (), idle, width, place)) if idle else settled
@@ -63,13 +63,17 @@ def _without_owners(
         yield from canonical_unit(changed, width, place)
 
 
-@lru_cache(maxsize=65_536)
 def canonical_unit(unit: Unit, width: int, place: str) -> tuple[Unit, ...]:
     """The one form of all units that are the same model as this one at this width and place of the norms."""
+    if isinstance(unit, Layer):
+        settled = settle(unit.mixer, width)
+        return (unit if settled is unit.mixer else Layer(settled),)
+    return _canonical_group(unit, width, place)
+
+
+@lru_cache(maxsize=65_536)
+def _canonical_group(unit: Beside | Reuse | Segment | Residual, width: int, place: str) -> tuple[Unit, ...]:
     match unit:
-        case Layer():
-            settled = settle(unit.mixer, width)
-            return (unit if settled is unit.mixer else Layer(settled),)
         case Beside():
             return (_canonical_beside(unit, width),)
         case Reuse():

@@ -97,12 +97,14 @@ class Call:
         return f"{self.name}({', '.join(str(argument) for argument in self.arguments)})"
 
     def has(self, value: GeneValue) -> bool:
-        return (
-            isinstance(value, Form)
-            and value.name == self.name
-            and len(value.arguments) == len(self.arguments)
-            and all(domain.has(given) for domain, given in zip(self.arguments, value.arguments, strict=True))
-        )
+        if not isinstance(value, Form) or value.name != self.name:
+            return False
+        given = value.arguments
+        return len(given) == len(self.arguments) and all(map(_has, self.arguments, given))
+
+
+def _has(domain: Whole | Real, value: int | float) -> bool:
+    return domain.has(value)
 
 
 Domain = Whole | Real | Choice | Call
@@ -162,18 +164,13 @@ def all_values(mixer: DataclassInstance) -> tuple[GeneValue, ...]:
     return _reader(type(mixer))(mixer)
 
 
-def gene_values(mixer: DataclassInstance) -> zip[tuple[Gene, GeneValue]]:
-    """Each gene of a mixer with its value, in the order of its file."""
-    return zip(genes_of(type(mixer)).values(), all_values(mixer), strict=True)
-
-
-def changed_genes(mixer: DataclassInstance) -> list[tuple[Gene, GeneValue]]:
-    """Those of `gene_values` that are not at their default."""
+def changed_genes(mixer: DataclassInstance) -> tuple[tuple[Gene, GeneValue], ...]:
+    """The genes of a mixer that are not at their default, and their values, in the order of its file."""
     genes, defaults = _defaults(type(mixer))
     values = all_values(mixer)
     # Most genes hold their default itself. Finding that out without a Python loop is four times as fast.
-    moved = compress(zip(genes, values, strict=True), map(is_not, values, defaults))
-    return [(gene, value) for gene, value in moved if value != gene.default]
+    moved = compress(zip(genes, values), map(is_not, values, defaults))  # noqa: B905 (as many, and it is slower)
+    return tuple([(gene, value) for gene, value in moved if value != gene.default])
 
 
 Genes = TypeVar("Genes", bound="DataclassInstance")

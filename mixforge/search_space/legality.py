@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Literal
 
 from mixforge.search_space.loans import trades, why_unowned
@@ -30,7 +29,7 @@ def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
         found = _unit_illegality(unit, width)
         if found is not None:
             return Illegality(found.fault, f"layer {units.index(unit) + 1}: {found.sentence}")
-    if not any(_mixes_tokens(unit) for unit in distinct):
+    if not any(map(mixes_tokens, distinct)):
         return Illegality(
             "no token mixer", "no layer mixes tokens, so no token sees another; add one such as attn"
         )
@@ -40,12 +39,6 @@ def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
     return None
 
 
-@lru_cache(maxsize=65_536)
-def _mixes_tokens(unit: Unit) -> bool:
-    return mixes_tokens(unit)
-
-
-@lru_cache(maxsize=65_536)
 def _unit_illegality(unit: Unit, width: int) -> Illegality | None:
     match unit:
         case Layer():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Literal, Self
 
-from mixforge.search_space.genes import GeneValue, all_values, genes_of
+from mixforge.search_space.genes import Gene, GeneValue, all_values, changed_genes, genes_of
 from mixforge.search_space.part import Part
 
 Backend = Literal["reference", "torch", "triton"]
@@ -78,7 +78,8 @@ class Mixer(ABC):
     kind: ClassVar[Literal["token", "channel"]]
     # Famous points of the gene space by their short names: {"gdn": {"rule": "delta", "decay": "scalar"}}.
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {}
-    # Mixers are keys of every memory, and some have forty genes: each computes its hash once, when first asked.
+    # Mixers are keys of every memory, and some have forty genes: each finds these once, when first asked.
+    _changed: tuple[tuple[Gene, GeneValue], ...] = field(init=False, repr=False, compare=False)
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __init_subclass__(cls) -> None:
@@ -89,8 +90,18 @@ class Mixer(ABC):
         try:
             return self._hash
         except AttributeError:
-            object.__setattr__(self, "_hash", hash((type(self), all_values(self))))
+            said = tuple([(gene.name, value) for gene, value in self.changed])
+            object.__setattr__(self, "_hash", hash((type(self), said)))
             return self._hash
+
+    @property
+    def changed(self) -> tuple[tuple[Gene, GeneValue], ...]:
+        """The genes that are not at their default, and their values, in the order of its file."""
+        try:
+            return self._changed
+        except AttributeError:
+            object.__setattr__(self, "_changed", changed_genes(self))
+            return self._changed
 
     def __reduce__(self) -> tuple[Callable[..., Mixer], tuple[object, ...]]:
         # A hash does not outlive its process.

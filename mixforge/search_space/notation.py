@@ -51,6 +51,7 @@ from mixforge.search_space.syntax import (
     nearest,
     operands,
     read,
+    understand,
 )
 from mixforge.search_space.vocabulary import gene_value, interpret_mixer
 from mixforge.search_space.vocabulary import mixer_named as mixer_named
@@ -68,10 +69,7 @@ def parse(text: str) -> Architecture:
 
     Raises NotationError, which shows the place, where the text is not such an expression.
     """
-    try:
-        return interpret(read(text))
-    except NotationError as error:
-        raise error.within(text) from None
+    return understand(text, interpret)
 
 
 def interpret(tree: Expression) -> Architecture:

@@ -8,7 +8,7 @@ from mixforge.search_space.genes import Call, Choice, Domain, Form, Gene, GeneVa
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.stack import FORMS
-from mixforge.search_space.syntax import Apply, Expression, Name, NotationError, Number, nearest, read
+from mixforge.search_space.syntax import Apply, Expression, Name, NotationError, Number, nearest, understand
 
 
 @lru_cache(maxsize=1)
@@ -34,10 +34,7 @@ def mixer_named(word: str) -> str:
 
 def parse_mixer(text: str) -> Mixer:
     """The mixer that an expression such as `attn(window=64)` means. Raises NotationError."""
-    try:
-        return interpret_mixer(read(text))
-    except NotationError as error:
-        raise error.within(text) from None
+    return understand(text, interpret_mixer)
 
 
 def interpret_mixer(tree: Expression) -> Mixer:
@@ -84,12 +81,12 @@ def _genes(tree: Apply, mixer: type[Mixer]) -> dict[str, GeneValue]:
 def gene_value(word: str, gene: Gene, tree: Expression) -> GeneValue:
     """The value of one gene. Raises NotationError where it is not a legal one."""
     value = _plain_value(tree)
-    if gene.has(value):
-        # 1 and 1.0 are one value; which of the two a gene holds follows from its domain.
-        real = (
-            next((each for each in gene.domains if each.has(value)), None) if isinstance(value, int) else None
-        )
-        return float(value) if isinstance(value, int) and isinstance(real, Real) else value
+    if value is None and gene.default is None:
+        return None
+    for domain in gene.domains:
+        if domain.has(value):
+            # 1 and 1.0 are one value; which of the two a gene holds follows from its domain.
+            return float(value) if isinstance(value, int) and isinstance(domain, Real) else value
     names = [name for domain in gene.domains for name in _names(domain)]
     said = tree.function if isinstance(tree, Apply) else tree.id if isinstance(tree, Name) else None
     # A form that is there, with other arguments than it takes, is told of itself alone.
