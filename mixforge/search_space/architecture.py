@@ -23,12 +23,12 @@ from mixforge.search_space.costs import (
     shortcut_cost,
     sum_costs,
 )
-from mixforge.search_space.genes import GeneValue
+from mixforge.search_space.genes import GeneValue, gene_json
 from mixforge.search_space.legality import Illegality as Illegality
 from mixforge.search_space.legality import illegality
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.spelling import spell_architecture, spell_gene, spell_mixer
-from mixforge.search_space.stack import MOST_UNITS, depth, gene_json, mixers, unit_json
+from mixforge.search_space.stack import MOST_UNITS, depth, mixers, unit_json
 from mixforge.search_space.stack import Beside as Beside
 from mixforge.search_space.stack import Fuse as Fuse
 from mixforge.search_space.stack import Layer as Layer

@@ -23,7 +23,6 @@ from mixforge.search_space.stack import (
     Reuse,
     Segment,
     Unit,
-    mixer_json,
     mixes_tokens,
     norms_input,
 )
@@ -105,11 +104,15 @@ def _canonical_beside(unit: Beside, width: int) -> Beside:
             pairs = sorted(zip(branches, (share // common for share in shares), strict=True), key=_by_json)
             branches, shares = tuple(mixer for mixer, _ in pairs), tuple(share for _, share in pairs)
             return Beside(branches, unit.fuse, shares, norm)
-    return Beside(tuple(sorted(branches, key=mixer_json)), unit.fuse, norm=norm)
+    return Beside(tuple(sorted(branches, key=_json)), unit.fuse, norm=norm)
+
+
+def _json(mixer: Mixer) -> str:
+    return mixer.json
 
 
 def _by_json(pair: tuple[Mixer, int]) -> tuple[str, int]:
-    return mixer_json(pair[0]), pair[1]
+    return pair[0].json, pair[1]
 
 
 def _canonical_residual(unit: Residual, width: int, place: str) -> Residual:

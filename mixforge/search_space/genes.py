@@ -11,11 +11,14 @@ A value is an int, a float, a name (`str`), a `Form` such as `gqa(4)`, or None f
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import compress
 from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, TypeVar, cast, get_type_hints
+
+from mixforge.search_space.expression import spell_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,13 +167,24 @@ def all_values(mixer: DataclassInstance) -> tuple[GeneValue, ...]:
     return _reader(type(mixer))(mixer)
 
 
-def changed_genes(mixer: DataclassInstance) -> tuple[tuple[Gene, GeneValue], ...]:
+def changed_genes(mixer: DataclassInstance) -> list[tuple[Gene, GeneValue]]:
     """The genes of a mixer that are not at their default, and their values, in the order of its file."""
     genes, defaults = _defaults(type(mixer))
     values = all_values(mixer)
     # Most genes hold their default itself. Finding that out without a Python loop is four times as fast.
     moved = compress(zip(genes, values), map(is_not, values, defaults))  # noqa: B905 (as many, and it is slower)
-    return tuple([(gene, value) for gene, value in moved if value != gene.default])
+    return [(gene, value) for gene, value in moved if value != gene.default]
+
+
+def gene_json(value: GeneValue) -> str:
+    """A gene's value as canonical JSON."""
+    if isinstance(value, (int, float)):
+        return spell_number(value)
+    if value is None:
+        return "null"
+    # Nearly all are words, of which nothing is to be escaped.
+    said = str(value)
+    return f'"{said}"' if said.isascii() and said.isidentifier() else json.dumps(said)
 
 
 Genes = TypeVar("Genes", bound="DataclassInstance")

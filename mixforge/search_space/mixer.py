@@ -7,12 +7,19 @@ This module loads no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Literal, Self
 
-from mixforge.search_space.genes import Gene, GeneValue, all_values, changed_genes, genes_of
+from mixforge.search_space.genes import (
+    Gene,
+    GeneValue,
+    all_values,
+    changed_genes,
+    gene_json,
+    genes_of,
+)
 from mixforge.search_space.part import Part
 
 Backend = Literal["reference", "torch", "triton"]
@@ -79,29 +86,44 @@ class Mixer(ABC):
     # Famous points of the gene space by their short names: {"gdn": {"rule": "delta", "decay": "scalar"}}.
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {}
     # Mixers are keys of every memory, and some have forty genes: each finds these once, when first asked.
-    _changed: tuple[tuple[Gene, GeneValue], ...] = field(init=False, repr=False, compare=False)
-    _hash: int = field(init=False, repr=False, compare=False)
+    _changed: Sequence[tuple[Gene, GeneValue]] = field(init=False, repr=False, compare=False)
+    _json: str = field(init=False, repr=False, compare=False)
 
     def __init_subclass__(cls) -> None:
         # Otherwise a dataclass makes one of its own.
         cls.__hash__ = Mixer.__hash__  # type: ignore[method-assign]
 
     def __hash__(self) -> int:
-        try:
-            return self._hash
-        except AttributeError:
-            said = tuple([(gene.name, value) for gene, value in self.changed])
-            object.__setattr__(self, "_hash", hash((type(self), said)))
-            return self._hash
+        # A text keeps its hash.
+        return hash(self.json)
 
     @property
-    def changed(self) -> tuple[tuple[Gene, GeneValue], ...]:
-        """The genes that are not at their default, and their values, in the order of its file."""
+    def changed(self) -> Sequence[tuple[Gene, GeneValue]]:
+        """The genes that are not at their default, and their values."""
         try:
             return self._changed
         except AttributeError:
             object.__setattr__(self, "_changed", changed_genes(self))
             return self._changed
+
+    @property
+    def json(self) -> str:
+        """Canonical JSON: its name and the genes that differ from their defaults, in the order of their names."""
+        try:
+            return self._json
+        except AttributeError:
+            parts = [f'"{gene.name}":{gene_json(value)}' for gene, value in self.changed]
+            parts.sort()
+            object.__setattr__(self, "_json", f'["{self.word()}",{{{",".join(parts)}}}]')
+            return self._json
+
+    @classmethod
+    def of(cls, genes: Mapping[str, GeneValue]) -> Self:
+        """The mixer with these genes by name. What is not among them is at its default and is not looked at."""
+        made, known = cls(**genes), genes_of(cls)
+        changed = [(known[name], value) for name, value in genes.items() if value != known[name].default]
+        object.__setattr__(made, "_changed", changed)
+        return made
 
     def __reduce__(self) -> tuple[Callable[..., Mixer], tuple[object, ...]]:
         # A hash does not outlive its process.

@@ -8,7 +8,6 @@ torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +15,6 @@ from typing import Literal
 
 from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, genes_of
 from mixforge.search_space.mixer import Mixer
-from mixforge.search_space.syntax import spell_number
 from mixforge.search_space.words import WORDS
 
 Fuse = Literal["sum", "mean", "gate", "concat", "scalar", "read"]
@@ -284,34 +282,16 @@ def gene_defaults(mixer: type[Mixer]) -> dict[str, GeneValue]:
     return {name: gene.default for name, gene in genes_of(mixer).items()}
 
 
-@lru_cache(maxsize=65_536)
-def mixer_json(mixer: Mixer) -> str:
-    """A mixer as canonical JSON: its name and the genes that differ from their defaults, in the order of their names."""
-    parts = [f'"{gene.name}":{gene_json(value)}' for gene, value in mixer.changed]
-    return f'["{mixer.word()}",{{{",".join(sorted(parts))}}}]'
-
-
-def gene_json(value: GeneValue) -> str:
-    """A gene's value as canonical JSON."""
-    if isinstance(value, (int, float)):
-        return spell_number(value)
-    if value is None:
-        return "null"
-    # Nearly all are words, of which nothing is to be escaped.
-    said = str(value)
-    return f'"{said}"' if said.isascii() and said.isidentifier() else json.dumps(said)
-
-
 def unit_json(unit: Unit) -> str:
     """A unit as canonical JSON."""
     match unit:
         case Layer():
-            return mixer_json(unit.mixer)
+            return unit.mixer.json
         case Beside():
             fuse = "" if unit.fuse == "sum" else f',"fuse":"{unit.fuse}"'
             fuse += "" if unit.norm is None else f',"norm":"{unit.norm}"'
             shares = "" if unit.shares is None else f',"shares":[{",".join(map(str, unit.shares))}]'
-            return f'{{"beside":[{",".join(map(mixer_json, unit.branches))}]{fuse}{shares}}}'
+            return f'{{"beside":[{",".join([branch.json for branch in unit.branches])}]{fuse}{shares}}}'
         case Reuse():
             words = "" if unit.halt == "none" else f',"halt":"{unit.halt}"'
             words += "" if unit.signal == "none" else f',"signal":"{unit.signal}"'

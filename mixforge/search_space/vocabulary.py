@@ -51,7 +51,7 @@ def interpret_mixer(tree: Expression) -> Mixer:
     if word not in vocabulary():
         raise NotationError(f"unknown mixer '{word}'{_nearest_mixer(word)}", tree.column)
     mixer, genes = vocabulary()[word]
-    return mixer(**{**genes, **_genes(tree, mixer)}) if isinstance(tree, Apply) else mixer(**genes)
+    return mixer.of({**genes, **_genes(tree, mixer)} if isinstance(tree, Apply) else genes)
 
 
 def _nearest_mixer(word: str) -> str:
