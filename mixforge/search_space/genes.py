@@ -12,9 +12,9 @@ A value is an int, a float, a name (`str`), a `Form` such as `gqa(4)`, or None f
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import compress
+from itertools import chain, compress
 from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, TypeVar, cast, get_type_hints
 
@@ -34,7 +34,7 @@ class Form:
     arguments: tuple[int | float, ...]
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(str(argument) for argument in self.arguments)})"
+        return f"{self.name}({', '.join(map(spell_number, self.arguments))})"
 
 
 GeneValue = int | float | str | Form | None
@@ -120,6 +120,12 @@ class Gene:
     name: str
     domains: tuple[Domain, ...]
     default: GeneValue
+    words: frozenset[str] = field(init=False, repr=False, compare=False)
+    """The names among its legal values."""
+
+    def __post_init__(self) -> None:
+        names = (each.names for each in self.domains if isinstance(each, Choice))
+        object.__setattr__(self, "words", frozenset(chain.from_iterable(names)))
 
     def __str__(self) -> str:
         """The legal values, in words."""
@@ -127,6 +133,8 @@ class Gene:
 
     def has(self, value: GeneValue) -> bool:
         """Whether the value is legal. None is, where it is the default."""
+        if isinstance(value, str):
+            return value in self.words
         if value is None:
             return self.default is None
         for domain in self.domains:  # noqa: SIM110 (a generator takes twice as long, and this is asked of every gene)
@@ -178,13 +186,13 @@ def changed_genes(mixer: DataclassInstance) -> list[tuple[Gene, GeneValue]]:
 
 def gene_json(value: GeneValue) -> str:
     """A gene's value as canonical JSON."""
-    if isinstance(value, (int, float)):
-        return spell_number(value)
-    if value is None:
-        return "null"
     # Nearly all are words, of which nothing is to be escaped.
-    said = str(value)
-    return f'"{said}"' if said.isascii() and said.isidentifier() else json.dumps(said)
+    if isinstance(value, str) and value.isidentifier() and value.isascii():
+        return f'"{value}"'
+    if isinstance(value, float):
+        return spell_number(value)
+    # Of True, which equals 1, too.
+    return f"{value:d}" if isinstance(value, int) else json.dumps(value if value is None else str(value))
 
 
 Genes = TypeVar("Genes", bound="DataclassInstance")

@@ -80,6 +80,8 @@ def _genes(tree: Apply, mixer: type[Mixer]) -> dict[str, GeneValue]:
 
 def gene_value(word: str, gene: Gene, tree: Expression) -> GeneValue:
     """The value of one gene. Raises NotationError where it is not a legal one."""
+    if isinstance(tree, Name) and tree.id in gene.words:
+        return tree.id
     value = _plain_value(tree)
     if value is None and gene.default is None:
         return None

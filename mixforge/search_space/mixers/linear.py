@@ -89,6 +89,7 @@ USUAL_RANKS: dict[str, int | str] = {
 }
 # tau of forget=sigmoid.
 USUAL_TEMPERATURE = 16
+_USUAL_SIGMOID = Form("sigmoid", (USUAL_TEMPERATURE,))
 MOST_FEATURES = 1 << 20
 # Feature maps that may be 0 in every channel, and what is added to their features under norm=denominator.
 SPARSE = ("relu", "learned", "outer")
@@ -310,7 +311,7 @@ class Linear(Mixer):
             key_dim = None if key_dim == usual else "half" if 2 * key_dim == usual else key_dim
         if divides and isinstance(value_dim, int):
             value_dim = None if value_dim == usual else "double" if value_dim == 2 * usual else value_dim
-        forget = "sigmoid" if self.forget == Form("sigmoid", (USUAL_TEMPERATURE,)) else self.forget
+        forget = "sigmoid" if self.forget == _USUAL_SIGMOID else self.forget
         ranked = self.by_channel and self.forget_form != "key"
         forget_rank = self.forget_rank if ranked else None
         if forget_rank is not None and self.rank(width) == replace(self, forget_rank=None).rank(width):
@@ -352,7 +353,6 @@ class Linear(Mixer):
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         size = self.sizes(width)
-        found = self._pieces(width, "torch").values()
         columns = size.value_dim + int(self.normalised) + size.beside
         mixed = self.mixed(size)
         taps = 0 if isinstance(self.conv, str) else self.conv
@@ -362,8 +362,10 @@ class Linear(Mixer):
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
         state += 4 * size.heads if self.in_gate == "exp" else 0
-        params = width * mixed + sum(piece.params for piece in found)
-        macs = width * mixed + sum(piece.macs for piece in found)
+        params = macs = width * mixed
+        for piece in self._pieces(width, "torch").values():
+            params += piece.params
+            macs += piece.macs
         return Cost(
             params=params,
             flops=2 * length * macs + self._recurrence_flops(size, length),
@@ -484,7 +486,7 @@ class Linear(Mixer):
         if self.values == "shared":
             found["blend"] = pieces.blend_piece(width, heads, value_dim)
         if self.key == "latent":
-            found["latent"] = Piece(part=Part(LatentDecay))
+            found["latent"] = Piece(part=lambda: Part(LatentDecay))
         if self.init != "zero":
             found["first" if self.init == "learned" else "explored"] = self._first_piece(size)
         if self.levels == "log":
@@ -509,12 +511,12 @@ class Linear(Mixer):
         states = {"heads": size.heads * size.memories, "features": size.rows}
         if self.init == "learned":
             params = size.heads * size.memories * size.rows * size.value_dim
-            return Piece(part=Part(FirstState, **states, value_dim=size.value_dim), params=params)
+            return Piece(part=lambda: Part(FirstState, **states, value_dim=size.value_dim), params=params)
         columns = size.value_dim + int(self.normalised) + size.beside
         if not isinstance(self.init, Form):
-            return Piece(part=Part(CarriedState, **states, columns=columns))
+            return Piece(part=lambda: Part(CarriedState, **states, columns=columns))
         given = {"value_dim": size.value_dim, "deviation": float(self.init.arguments[0])}
-        return Piece(part=Part(NoisyState, **states, columns=columns, **given))
+        return Piece(part=lambda: Part(NoisyState, **states, columns=columns, **given))
 
     def build(self, width: int, backend: Backend) -> Part:
         size = self.sizes(width)
@@ -523,7 +525,8 @@ class Linear(Mixer):
                 f"backend='triton' takes at most 256 key channels, and this mixer has {size.features} (mixer linear): "
                 "give a smaller key_dim, or build with backend='torch'"
             )
-        parts = {name: piece.part for name, piece in self._pieces(width, backend).items()}
+        made = self._pieces(width, backend).items()
+        parts = {name: piece.part() for name, piece in made if piece.part is not None}
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
         operation, one_step = self._operation(backend)
         others: dict[str, Any] = {
