@@ -110,7 +110,7 @@ class Architecture:
 
     def _write_json(self) -> str:
         parts = [f'"units":[{",".join(map(unit_json, self.stack))}]', f'"width":{self.width}']
-        parts += [f'"{word}":{gene_json(value)}' for word, value in self._said()]
+        parts += [gene_json(WORDS[word], value) for word, value in self._said()]
         return "{" + ",".join(sorted(parts)) + "}"
 
     @property

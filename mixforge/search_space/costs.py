@@ -34,7 +34,8 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
     """Costs of a unit with its norms and gates; without those where it is one mixer or several beside one another."""
     match unit:
         case Layer() | Beside():
-            return function_cost(unit, width, length, itemsize, frame)
+            found = _function_cost(unit, width, length, itemsize)
+            return found + sigma_cost(matrices(unit, width), itemsize) if frame.has_sigma else found
         case Residual():
             return around_cost(unit, width, length, itemsize, frame)
         case Reuse():
@@ -48,15 +49,13 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
             return inside + memory_cost(unit, width, length, itemsize, frame)
 
 
-def function_cost(unit: Layer | Beside, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
+def _function_cost(unit: Layer | Beside, width: int, length: int, itemsize: int) -> Cost:
     """Of a residual unit's function alone."""
     if isinstance(unit, Layer):
         # The unit itself is remembered.
-        found = unit.mixer.cost(width, length, itemsize)
-    else:
-        parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
-        found = sum_costs([*parts, fuse_cost(unit, width, length, itemsize)])
-    return found + sigma_cost(matrices(unit, width), itemsize) if frame.has_sigma else found
+        return unit.mixer.cost(width, length, itemsize)
+    parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
+    return sum_costs([*parts, fuse_cost(unit, width, length, itemsize)])
 
 
 def around_cost(unit: Residual, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
@@ -71,7 +70,7 @@ def around_cost(unit: Residual, width: int, length: int, itemsize: int, frame: F
 def body_cost(units: tuple[Unit, ...], width: int, length: int, itemsize: int, frame: Frame) -> Cost:
     """Of units one after the other, each mixer in a residual of its own."""
     parts = [unit_cost(unit, width, length, itemsize, frame) for unit in units]
-    reads = [not norms_input(unit) for unit in units if isinstance(unit, Layer | Beside)]
+    reads = [not norms_input(unit) for unit in units if isinstance(unit, (Layer, Beside))]
     for read in (True, False):
         around = residual_cost(frame, width, length, itemsize, 1, int(read))
         parts.append(repeated(around, reads.count(read)))

@@ -11,17 +11,17 @@ A value is an int, a float, a name (`str`), a `Form` such as `gqa(4)`, or None f
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import chain, compress
+from itertools import compress
+from json.encoder import encode_basestring_ascii
 from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, TypeVar, cast, get_type_hints
 
 from mixforge.search_space.expression import spell_number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from _typeshed import DataclassInstance
 
@@ -120,12 +120,14 @@ class Gene:
     name: str
     domains: tuple[Domain, ...]
     default: GeneValue
-    words: frozenset[str] = field(init=False, repr=False, compare=False)
-    """The names among its legal values."""
+    words: Mapping[str, str] = field(init=False, repr=False, compare=False)
+    """The names among its legal values, each with the JSON that says it."""
 
     def __post_init__(self) -> None:
-        names = (each.names for each in self.domains if isinstance(each, Choice))
-        object.__setattr__(self, "words", frozenset(chain.from_iterable(names)))
+        names = [name for each in self.domains if isinstance(each, Choice) for name in each.names]
+        object.__setattr__(
+            self, "words", {name: f'"{self.name}":{encode_basestring_ascii(name)}' for name in names}
+        )
 
     def __str__(self) -> str:
         """The legal values, in words."""
@@ -184,15 +186,16 @@ def changed_genes(mixer: DataclassInstance) -> list[tuple[Gene, GeneValue]]:
     return [(gene, value) for gene, value in moved if value != gene.default]
 
 
-def gene_json(value: GeneValue) -> str:
-    """A gene's value as canonical JSON."""
-    # Nearly all are words, of which nothing is to be escaped.
-    if isinstance(value, str) and value.isidentifier() and value.isascii():
-        return f'"{value}"'
-    if isinstance(value, float):
-        return spell_number(value)
+def gene_json(gene: Gene, value: GeneValue) -> str:
+    """A gene and its value as canonical JSON, which stands between the brackets of an object."""
+    if isinstance(value, str) and value in gene.words:
+        return gene.words[value]
     # Of True, which equals 1, too.
-    return f"{value:d}" if isinstance(value, int) else json.dumps(value if value is None else str(value))
+    if isinstance(value, int):
+        return f'"{gene.name}":{value:d}'
+    if isinstance(value, float):
+        return f'"{gene.name}":{spell_number(value)}'
+    return f'"{gene.name}":{"null" if value is None else encode_basestring_ascii(str(value))}'
 
 
 Genes = TypeVar("Genes", bound="DataclassInstance")

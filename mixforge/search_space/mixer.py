@@ -83,6 +83,7 @@ class Mixer(ABC):
     """A residual unit's function: `token` mixers mix along time, `channel` mixers along width."""
 
     kind: ClassVar[Literal["token", "channel"]]
+    _word: ClassVar[str]
     # Famous points of the gene space by their short names: {"gdn": {"rule": "delta", "decay": "scalar"}}.
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {}
     # Mixers are keys of every memory, and some have forty genes: each finds these once, when first asked.
@@ -92,10 +93,14 @@ class Mixer(ABC):
     def __init_subclass__(cls) -> None:
         # Otherwise a dataclass makes one of its own.
         cls.__hash__ = Mixer.__hash__  # type: ignore[method-assign]
+        cls._word = cls.__module__.rpartition(".")[2]
 
     def __hash__(self) -> int:
         # A text keeps its hash.
-        return hash(self.json)
+        try:
+            return hash(self._json)
+        except AttributeError:
+            return hash(self.json)
 
     @property
     def changed(self) -> Sequence[tuple[Gene, GeneValue]]:
@@ -112,10 +117,14 @@ class Mixer(ABC):
         try:
             return self._json
         except AttributeError:
-            parts = [f'"{gene.name}":{gene_json(value)}' for gene, value in self.changed]
-            parts.sort()
-            object.__setattr__(self, "_json", f'["{self.word()}",{{{",".join(parts)}}}]')
+            object.__setattr__(self, "_json", self._write_json(self.changed))
             return self._json
+
+    @classmethod
+    def _write_json(cls, changed: Sequence[tuple[Gene, GeneValue]]) -> str:
+        parts = [gene_json(gene, value) for gene, value in changed]
+        parts.sort()
+        return f'["{cls.word()}",{{{",".join(parts)}}}]'
 
     @classmethod
     def of(cls, genes: Mapping[str, GeneValue]) -> Self:
@@ -123,6 +132,7 @@ class Mixer(ABC):
         made, known = cls(**genes), genes_of(cls)
         changed = [(known[name], value) for name, value in genes.items() if value != known[name].default]
         object.__setattr__(made, "_changed", changed)
+        object.__setattr__(made, "_json", cls._write_json(changed))
         return made
 
     def __reduce__(self) -> tuple[Callable[..., Mixer], tuple[object, ...]]:
@@ -136,7 +146,7 @@ class Mixer(ABC):
     @classmethod
     def word(cls) -> str:
         """The mixer's name in an expression: the name of its file."""
-        return cls.__module__.rpartition(".")[2]
+        return cls._word
 
     @property
     def is_pointwise(self) -> bool:

@@ -121,13 +121,18 @@ def _layer(tree: Expression) -> Layer:
     return Layer(interpret_mixer(tree))
 
 
+def _is_mixer(tree: Expression) -> bool:
+    return tree.function not in FORMS if isinstance(tree, Apply) else isinstance(tree, Name)
+
+
 def _units(tree: Expression) -> list[Unit]:
-    # Most trees are a mixer's.
-    if isinstance(tree, Name) or (isinstance(tree, Apply) and tree.function not in FORMS):
+    if _is_mixer(tree):
         return [_layer(tree)]
     match tree:
         case Operation(symbol="+"):
-            units = [unit for operand in operands(tree, "+") for unit in _units(operand)]
+            units: list[Unit] = []
+            for operand in operands(tree, "+"):
+                units += (_layer(operand),) if _is_mixer(operand) else _units(operand)
         case Operation(symbol="*"):
             times, body = _times(tree), _units(tree.right)
             _bound(times * len(body), tree.column)
