@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from mixforge.search_space.genes import (
     Gene,
@@ -26,8 +26,7 @@ Backend = Literal["reference", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "torch", "triton")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
+class Cost(NamedTuple):
     """Exact costs of a module for one sequence of `length` tokens (batch 1).
 
     params: weights, counted once however often they are applied.
@@ -48,7 +47,7 @@ class Cost:
         """The weights that one token passes. Experts that several layers share count as those of one layer."""
         return self.params - self.idle_params
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
         return Cost(
             params=self.params + other.params,
             flops=self.flops + other.flops,
