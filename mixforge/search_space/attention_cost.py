@@ -17,6 +17,9 @@ from mixforge.search_space.parts.attention_strides import boundary_slots, stride
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
 
+# Query heads, heads of keys and values, channels of a head.
+Sizes = tuple[int, int, int]
+
 # Bytes of a number that is kept in float32 in any case.
 EXACT = 4
 # Bytes of an angle that is the sum of the tokens' own.
@@ -38,11 +41,11 @@ def slots_of(gene: Attn, length: int) -> int:
     return length if window is None else min(length, gene.first + (window - 1) * gene.dilation + 1)
 
 
-def count_weights(gene: Attn, width: int) -> tuple[int, int, int]:
+def count_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int, int]:
     """Weights of the matrices that every token meets; of those that every entry meets when it is read; all others."""
-    heads, kv_heads, head_dim = gene.sizes(width)
+    heads, kv_heads, head_dim = sizes
     seen, inner, channels = gene.seen(width), kv_heads * head_dim, heads * head_dim
-    matrices, vectors = query_weights(gene, width)
+    matrices, vectors = query_weights(gene, seen, sizes)
     reading = 0
     latent = gene.latent
     shifts = 0 if gene.kv_shift == "none" else kv_heads
@@ -77,15 +80,15 @@ def count_weights(gene: Attn, width: int) -> tuple[int, int, int]:
     vectors += 6 * head_dim if gene.diff != "none" else head_dim if gene.out_norm == "rms" else 0
     if gene.norms_input:
         vectors += seen
-    more, others = _position_weights(gene, width)
+    more, others = _position_weights(gene, width, sizes)
     matrices, vectors = matrices + more, vectors + others
-    more, others = _score_weights(gene, width)
+    more, others = _score_weights(gene, seen, sizes)
     return matrices + more, reading, vectors + others
 
 
-def _position_weights(gene: Attn, width: int) -> tuple[int, int]:
+def _position_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int]:
     """Of matrices, and others, of what follows a token's place."""
-    heads, kv_heads, head_dim = gene.sizes(width)
+    heads, kv_heads, head_dim = sizes
     turning = 1 if gene.latent is not None else kv_heads
     matrices, vectors = 0, 0
     if gene.forget != "none":
@@ -95,42 +98,41 @@ def _position_weights(gene: Attn, width: int) -> tuple[int, int]:
     if gene.pos == "lrpe":
         vectors += turning * int(gene.turning(width)) // 2
     if gene.clip is not None:
-        vectors += (gene.clip + 1) * (head_dim + gene.value_dim(width))
+        vectors += (gene.clip + 1) * (head_dim + gene.value_dim(head_dim))
     return matrices, vectors
 
 
-def _score_weights(gene: Attn, width: int) -> tuple[int, int]:
+def _score_weights(gene: Attn, seen: int, sizes: Sizes) -> tuple[int, int]:
     """Of matrices, and others, of scores and of what is chosen by them."""
-    heads, kv_heads, head_dim = gene.sizes(width)
+    heads, kv_heads, head_dim = sizes
     matrices, vectors = 0, 0
     if gene.sink == "learned":
         vectors += heads
     if gene.codes is not None:
         vectors += heads * gene.codes * head_dim
     if gene.evicts is not None:
-        sizes = score_channels(head_dim)
-        matrices += kv_heads * (TAPS * sum(into * out for into, out in pairwise(sizes)) + sizes[-1])
-        vectors += kv_heads * sum(sizes[1:])
+        channels = score_channels(head_dim)
+        matrices += kv_heads * (TAPS * sum(into * out for into, out in pairwise(channels)) + channels[-1])
+        vectors += kv_heads * sum(channels[1:])
     if gene.special == "nsa":
-        matrices += gene.seen(width) * 3 * heads
+        matrices += seen * 3 * heads
     if gene.special == "local_linear":
         vectors += heads
     if isinstance(gene.headmix, Form):
         rank = int(gene.headmix.arguments[0])
         hidden = 2 * heads * rank
-        matrices += 4 * (gene.seen(width) * (hidden + heads) + hidden * 2 * rank * heads)
+        matrices += 4 * (seen * (hidden + heads) + hidden * 2 * rank * heads)
     elif gene.headmix == "static":
         vectors += 2 * heads * heads
     return matrices, vectors
 
 
-def query_weights(gene: Attn, width: int) -> tuple[int, int]:
+def query_weights(gene: Attn, seen: int, sizes: Sizes) -> tuple[int, int]:
     """Of matrices, and others, that make queries."""
-    heads, _, head_dim = gene.sizes(width)
-    seen = gene.seen(width)
+    heads, _, head_dim = sizes
     if gene.query == "learned":
         return 0, heads * head_dim
-    channels = heads * gene.key_dim(width)
+    channels = heads * gene.key_dim(head_dim)
     matrices, bias = projection(gene, seen, channels)
     vectors = 0 if gene.bias == "none" else bias
     if gene.qk_norm != "none":
@@ -151,9 +153,9 @@ def projection(gene: Attn, seen: int, channels: int) -> tuple[int, int]:
     return seen * (channels // 2 + 2 * rank) + rank * channels, channels // 2
 
 
-def score_flops(gene: Attn, width: int, length: int) -> int:
+def score_flops(gene: Attn, length: int, sizes: Sizes) -> int:
     """Of queries times keys and of weights times values, masked pairs included, and of what changes them."""
-    heads, _, head_dim = gene.sizes(width)
+    heads, _, head_dim = sizes
     if gene.query == "learned":
         return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
     if gene.codes is not None:
@@ -162,7 +164,7 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     if scores == "special":
         return 2 * heads * special_products(gene, length, head_dim)
     window, _ = gene.windows
-    keys, values = gene.key_dim(width), gene.value_dim(width)
+    keys, values = gene.key_dim(head_dim), gene.value_dim(head_dim)
     flops = 0
     if isinstance(gene.sparse, Form) and gene.sparse.name.startswith("block_"):
         flops = 2 * length * -(-length // int(gene.sparse.arguments[0])) * heads * head_dim
@@ -236,9 +238,9 @@ def replaceable_slots(gene: Attn, length: int) -> int:
     return min(max(0, length + 1 - window), budget)
 
 
-def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
+def state_bytes_of(gene: Attn, width: int, itemsize: int, sizes: Sizes) -> tuple[int, int]:
     """Bytes that are kept of each token, and bytes that are carried from token to token."""
-    heads, kv_heads, head_dim = gene.sizes(width)
+    heads, kv_heads, head_dim = sizes
     inner = kv_heads * head_dim
     latent = gene.latent
     if latent is not None:

@@ -33,7 +33,10 @@ _OF_MIXERS = {"none": (False, False), "pre": (True, False), "inside": (False, Tr
 
 def canonical(units: tuple[Unit, ...], width: int, place: str) -> tuple[Unit, ...]:
     """The one form of all stacks that are the same model as this one at this width and place of the norms."""
-    settled = tuple([each for unit in units for each in canonical_unit(unit, width, place)])
+    found: list[Unit] = []
+    for unit in units:
+        found += canonical_unit(unit, width, place)
+    settled = tuple(found)
     if not any(trades(unit, width) for unit in dict.fromkeys(settled)):
         return settled
     idle = unread(settled, width)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from mixforge.search_space.loans import trades, why_unowned
+from mixforge.search_space.loans import borrows, why_unowned
 from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.spelling import spell_mixer
 from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, mixers, mixes_tokens
@@ -29,11 +29,11 @@ def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
         found = _unit_illegality(unit, width)
         if found is not None:
             return Illegality(found.fault, f"layer {units.index(unit) + 1}: {found.sentence}")
-    if not any(map(mixes_tokens, distinct)):
+    if not any(map(mixes_tokens, units)):
         return Illegality(
             "no token mixer", "no layer mixes tokens, so no token sees another; add one such as attn"
         )
-    if any(trades(unit, width) for unit in distinct):
+    if any(borrows(unit, width) for unit in distinct):
         sentence = why_unowned(units, width)
         return None if sentence is None else Illegality("no owner", sentence)
     return None

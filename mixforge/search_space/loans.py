@@ -27,6 +27,13 @@ def trades(unit: Unit, width: int) -> bool:
     return any(mixer.lends(width) or mixer.borrows(width) for mixer in mixers((unit,)))
 
 
+def borrows(unit: Unit, width: int) -> bool:
+    """Whether a mixer in it borrows."""
+    if isinstance(unit, Layer):
+        return bool(unit.mixer.borrows(width))
+    return any(mixer.borrows(width) for mixer in mixers((unit,)))
+
+
 @dataclass(frozen=True, slots=True)
 class Application:
     """A mixer where it is applied: its place, the place of the segment that it is in, and the branches beside it."""

@@ -106,10 +106,10 @@ def _plain_value(tree: Expression) -> GeneValue:
             return tree.value
         case Name():
             return None if tree.id == "auto" else tree.id
-        case Apply() if not tree.keywords and all(isinstance(each, Number) for each in tree.arguments):
-            return Form(
-                tree.function, tuple(each.value for each in tree.arguments if isinstance(each, Number))
-            )
+        case Apply() if not tree.keywords:
+            numbers = tuple([each.value for each in tree.arguments if isinstance(each, Number)])
+            if len(numbers) == len(tree.arguments):
+                return Form(tree.function, numbers)
     raise NotationError(
         "a gene's value is a number, a name or a name with numbers, as in gqa(4)", tree.column
     )

@@ -353,31 +353,33 @@ class Attn(Mixer):
         if self.source == "both":
             first, second = (each.cost(width, length, itemsize) for each in self.sources())
             return first + second
-        matrices, reading, vectors = count_weights(self, width)
-        kept, carried = state_bytes_of(self, width, itemsize)
+        sizes = self.sizes(width)
+        matrices, reading, vectors = count_weights(self, width, sizes)
+        kept, carried = state_bytes_of(self, width, itemsize, sizes)
         made = states_cost(self, width, length, itemsize)
         carried += made.state_bytes
         held = slots_of(self, length) * kept
         written = kept * (1 + replaceable_slots(self, length)) if held else 0
-        lent = 2 * length * math.prod(self.sizes(width)[1:]) if self.kv == "shared" else 0
+        lent = 2 * length * math.prod(sizes[1:]) if self.kv == "shared" else 0
         params = matrices + reading + vectors + made.params
         return Cost(
             params=params,
             # Keys and values that are made when they are read are made of the learned entries as well.
             flops=2 * (length * matrices + (length + self.meta) * reading)
-            + score_flops(self, width, length)
+            + score_flops(self, length, sizes)
             + made.flops,
             state_bytes=held + carried,
             decode_bytes=params * itemsize + held + 2 * carried + lent * itemsize + written,
         )
 
-    def key_dim(self, width: int) -> int:
-        """Channels of a query and of a key."""
-        return self.sizes(width)[2] + (0 if self.latent is None else self.latent[1])
+    def key_dim(self, head_dim: int) -> int:
+        """Channels of a query and of a key, of those of a head."""
+        latent = self.latent
+        return head_dim if latent is None else head_dim + latent[1]
 
-    def value_dim(self, width: int) -> int:
+    def value_dim(self, head_dim: int) -> int:
         """Channels of a value; two heads' side by side in differential attention."""
-        return self.sizes(width)[2] * (1 if self.diff == "none" else 2)
+        return head_dim if self.diff == "none" else 2 * head_dim
 
     def build(self, width: int, backend: Backend) -> Part:
         if self.source == "both":
