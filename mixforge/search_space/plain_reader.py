@@ -19,9 +19,10 @@ DEEPEST_NESTING = 64
 
 # Behind white space: a word, with its equals sign or opening bracket, and with its value and a comma where that is one
 # word or number; or a number or sign. What is too long for a word or number ends as two of them, which are never a text.
-_WORD = "[A-Za-z_][A-Za-z0-9_]{0,63}"
+# Nothing is tried a second time with fewer characters.
+_WORD = "[A-Za-z_][A-Za-z0-9_]{0,63}+"
 _NUMBER = r"[0-9]{1,9}(?:\.[0-9]{0,20})?|\.[0-9]{1,20}"
-_SPACE = r"[ \t\r\n]*"
+_SPACE = r"[ \t\r\n]*+"
 _TOKENS = re.compile(
     rf"{_SPACE}(?:({_WORD})(?:{_SPACE}(=)(?:{_SPACE}({_WORD}|{_NUMBER}){_SPACE}(?:,|(?=\))))?|{_SPACE}(\())?"
     rf"|({_NUMBER}|\*\*|[^ \t\r\n]))"

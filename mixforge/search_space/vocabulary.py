@@ -40,17 +40,18 @@ def parse_mixer(text: str) -> Mixer:
 def interpret_mixer(tree: Expression) -> Mixer:
     """The mixer that a name or a call means. Raises NotationError."""
     match tree:
-        case Name():
-            word = tree.id
         case Apply():
             word = tree.function
+        case Name():
+            word = tree.id
         case Number():
             raise NotationError("a number stands before * or @, as in 3 * attn", tree.column)
         case _:
             raise NotationError("expected one mixer, such as attn(window=64)", tree.column)
-    if word not in vocabulary():
+    known = vocabulary()
+    if word not in known:
         raise NotationError(f"unknown mixer '{word}'{_nearest_mixer(word)}", tree.column)
-    mixer, genes = vocabulary()[word]
+    mixer, genes = known[word]
     return mixer.of({**genes, **_genes(tree, mixer)} if isinstance(tree, Apply) else genes)
 
 
