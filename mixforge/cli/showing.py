@@ -157,14 +157,14 @@ def _architecture_json(
         "digest": architecture.digest,
         "why_illegal": architecture.why_illegal(),
         "context": context,
-        "cost": asdict(architecture.cost(context)) if architecture.why_illegal() is None else None,
+        "cost": architecture.cost(context)._asdict() if architecture.why_illegal() is None else None,
         "layers": [
             {
                 "number": entry.number,
                 "mixer": entry.name,
                 "genes": entry.genes,
                 "times": entry.times,
-                **asdict(entry.cost(context)),
+                **entry.cost(context)._asdict(),
             }
             for entry in architecture.layers
         ]

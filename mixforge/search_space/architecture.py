@@ -23,12 +23,12 @@ from mixforge.search_space.costs import (
     shortcut_cost,
     sum_costs,
 )
-from mixforge.search_space.genes import GeneValue
+from mixforge.search_space.genes import GeneValue, gene_json
 from mixforge.search_space.legality import Illegality as Illegality
 from mixforge.search_space.legality import illegality
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.spelling import spell_architecture, spell_gene, spell_mixer
-from mixforge.search_space.stack import MOST_UNITS, depth, gene_json, mixers, unit_json
+from mixforge.search_space.stack import MOST_UNITS, depth, mixers, unit_json
 from mixforge.search_space.stack import Beside as Beside
 from mixforge.search_space.stack import Fuse as Fuse
 from mixforge.search_space.stack import Layer as Layer
@@ -49,6 +49,7 @@ CHOICES: dict[str, tuple[str, ...]] = {word: names_of(gene) for word, gene in WO
 
 
 RMS_EPS = 1e-6
+_WORDS = {"width": WIDTH, **WORDS}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,9 +77,10 @@ class Architecture:
     _text: str | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        for word, gene in {"width": WIDTH, **WORDS}.items():
+        for word, gene in _WORDS.items():
             given = getattr(self, word)
-            if not gene.has(given):
+            # A default is legal, but the width has none.
+            if (gene is WIDTH or given is not gene.default) and not gene.has(given):
                 hint = nearest(given, names_of(gene)) if isinstance(given, str) else ""
                 raise ValueError(f"{word} {given!r} is not legal; expected {gene}{hint}")
         if not self.stack:
@@ -108,7 +110,7 @@ class Architecture:
 
     def _write_json(self) -> str:
         parts = [f'"units":[{",".join(map(unit_json, self.stack))}]', f'"width":{self.width}']
-        parts += [f'"{word}":{gene_json(value)}' for word, value in self._said()]
+        parts += [gene_json(WORDS[word], value) for word, value in self._said()]
         return "{" + ",".join(sorted(parts)) + "}"
 
     @property

@@ -17,10 +17,14 @@ from mixforge.search_space.parts.attention_strides import boundary_slots, stride
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
 
+# Query heads, heads of keys and values, channels of a head.
+Sizes = tuple[int, int, int]
+
 # Bytes of a number that is kept in float32 in any case.
 EXACT = 4
 # Bytes of an angle that is the sum of the tokens' own.
 ANGLE = 8
+FREE = Cost(params=0, flops=0, state_bytes=0, decode_bytes=0)
 
 
 def slots_of(gene: Attn, length: int) -> int:
@@ -37,116 +41,156 @@ def slots_of(gene: Attn, length: int) -> int:
     return length if window is None else min(length, gene.first + (window - 1) * gene.dilation + 1)
 
 
-def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int]:
-    """Matrices that every token meets; those that every entry meets when it is read; how many other weights."""
-    heads, kv_heads, head_dim = gene.sizes(width)
-    seen = gene.seen(width)
-    matrices, vectors = query_weights(gene, width)
-    vectors += seen if gene.norms_input else 0
-    reading: list[tuple[int, int]] = []
-    inner = kv_heads * head_dim
+def count_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int, int]:
+    """Weights of the matrices that every token meets; of those that every entry meets when it is read; all others."""
+    heads, kv_heads, head_dim = sizes
+    seen, inner, channels = gene.seen(width), kv_heads * head_dim, heads * head_dim
+    matrices, vectors = query_weights(gene, seen, sizes)
+    reading = 0
+    latent = gene.latent
     shifts = 0 if gene.kv_shift == "none" else kv_heads
     biased = gene.bias != "none"
-    if gene.latent is not None:
-        rank, rope_dim = gene.latent
-        matrices += [(seen, rank + rope_dim)]
-        reading += [(rank, 2 * heads * head_dim)]
+    if latent is not None:
+        rank, rope_dim = latent
+        matrices += seen * (rank + rope_dim)
+        reading = rank * 2 * channels
         vectors += rank + gene.meta * (rank + rope_dim)
     elif gene.kv == "reuse":
-        matrices += [(seen, inner), (seen, shifts)]
-        reading += [(head_dim, head_dim)]
+        matrices += seen * (inner + shifts)
+        reading = head_dim * head_dim
         vectors += head_dim + (biased + gene.meta) * inner
     elif gene.kv != "shared":
         keys, key_bias = projection(gene, seen, inner)
-        matrices += [*keys, (seen, inner), (seen, 2 * shifts)]
-        # Pairs of tokens are of two keys and two values each.
-        matrices += [(seen, 2 * inner if gene.special == "simplicial" else 0)]
+        matrices += keys + seen * (inner + 2 * shifts)
+        if gene.special == "simplicial":
+            # Pairs of tokens are of two keys and two values each.
+            matrices += seen * 2 * inner
         vectors += biased * (key_bias + inner) + 2 * gene.meta * inner
-    if gene.latent is None and gene.kv != "shared":
-        vectors += {"none": 0, "rms": head_dim, "rms_all": inner, "l2": 0}[gene.qk_norm]
-    channels = heads * head_dim
-    experts = gene.experts if isinstance(gene.experts, int) else 0
-    matrices += [(experts * head_dim if experts else channels, width), (seen, experts)]
-    matrices += [(seen, channels if gene.out_gate == "sigmoid" else 0)]
-    vectors += width * (gene.bias == "all") + head_dim * (gene.out_norm == "rms")
-    vectors += 0 if gene.diff == "none" else 6 * head_dim
-    vectors += heads * gene.codes * head_dim if gene.codes is not None else 0
-    if gene.evicts is not None:
-        sizes = score_channels(head_dim)
-        matrices += [(kv_heads * TAPS * into, out) for into, out in pairwise(sizes)]
-        matrices += [(kv_heads * sizes[-1], 1)]
-        vectors += kv_heads * sum(sizes[1:])
-    matrices += [(seen, 3 * heads if gene.special == "nsa" else 0)]
-    vectors += heads if gene.special == "local_linear" else 0
+    if gene.qk_norm != "none" and latent is None and gene.kv != "shared":
+        vectors += {"rms": head_dim, "rms_all": inner, "l2": 0}[gene.qk_norm]
+    if isinstance(gene.experts, int):
+        matrices += gene.experts * (head_dim * width + seen)
+    else:
+        matrices += channels * width
+    if gene.out_gate == "sigmoid":
+        matrices += seen * channels
+    if gene.bias == "all":
+        vectors += width
+    # A differential layer has its norm.
+    vectors += 6 * head_dim if gene.diff != "none" else head_dim if gene.out_norm == "rms" else 0
+    if gene.norms_input:
+        vectors += seen
+    more, others = _position_weights(gene, width, sizes)
+    matrices, vectors = matrices + more, vectors + others
+    more, others = _score_weights(gene, seen, sizes)
+    return matrices + more, reading, vectors + others
+
+
+def _position_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int]:
+    """Of matrices, and others, of what follows a token's place."""
+    heads, kv_heads, head_dim = sizes
     turning = 1 if gene.latent is not None else kv_heads
-    matrices += [(seen, heads * (gene.forget != "none")), (seen, turning * (gene.pos == "carope"))]
-    vectors += heads * ((gene.forget != "none") + (gene.sink == "learned"))
+    matrices, vectors = 0, 0
+    if gene.forget != "none":
+        matrices, vectors = gene.seen(width) * heads, heads
+    if gene.pos == "carope":
+        matrices += gene.seen(width) * turning
     if gene.pos == "lrpe":
         vectors += turning * int(gene.turning(width)) // 2
     if gene.clip is not None:
-        vectors += (gene.clip + 1) * (head_dim + gene.value_dim(width))
+        vectors += (gene.clip + 1) * (head_dim + gene.value_dim(head_dim))
+    return matrices, vectors
+
+
+def _score_weights(gene: Attn, seen: int, sizes: Sizes) -> tuple[int, int]:
+    """Of matrices, and others, of scores and of what is chosen by them."""
+    heads, kv_heads, head_dim = sizes
+    matrices, vectors = 0, 0
+    if gene.sink == "learned":
+        vectors += heads
+    if gene.codes is not None:
+        vectors += heads * gene.codes * head_dim
+    if gene.evicts is not None:
+        channels = score_channels(head_dim)
+        matrices += kv_heads * (TAPS * sum(into * out for into, out in pairwise(channels)) + channels[-1])
+        vectors += kv_heads * sum(channels[1:])
+    if gene.special == "nsa":
+        matrices += seen * 3 * heads
+    if gene.special == "local_linear":
+        vectors += heads
     if isinstance(gene.headmix, Form):
         rank = int(gene.headmix.arguments[0])
         hidden = 2 * heads * rank
-        matrices += [(seen, 4 * hidden), (4 * hidden, 2 * rank * heads), (seen, 4 * heads)]
-    vectors += 2 * heads * heads * (gene.headmix == "static")
-    return matrices, reading, vectors
+        matrices += 4 * (seen * (hidden + heads) + hidden * 2 * rank * heads)
+    elif gene.headmix == "static":
+        vectors += 2 * heads * heads
+    return matrices, vectors
 
 
-def query_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], int]:
-    heads, _, head_dim = gene.sizes(width)
-    seen = gene.seen(width)
+def query_weights(gene: Attn, seen: int, sizes: Sizes) -> tuple[int, int]:
+    """Of matrices, and others, that make queries."""
+    heads, _, head_dim = sizes
     if gene.query == "learned":
-        return [], heads * head_dim
-    channels = heads * gene.key_dim(width)
+        return 0, heads * head_dim
+    channels = heads * gene.key_dim(head_dim)
     matrices, bias = projection(gene, seen, channels)
-    vectors = {"none": 0, "rms": head_dim, "rms_all": channels, "l2": heads}[gene.qk_norm]
+    vectors = 0 if gene.bias == "none" else bias
+    if gene.qk_norm != "none":
+        vectors += {"rms": head_dim, "rms_all": channels, "l2": heads}[gene.qk_norm]
     if isinstance(gene.experts, int):
-        matrices = [(seen, gene.experts * head_dim)]
+        matrices = seen * gene.experts * head_dim
     if isinstance(gene.query_rank, int):
-        matrices = [(seen, gene.query_rank), (gene.query_rank, channels)]
+        matrices = gene.query_rank * (seen + channels)
         vectors += gene.query_rank
-    return matrices, vectors + bias * (gene.bias != "none") + heads * (gene.temper == "ssmax")
+    return matrices, vectors + heads if gene.temper == "ssmax" else vectors
 
 
-def projection(gene: Attn, seen: int, channels: int) -> tuple[list[tuple[int, int]], int]:
-    """Matrices and bias that make queries or keys of two maps."""
+def projection(gene: Attn, seen: int, channels: int) -> tuple[int, int]:
+    """Weights of the matrices, and the bias, that make queries or keys of two maps."""
     if not isinstance(gene.diff, Form):
-        return [(seen, channels)], channels
+        return seen * channels, channels
     rank = int(gene.diff.arguments[0])
-    return [(seen, channels // 2), (seen, 2 * rank), (rank, channels)], channels // 2
+    return seen * (channels // 2 + 2 * rank) + rank * channels, channels // 2
 
 
-def score_flops(gene: Attn, width: int, length: int) -> int:
+def score_flops(gene: Attn, length: int, sizes: Sizes) -> int:
     """Of queries times keys and of weights times values, masked pairs included, and of what changes them."""
-    heads, _, head_dim = gene.sizes(width)
+    heads, _, head_dim = sizes
     if gene.query == "learned":
         return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
     if gene.codes is not None:
         return 2 * heads * code_products(length, gene.codes) * head_dim
-    if gene.special is not None:
+    scores = gene.scores
+    if scores == "special":
         return 2 * heads * special_products(gene, length, head_dim)
     window, _ = gene.windows
-    size = None if window is None else block_size(length, (window - 1) * gene.dilation + 1, gene.first)
-    beside = gene.meta + (gene.sink == "learned" and gene.scores == "biased")
-    rows, pairs = block_pairs(length, size, beside)
-    if gene.scores == "fused":
-        pairs = fused_pairs(length, window, gene.dilation, gene.first)
-        pairs = pairs if gene.by_block is None else strided_pairs(length, *gene.by_block)
-    keys, values = gene.key_dim(width), gene.value_dim(width)
-    if gene.scores == "fused" and window is None and gene.sparse == "none":
-        # The narrower ones are widened (`causal_attention_torch`).
-        keys = values = max(keys, values)
-    both = heads * (keys + values)
-    flops = 2 * pairs * both
+    keys, values = gene.key_dim(head_dim), gene.value_dim(head_dim)
+    flops = 0
     if isinstance(gene.sparse, Form) and gene.sparse.name.startswith("block_"):
-        flops += 2 * length * -(-length // int(gene.sparse.arguments[0])) * heads * head_dim
+        flops = 2 * length * -(-length // int(gene.sparse.arguments[0])) * heads * head_dim
+    if scores == "fused":
+        by_block = gene.by_block
+        pairs = (
+            fused_pairs(length, window, gene.dilation, gene.first)
+            if by_block is None
+            else strided_pairs(length, *by_block)
+        )
+        if window is None and gene.sparse == "none":
+            # The narrower ones are widened (`causal_attention_torch`).
+            keys = values = max(keys, values)
+        return flops + 2 * pairs * heads * (keys + values)
+    size = None if window is None else block_size(length, (window - 1) * gene.dilation + 1, gene.first)
+    beside = gene.meta + (gene.sink == "learned" and scores == "biased")
+    rows, pairs = block_pairs(length, size, beside)
+    products = pairs * (keys + values)
     if gene.clip is not None:
-        flops += 2 * rows * (gene.clip + 1) * both
+        products += rows * (gene.clip + 1) * (keys + values)
     if isinstance(gene.headmix, Form):
         # Before and after the weighing, by the query and by the key, into the rank and out of it.
-        flops += 8 * 2 * pairs * heads * int(gene.headmix.arguments[0])
-    return flops + 2 * 2 * pairs * heads * heads * (gene.headmix == "static")
+        products += 8 * pairs * int(gene.headmix.arguments[0])
+    elif gene.headmix == "static":
+        products += 2 * pairs * heads
+    return flops + 2 * heads * products
 
 
 def code_products(length: int, codes: int) -> int:
@@ -174,7 +218,7 @@ def special_products(gene: Attn, length: int, head_dim: int) -> int:
 def states_cost(gene: Attn, width: int, length: int, itemsize: int) -> Cost:
     """Of the state spaces that make keys and values of chunks, the last chunk being filled up."""
     if gene.chunk is None:
-        return Cost(params=0, flops=0, state_bytes=0, decode_bytes=0)
+        return FREE
     heads, _, head_dim = gene.sizes(width)
     one = gene.states(width).cost(heads * head_dim, gene.chunk, itemsize)
     chunks = -(-length // gene.chunk)
@@ -194,20 +238,25 @@ def replaceable_slots(gene: Attn, length: int) -> int:
     return min(max(0, length + 1 - window), budget)
 
 
-def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
+def state_bytes_of(gene: Attn, width: int, itemsize: int, sizes: Sizes) -> tuple[int, int]:
     """Bytes that are kept of each token, and bytes that are carried from token to token."""
-    heads, kv_heads, head_dim = gene.sizes(width)
+    heads, kv_heads, head_dim = sizes
     inner = kv_heads * head_dim
-    entries = {"shared": 0, "reuse": inner}.get(str(gene.kv), 2 * inner)
-    entries *= 2 if gene.special == "simplicial" else 1
-    if gene.latent is not None:
-        entries = sum(gene.latent)
+    latent = gene.latent
+    if latent is not None:
+        entries = sum(latent)
+    elif gene.kv == "shared":
+        entries = 0
+    else:
+        entries = inner if gene.kv == "reuse" else 2 * inner
+        entries *= 2 if gene.special == "simplicial" else 1
     if isinstance(gene.headmix, Form):
         entries += 2 * (2 * int(gene.headmix.arguments[0]) + 1) * heads
-    forgets = gene.forget != "none"
-    carried = 0 if gene.kv_shift == "none" else (1 if gene.kv == "reuse" else 2) * inner * itemsize
+    carried = 0
+    if gene.kv_shift != "none" and gene.kv != "shared":
+        carried = (1 if gene.kv == "reuse" else 2) * inner * itemsize
     if gene.pos == "carope":
-        carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * ANGLE
+        carried += (1 if latent is not None else kv_heads) * int(gene.turning(width)) // 2 * ANGLE
     if gene.query == "learned":
         return 0, carried + heads * (head_dim + 2) * EXACT
     if gene.evicts is not None:
@@ -216,4 +265,5 @@ def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
         return entries * itemsize + 2 * kv_heads * EXACT, carried + kv_heads * taps * EXACT
     if gene.codes is not None:
         return 0, carried + heads * gene.codes * (head_dim + 1) * EXACT
-    return entries * itemsize + heads * EXACT * forgets, carried + heads * EXACT * forgets
+    forgets = 0 if gene.forget == "none" else heads * EXACT
+    return entries * itemsize + forgets, carried + forgets

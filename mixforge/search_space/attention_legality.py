@@ -70,17 +70,17 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         return _why_no_scan(gene)
     if gene.codes is not None:
         return _why_no_codes(gene)
-    turning = gene.turning(width)
-    if gene.turns and (turning != int(turning) or turning % 2 != 0 or turning == 0):
+    turning = gene.turning(width) if gene.turns else 2
+    if turning != int(turning) or turning % 2 != 0 or turning == 0:
         given = f"rope_dim {turning}" if gene.latent else f"{turning:g} channels of head_dim {head_dim}"
         return (
             f"pos={gene.pos} turns pairs of channels, and {given} are no pairs (mixer attn); "
             f"say an even {'rope_dim' if gene.latent else 'head_dim, or another rotary'}, or pos=none"
         )
-    windows = gene.windows
-    if windows[1] is not None and windows[0] is not None and windows[1] > windows[0]:
+    longer, shorter = gene.windows
+    if shorter is not None and longer is not None and shorter > longer:
         return f"window={gene.window} names the longer window first (mixer attn); write the shorter one first"
-    if gene.dilation > 1 and windows[0] is None:
+    if gene.dilation > 1 and longer is None:
         return f"dilation={gene.dilation} is of a window, and there is none (mixer attn); say window"
     if isinstance(gene.experts, int):
         return (
@@ -211,6 +211,8 @@ def _why_no_scores(gene: Attn, heads: int, kv_heads: int) -> str | None:
 
 def _why_no_sparse(gene: Attn) -> str | None:
     """What a sparse pattern, and what stands in the place of the usual scores, cannot do."""
+    if gene.sparse == "none" and gene.score == "softmax":
+        return None
     if gene.sparse != "none" and (gene.window != "none" or gene.kv in ("own", "shared")):
         beside = f"window={gene.window}" if gene.window != "none" else f"kv={gene.kv}"
         return f"sparse={gene.sparse} says who sees whom, so it takes no {beside} (mixer attn); leave one out"

@@ -108,7 +108,7 @@ def routing_part(gene: Attn, width: int) -> Part | None:
 
 def queries_part(gene: Attn, width: int, backend: Backend) -> Part:
     heads, _, head_dim = gene.sizes(width)
-    channels = heads * gene.key_dim(width)
+    channels = heads * gene.key_dim(head_dim)
     seen = gene.seen(width)
     query = linear_part(gene, seen, channels)
     if isinstance(gene.experts, int):
@@ -244,8 +244,8 @@ def pattern_part(gene: Attn, backend: Backend) -> Part:
 
 
 def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
-    heads, _, _ = gene.sizes(width)
-    scale = gene.key_dim(width) ** -0.5
+    heads, _, head_dim = gene.sizes(width)
+    scale = gene.key_dim(head_dim) ** -0.5
     if gene.scores == "fused":
         return Part(Fused, scale=scale)
     if gene.scores == "special":
@@ -264,7 +264,7 @@ def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
         mix = Part(DynamicMix, width=gene.seen(width), heads=heads, rank=int(gene.headmix.arguments[0]))
     elif gene.headmix == "static":
         mix = Part(StaticMix, heads=heads)
-    dims = {"key_dim": gene.key_dim(width), "value_dim": gene.value_dim(width)}
+    dims = {"key_dim": gene.key_dim(head_dim), "value_dim": gene.value_dim(head_dim)}
     relative = None if gene.clip is None else Part(Relative, clip=gene.clip, **dims)
     weigh = Part(Weigh, score=gene.score, sinks=sinks)
     fades = gene.forget == "mask"

@@ -23,7 +23,6 @@ from mixforge.search_space.stack import (
     Reuse,
     Segment,
     Unit,
-    mixer_json,
     mixes_tokens,
     norms_input,
 )
@@ -34,8 +33,11 @@ _OF_MIXERS = {"none": (False, False), "pre": (True, False), "inside": (False, Tr
 
 def canonical(units: tuple[Unit, ...], width: int, place: str) -> tuple[Unit, ...]:
     """The one form of all stacks that are the same model as this one at this width and place of the norms."""
-    settled = tuple([each for unit in units for each in canonical_unit(unit, width, place)])
-    if not any(trades(unit, width) for unit in settled):
+    found: list[Unit] = []
+    for unit in units:
+        found += canonical_unit(unit, width, place)
+    settled = tuple(found)
+    if not any(trades(unit, width) for unit in dict.fromkeys(settled)):
         return settled
     idle = unread(settled, width)
     return tuple(_without_owners(settled, (), idle, width, place)) if idle else settled
@@ -63,13 +65,17 @@ def _without_owners(
         yield from canonical_unit(changed, width, place)
 
 
-@lru_cache(maxsize=65_536)
 def canonical_unit(unit: Unit, width: int, place: str) -> tuple[Unit, ...]:
     """The one form of all units that are the same model as this one at this width and place of the norms."""
+    if isinstance(unit, Layer):
+        settled = settle(unit.mixer, width)
+        return (unit if settled is unit.mixer else Layer(settled),)
+    return _canonical_group(unit, width, place)
+
+
+@lru_cache(maxsize=65_536)
+def _canonical_group(unit: Beside | Reuse | Segment | Residual, width: int, place: str) -> tuple[Unit, ...]:
     match unit:
-        case Layer():
-            settled = settle(unit.mixer, width)
-            return (unit if settled is unit.mixer else Layer(settled),)
         case Beside():
             return (_canonical_beside(unit, width),)
         case Reuse():
@@ -101,11 +107,15 @@ def _canonical_beside(unit: Beside, width: int) -> Beside:
             pairs = sorted(zip(branches, (share // common for share in shares), strict=True), key=_by_json)
             branches, shares = tuple(mixer for mixer, _ in pairs), tuple(share for _, share in pairs)
             return Beside(branches, unit.fuse, shares, norm)
-    return Beside(tuple(sorted(branches, key=mixer_json)), unit.fuse, norm=norm)
+    return Beside(tuple(sorted(branches, key=_json)), unit.fuse, norm=norm)
+
+
+def _json(mixer: Mixer) -> str:
+    return mixer.json
 
 
 def _by_json(pair: tuple[Mixer, int]) -> tuple[str, int]:
-    return mixer_json(pair[0]), pair[1]
+    return pair[0].json, pair[1]
 
 
 def _canonical_residual(unit: Residual, width: int, place: str) -> Residual:

@@ -31,11 +31,11 @@ class Frame(NamedTuple):
 
 @lru_cache(maxsize=65_536)
 def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
-    """Costs of a unit with its norms and gates."""
+    """Costs of a unit with its norms and gates; without those where it is one mixer or several beside one another."""
     match unit:
         case Layer() | Beside():
-            around = residual_cost(frame, width, length, itemsize, 1, 0 if norms_input(unit) else 1)
-            return sum_costs([function_cost(unit, width, length, itemsize, frame), around])
+            found = _function_cost(unit, width, length, itemsize)
+            return found + sigma_cost(matrices(unit, width), itemsize) if frame.has_sigma else found
         case Residual():
             return around_cost(unit, width, length, itemsize, frame)
         case Reuse():
@@ -49,34 +49,43 @@ def unit_cost(unit: Unit, width: int, length: int, itemsize: int, frame: Frame) 
             return inside + memory_cost(unit, width, length, itemsize, frame)
 
 
-def function_cost(unit: Layer | Beside, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
+def _function_cost(unit: Layer | Beside, width: int, length: int, itemsize: int) -> Cost:
     """Of a residual unit's function alone."""
     if isinstance(unit, Layer):
-        # The unit itself is remembered, and hashing a mixer of many genes twice is half of the time.
-        parts = [unit.mixer.cost(width, length, itemsize)]
-    else:
-        parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
-        parts.append(fuse_cost(unit, width, length, itemsize))
-    if frame.has_sigma:
-        parts.append(sigma_cost(matrices(unit, width), itemsize))
-    return sum_costs(parts)
+        # The unit itself is remembered.
+        return unit.mixer.cost(width, length, itemsize)
+    parts = [mixer_cost(mixer, width, length, itemsize) for mixer in unit.branches]
+    return sum_costs([*parts, fuse_cost(unit, width, length, itemsize)])
 
 
 def around_cost(unit: Residual, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
     """Of a residual connection around several mixers, and of residuals inside it."""
     own = frame if unit.place is None else frame._replace(place=unit.place)
     mixers = [each for each in unit.body if isinstance(each, Layer | Beside)]
-    parts = [function_cost(each, width, length, itemsize, frame) for each in mixers]
-    parts += [
-        unit_cost(each, width, length, itemsize, frame) for each in unit.body if isinstance(each, Residual)
-    ]
+    parts = [unit_cost(each, width, length, itemsize, frame) for each in unit.body]
     read = sum(1 for each in mixers if not norms_input(each))
     return sum_costs([*parts, residual_cost(own, width, length, itemsize, len(mixers), read)])
 
 
 def body_cost(units: tuple[Unit, ...], width: int, length: int, itemsize: int, frame: Frame) -> Cost:
-    """Of units one after the other."""
-    return sum_costs([unit_cost(unit, width, length, itemsize, frame) for unit in units])
+    """Of units one after the other, each mixer in a residual of its own."""
+    parts = [unit_cost(unit, width, length, itemsize, frame) for unit in units]
+    reads = [not norms_input(unit) for unit in units if isinstance(unit, (Layer, Beside))]
+    for read in (True, False):
+        around = residual_cost(frame, width, length, itemsize, 1, int(read))
+        parts.append(repeated(around, reads.count(read)))
+    return sum_costs(parts)
+
+
+def repeated(cost: Cost, count: int) -> Cost:
+    """Costs of so many modules that cost the same."""
+    return Cost(
+        params=count * cost.params,
+        flops=count * cost.flops,
+        state_bytes=count * cost.state_bytes,
+        decode_bytes=count * cost.decode_bytes,
+        idle_params=count * cost.idle_params,
+    )
 
 
 def _of_length(units: tuple[Unit, ...], width: int, itemsize: int, frame: Frame, length: int) -> Cost:

@@ -11,14 +11,17 @@ A value is an int, a float, a name (`str`), a `Form` such as `gqa(4)`, or None f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import compress
+from json.encoder import encode_basestring_ascii
 from operator import attrgetter, is_not
 from typing import TYPE_CHECKING, TypeVar, cast, get_type_hints
 
+from mixforge.search_space.expression import spell_number
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from _typeshed import DataclassInstance
 
@@ -31,7 +34,7 @@ class Form:
     arguments: tuple[int | float, ...]
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(str(argument) for argument in self.arguments)})"
+        return f"{self.name}({', '.join(map(spell_number, self.arguments))})"
 
 
 GeneValue = int | float | str | Form | None
@@ -97,12 +100,14 @@ class Call:
         return f"{self.name}({', '.join(str(argument) for argument in self.arguments)})"
 
     def has(self, value: GeneValue) -> bool:
-        return (
-            isinstance(value, Form)
-            and value.name == self.name
-            and len(value.arguments) == len(self.arguments)
-            and all(domain.has(given) for domain, given in zip(self.arguments, value.arguments, strict=True))
-        )
+        if not isinstance(value, Form) or value.name != self.name:
+            return False
+        given = value.arguments
+        return len(given) == len(self.arguments) and all(map(_has, self.arguments, given))
+
+
+def _has(domain: Whole | Real, value: int | float) -> bool:
+    return domain.has(value)
 
 
 Domain = Whole | Real | Choice | Call
@@ -115,6 +120,14 @@ class Gene:
     name: str
     domains: tuple[Domain, ...]
     default: GeneValue
+    words: Mapping[str, str] = field(init=False, repr=False, compare=False)
+    """The names among its legal values, each with the JSON that says it."""
+
+    def __post_init__(self) -> None:
+        names = [name for each in self.domains if isinstance(each, Choice) for name in each.names]
+        object.__setattr__(
+            self, "words", {name: f'"{self.name}":{encode_basestring_ascii(name)}' for name in names}
+        )
 
     def __str__(self) -> str:
         """The legal values, in words."""
@@ -122,6 +135,8 @@ class Gene:
 
     def has(self, value: GeneValue) -> bool:
         """Whether the value is legal. None is, where it is the default."""
+        if isinstance(value, str):
+            return value in self.words
         if value is None:
             return self.default is None
         for domain in self.domains:  # noqa: SIM110 (a generator takes twice as long, and this is asked of every gene)
@@ -162,18 +177,25 @@ def all_values(mixer: DataclassInstance) -> tuple[GeneValue, ...]:
     return _reader(type(mixer))(mixer)
 
 
-def gene_values(mixer: DataclassInstance) -> zip[tuple[Gene, GeneValue]]:
-    """Each gene of a mixer with its value, in the order of its file."""
-    return zip(genes_of(type(mixer)).values(), all_values(mixer), strict=True)
-
-
 def changed_genes(mixer: DataclassInstance) -> list[tuple[Gene, GeneValue]]:
-    """Those of `gene_values` that are not at their default."""
+    """The genes of a mixer that are not at their default, and their values, in the order of its file."""
     genes, defaults = _defaults(type(mixer))
     values = all_values(mixer)
     # Most genes hold their default itself. Finding that out without a Python loop is four times as fast.
-    moved = compress(zip(genes, values, strict=True), map(is_not, values, defaults))
+    moved = compress(zip(genes, values), map(is_not, values, defaults))  # noqa: B905 (as many, and it is slower)
     return [(gene, value) for gene, value in moved if value != gene.default]
+
+
+def gene_json(gene: Gene, value: GeneValue) -> str:
+    """A gene and its value as canonical JSON, which stands between the brackets of an object."""
+    if isinstance(value, str) and value in gene.words:
+        return gene.words[value]
+    # Of True, which equals 1, too.
+    if isinstance(value, int):
+        return f'"{gene.name}":{value:d}'
+    if isinstance(value, float):
+        return f'"{gene.name}":{spell_number(value)}'
+    return f'"{gene.name}":{"null" if value is None else encode_basestring_ascii(str(value))}'
 
 
 Genes = TypeVar("Genes", bound="DataclassInstance")

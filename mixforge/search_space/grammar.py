@@ -30,7 +30,7 @@ from mixforge.search_space.production import MOST_DECISIONS, Choose, Growth, Ove
 from mixforge.search_space.productions import Enter
 from mixforge.search_space.published import with_published
 from mixforge.search_space.rules import compile_rules, described
-from mixforge.search_space.syntax import Expression, NotationError, nearest, read
+from mixforge.search_space.syntax import Expression, NotationError, nearest, read_with_places
 
 DEEPEST_RECURSION = 64
 
@@ -360,7 +360,7 @@ def _read(name: str, text: object) -> Expression:
     if not isinstance(text, str):
         raise ValueError(f"{described(name)}: {text!r} is not a text; write an expression in quotes")
     try:
-        return read(text)
+        return read_with_places(text)
     except NotationError as error:
         raise ValueError(f"{described(name)}: {error}") from None
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Literal
 
-from mixforge.search_space.loans import trades, why_unowned
+from mixforge.search_space.loans import borrows, why_unowned
 from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.spelling import spell_mixer
 from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, mixers, mixes_tokens
@@ -30,22 +29,16 @@ def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
         found = _unit_illegality(unit, width)
         if found is not None:
             return Illegality(found.fault, f"layer {units.index(unit) + 1}: {found.sentence}")
-    if not any(_mixes_tokens(unit) for unit in distinct):
+    if not any(map(mixes_tokens, units)):
         return Illegality(
             "no token mixer", "no layer mixes tokens, so no token sees another; add one such as attn"
         )
-    if any(trades(unit, width) for unit in distinct):
+    if any(borrows(unit, width) for unit in distinct):
         sentence = why_unowned(units, width)
         return None if sentence is None else Illegality("no owner", sentence)
     return None
 
 
-@lru_cache(maxsize=65_536)
-def _mixes_tokens(unit: Unit) -> bool:
-    return mixes_tokens(unit)
-
-
-@lru_cache(maxsize=65_536)
 def _unit_illegality(unit: Unit, width: int) -> Illegality | None:
     match unit:
         case Layer():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from mixforge.search_space.mixer import Loan, Mixer
 from mixforge.search_space.spelling import spell_mixer
@@ -21,12 +20,18 @@ Place = tuple[int, ...]
 """Of a mixer in a stack: the index of its unit, of each unit inside a reused one, and of its branch."""
 
 
-@lru_cache(maxsize=65_536)
 def trades(unit: Unit, width: int) -> bool:
     """Whether a mixer in it lends or borrows."""
     if isinstance(unit, Layer):
         return bool(unit.mixer.lends(width) or unit.mixer.borrows(width))
     return any(mixer.lends(width) or mixer.borrows(width) for mixer in mixers((unit,)))
+
+
+def borrows(unit: Unit, width: int) -> bool:
+    """Whether a mixer in it borrows."""
+    if isinstance(unit, Layer):
+        return bool(unit.mixer.borrows(width))
+    return any(mixer.borrows(width) for mixer in mixers((unit,)))
 
 
 @dataclass(frozen=True, slots=True)

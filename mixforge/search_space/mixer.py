@@ -7,20 +7,26 @@ This module loads no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
-from mixforge.search_space.genes import GeneValue, all_values, genes_of
+from mixforge.search_space.genes import (
+    Gene,
+    GeneValue,
+    all_values,
+    changed_genes,
+    gene_json,
+    genes_of,
+)
 from mixforge.search_space.part import Part
 
 Backend = Literal["reference", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = ("reference", "torch", "triton")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
+class Cost(NamedTuple):
     """Exact costs of a module for one sequence of `length` tokens (batch 1).
 
     params: weights, counted once however often they are applied.
@@ -41,7 +47,7 @@ class Cost:
         """The weights that one token passes. Experts that several layers share count as those of one layer."""
         return self.params - self.idle_params
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
         return Cost(
             params=self.params + other.params,
             flops=self.flops + other.flops,
@@ -76,21 +82,57 @@ class Mixer(ABC):
     """A residual unit's function: `token` mixers mix along time, `channel` mixers along width."""
 
     kind: ClassVar[Literal["token", "channel"]]
+    _word: ClassVar[str]
     # Famous points of the gene space by their short names: {"gdn": {"rule": "delta", "decay": "scalar"}}.
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {}
-    # Mixers are keys of every memory, and some have forty genes: each computes its hash once, when first asked.
-    _hash: int = field(init=False, repr=False, compare=False)
+    # Mixers are keys of every memory, and some have forty genes: each finds these once, when first asked.
+    _changed: Sequence[tuple[Gene, GeneValue]] = field(init=False, repr=False, compare=False)
+    _json: str = field(init=False, repr=False, compare=False)
 
     def __init_subclass__(cls) -> None:
         # Otherwise a dataclass makes one of its own.
         cls.__hash__ = Mixer.__hash__  # type: ignore[method-assign]
+        cls._word = cls.__module__.rpartition(".")[2]
 
     def __hash__(self) -> int:
+        # A text keeps its hash.
         try:
-            return self._hash
+            return hash(self._json)
         except AttributeError:
-            object.__setattr__(self, "_hash", hash((type(self), all_values(self))))
-            return self._hash
+            return hash(self.json)
+
+    @property
+    def changed(self) -> Sequence[tuple[Gene, GeneValue]]:
+        """The genes that are not at their default, and their values."""
+        try:
+            return self._changed
+        except AttributeError:
+            object.__setattr__(self, "_changed", changed_genes(self))
+            return self._changed
+
+    @property
+    def json(self) -> str:
+        """Canonical JSON: its name and the genes that differ from their defaults, in the order of their names."""
+        try:
+            return self._json
+        except AttributeError:
+            object.__setattr__(self, "_json", self._write_json(self.changed))
+            return self._json
+
+    @classmethod
+    def _write_json(cls, changed: Sequence[tuple[Gene, GeneValue]]) -> str:
+        parts = [gene_json(gene, value) for gene, value in changed]
+        parts.sort()
+        return f'["{cls.word()}",{{{",".join(parts)}}}]'
+
+    @classmethod
+    def of(cls, genes: Mapping[str, GeneValue]) -> Self:
+        """The mixer with these genes by name. What is not among them is at its default and is not looked at."""
+        made, known = cls(**genes), genes_of(cls)
+        changed = [(known[name], value) for name, value in genes.items() if value != known[name].default]
+        object.__setattr__(made, "_changed", changed)
+        object.__setattr__(made, "_json", cls._write_json(changed))
+        return made
 
     def __reduce__(self) -> tuple[Callable[..., Mixer], tuple[object, ...]]:
         # A hash does not outlive its process.
@@ -103,7 +145,7 @@ class Mixer(ABC):
     @classmethod
     def word(cls) -> str:
         """The mixer's name in an expression: the name of its file."""
-        return cls.__module__.rpartition(".")[2]
+        return cls._word
 
     @property
     def is_pointwise(self) -> bool:

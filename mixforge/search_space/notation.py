@@ -51,6 +51,7 @@ from mixforge.search_space.syntax import (
     nearest,
     operands,
     read,
+    understand,
 )
 from mixforge.search_space.vocabulary import gene_value, interpret_mixer
 from mixforge.search_space.vocabulary import mixer_named as mixer_named
@@ -68,10 +69,7 @@ def parse(text: str) -> Architecture:
 
     Raises NotationError, which shows the place, where the text is not such an expression.
     """
-    try:
-        return interpret(read(text))
-    except NotationError as error:
-        raise error.within(text) from None
+    return understand(text, interpret)
 
 
 def interpret(tree: Expression) -> Architecture:
@@ -123,13 +121,18 @@ def _layer(tree: Expression) -> Layer:
     return Layer(interpret_mixer(tree))
 
 
+def _is_mixer(tree: Expression) -> bool:
+    return tree.function not in FORMS if isinstance(tree, Apply) else isinstance(tree, Name)
+
+
 def _units(tree: Expression) -> list[Unit]:
-    # Most trees are a mixer's.
-    if isinstance(tree, Name) or (isinstance(tree, Apply) and tree.function not in FORMS):
+    if _is_mixer(tree):
         return [_layer(tree)]
     match tree:
         case Operation(symbol="+"):
-            units = [unit for operand in operands(tree, "+") for unit in _units(operand)]
+            units: list[Unit] = []
+            for operand in operands(tree, "+"):
+                units += (_layer(operand),) if _is_mixer(operand) else _units(operand)
         case Operation(symbol="*"):
             times, body = _times(tree), _units(tree.right)
             _bound(times * len(body), tree.column)

@@ -10,7 +10,7 @@ from mixforge.search_space.compiler import RESERVED, Compiler
 from mixforge.search_space.notation import vocabulary
 from mixforge.search_space.production import Production
 from mixforge.search_space.productions import Copies, Enter, Fixed, Rule
-from mixforge.search_space.syntax import Expression, NotationError, read
+from mixforge.search_space.syntax import Expression, NotationError, read_with_places
 
 START = "start"
 """The name of the right-hand side that a sentence begins with."""
@@ -36,7 +36,7 @@ def compile_rules(start: Expression, texts: Mapping[str, Expression]) -> Enter:
         text = str(expression)
         try:
             # Read again, so that columns are those of the text that an error shows.
-            rule.body = Compiler(rule.name, rules).compile(read(text), whole=rule is not first)
+            rule.body = Compiler(rule.name, rules).compile(read_with_places(text), whole=rule is not first)
         except NotationError as error:
             raise ValueError(f"{described(rule.name)}: {error.within(text)}") from None
     everything = [first, *rules.values()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import lru_cache
 
-from mixforge.search_space.genes import changed_genes
 from mixforge.search_space.mixer import Mixer
 
 
@@ -19,7 +18,7 @@ def settle(mixer: Mixer, width: int) -> Mixer:
 def why_illegal(mixer: Mixer, width: int) -> str | None:
     """None where it can be built at this width, else a sentence."""
     # A default is legal.
-    for gene, value in changed_genes(mixer):
+    for gene, value in mixer.changed:
         if not gene.has(value):
             return f"{gene.name}={value} is not legal; expected {gene}"
     return mixer.why_illegal(width)

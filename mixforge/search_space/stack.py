@@ -8,15 +8,13 @@ torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, changed_genes, genes_of
+from mixforge.search_space.genes import Call, Choice, Form, Gene, GeneValue, Whole, genes_of
 from mixforge.search_space.mixer import Mixer
-from mixforge.search_space.syntax import spell_number
 from mixforge.search_space.words import WORDS
 
 Fuse = Literal["sum", "mean", "gate", "concat", "scalar", "read"]
@@ -245,6 +243,8 @@ def norms_input(unit: Unit) -> bool:
 
 def mixes_tokens(unit: Unit) -> bool:
     """Whether a token mixer is in it."""
+    if isinstance(unit, Layer):
+        return unit.mixer.kind == "token"
     return any(mixer.kind == "token" for mixer in mixers((unit,)))
 
 
@@ -255,12 +255,12 @@ def depth(units: tuple[Unit, ...]) -> int:
     found = 0
     for unit in units:
         match unit:
+            case Layer() | Beside():
+                found += 1
             case Reuse():
                 found += unit.times * depth(unit.body)
             case Segment() | Residual():
                 found += depth(unit.body)
-            case _:
-                found += 1
     return found
 
 
@@ -276,47 +276,22 @@ def mixers(units: tuple[Unit, ...]) -> Iterator[Mixer]:
                 yield from mixers(unit.body)
 
 
-def genes(mixer: Mixer) -> tuple[tuple[str, GeneValue], ...]:
-    """The genes that differ from their defaults, in the order of their names."""
-    return tuple(sorted([(gene.name, value) for gene, value in changed_genes(mixer)]))
-
-
 @lru_cache(maxsize=1_024)
 def gene_defaults(mixer: type[Mixer]) -> dict[str, GeneValue]:
     """A mixer's genes and their defaults, in the order of its file."""
     return {name: gene.default for name, gene in genes_of(mixer).items()}
 
 
-@lru_cache(maxsize=65_536)
-def mixer_json(mixer: Mixer) -> str:
-    """A mixer as canonical JSON: its name and the genes that differ from their defaults."""
-    return _write_mixer(mixer)
-
-
-def _write_mixer(mixer: Mixer) -> str:
-    parts = [f'"{name}":{gene_json(value)}' for name, value in genes(mixer)]
-    return f'["{mixer.word()}",{{{",".join(parts)}}}]'
-
-
-@lru_cache(maxsize=4_096, typed=True)
-def gene_json(value: GeneValue) -> str:
-    """A gene's value as canonical JSON."""
-    if isinstance(value, int | float):
-        return spell_number(value)
-    return json.dumps(value if value is None else str(value))
-
-
-@lru_cache(maxsize=65_536)
 def unit_json(unit: Unit) -> str:
     """A unit as canonical JSON."""
     match unit:
         case Layer():
-            return _write_mixer(unit.mixer)
+            return unit.mixer.json
         case Beside():
             fuse = "" if unit.fuse == "sum" else f',"fuse":"{unit.fuse}"'
             fuse += "" if unit.norm is None else f',"norm":"{unit.norm}"'
             shares = "" if unit.shares is None else f',"shares":[{",".join(map(str, unit.shares))}]'
-            return f'{{"beside":[{",".join(map(mixer_json, unit.branches))}]{fuse}{shares}}}'
+            return f'{{"beside":[{",".join([branch.json for branch in unit.branches])}]{fuse}{shares}}}'
         case Reuse():
             words = "" if unit.halt == "none" else f',"halt":"{unit.halt}"'
             words += "" if unit.signal == "none" else f',"signal":"{unit.signal}"'

@@ -6,6 +6,9 @@ is Python's own expression syntax with Python's precedence, so the same characte
 names of `mixforge.words`) give the same tree. Text is read with `ast` and rebuilt from a closed list of node
 types, but for plain texts, which have a faster reader for the same trees (`plain_reader`); nothing is evaluated.
 This module knows no mixer and loads no torch: what names mean is said in `notation`.
+
+A tree of the faster reader does not know where in the text its nodes stood. Where a tree turns out to mean nothing,
+`understand` reads the text again with places, so that its error shows one.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ from __future__ import annotations
 import ast
 import math
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 from mixforge.search_space.expression import Apply as Apply
 from mixforge.search_space.expression import Expression as Expression
@@ -30,10 +36,9 @@ from mixforge.search_space.expression import operands as operands
 from mixforge.search_space.expression import spell as spell
 from mixforge.search_space.expression import spell_number as spell_number
 from mixforge.search_space.expression import walk as walk
-from mixforge.search_space.plain_reader import plain
+from mixforge.search_space.plain_reader import DEEPEST_NESTING, plain
 
 LONGEST_TEXT = 16_384
-DEEPEST_NESTING = 64
 MOST_OPERATORS = 2_048
 
 _SYMBOLS: dict[type[ast.operator], Symbol] = {
@@ -52,12 +57,35 @@ _TOKENS = re.compile(
 _BRACKETS = re.compile(r"[(){}]")
 
 
+Meaning = TypeVar("Meaning")
+
+
 def read(text: str) -> Expression:
     """The tree of a text. Raises NotationError, with a caret below the place, for anything else."""
+    tree = plain(text) if len(text) <= LONGEST_TEXT and _operators(text) <= MOST_OPERATORS else None
+    return read_with_places(text) if tree is None else tree
+
+
+def understand(text: str, meaning: Callable[[Expression], Meaning]) -> Meaning:
+    """What `meaning` makes of the tree of a text; a NotationError of either shows the place."""
+    with suppress(NotationError):
+        return meaning(read(text))
+    try:
+        return meaning(read_with_places(text))
+    except NotationError as error:
+        raise error.within(text) from None
+
+
+def read_with_places(text: str) -> Expression:
+    """As `read`; every node of the tree has its `column`."""
     try:
         return _Reader(text).read()
     except NotationError as error:
         raise error.within(text) from None
+
+
+def _operators(text: str) -> int:
+    return sum(map(text.count, "+*|@-"))
 
 
 class _Reader:
@@ -74,11 +102,6 @@ class _Reader:
     def read(self) -> Expression:
         self._check_characters()
         self._check_nesting()
-        tree = plain(self.text)
-        return self._read_any() if tree is None else tree
-
-    def _read_any(self) -> Expression:
-        """With Python's own reader."""
         line = re.sub(r"[\t\r\n]", " ", self.text).strip()
         if not line:
             raise NotationError(
@@ -114,7 +137,7 @@ class _Reader:
     def _check_nesting(self) -> None:
         if self.text.count("(") + self.text.count("{") > DEEPEST_NESTING:
             self._check_depth()
-        operators = sum(self.text.count(sign) for sign in "+*|@-")
+        operators = _operators(self.text)
         if operators > MOST_OPERATORS:
             raise NotationError(
                 f"the expression has {operators} operators; at most {MOST_OPERATORS} are read", 0

@@ -8,7 +8,7 @@ from mixforge.search_space.genes import Call, Choice, Domain, Form, Gene, GeneVa
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.stack import FORMS
-from mixforge.search_space.syntax import Apply, Expression, Name, NotationError, Number, nearest, read
+from mixforge.search_space.syntax import Apply, Expression, Name, NotationError, Number, nearest, understand
 
 
 @lru_cache(maxsize=1)
@@ -34,27 +34,25 @@ def mixer_named(word: str) -> str:
 
 def parse_mixer(text: str) -> Mixer:
     """The mixer that an expression such as `attn(window=64)` means. Raises NotationError."""
-    try:
-        return interpret_mixer(read(text))
-    except NotationError as error:
-        raise error.within(text) from None
+    return understand(text, interpret_mixer)
 
 
 def interpret_mixer(tree: Expression) -> Mixer:
     """The mixer that a name or a call means. Raises NotationError."""
     match tree:
-        case Name():
-            word = tree.id
         case Apply():
             word = tree.function
+        case Name():
+            word = tree.id
         case Number():
             raise NotationError("a number stands before * or @, as in 3 * attn", tree.column)
         case _:
             raise NotationError("expected one mixer, such as attn(window=64)", tree.column)
-    if word not in vocabulary():
+    known = vocabulary()
+    if word not in known:
         raise NotationError(f"unknown mixer '{word}'{_nearest_mixer(word)}", tree.column)
-    mixer, genes = vocabulary()[word]
-    return mixer(**{**genes, **_genes(tree, mixer)}) if isinstance(tree, Apply) else mixer(**genes)
+    mixer, genes = known[word]
+    return mixer.of({**genes, **_genes(tree, mixer)} if isinstance(tree, Apply) else genes)
 
 
 def _nearest_mixer(word: str) -> str:
@@ -83,13 +81,15 @@ def _genes(tree: Apply, mixer: type[Mixer]) -> dict[str, GeneValue]:
 
 def gene_value(word: str, gene: Gene, tree: Expression) -> GeneValue:
     """The value of one gene. Raises NotationError where it is not a legal one."""
+    if isinstance(tree, Name) and tree.id in gene.words:
+        return tree.id
     value = _plain_value(tree)
-    if gene.has(value):
-        # 1 and 1.0 are one value; which of the two a gene holds follows from its domain.
-        real = (
-            next((each for each in gene.domains if each.has(value)), None) if isinstance(value, int) else None
-        )
-        return float(value) if isinstance(value, int) and isinstance(real, Real) else value
+    if value is None and gene.default is None:
+        return None
+    for domain in gene.domains:
+        if domain.has(value):
+            # 1 and 1.0 are one value; which of the two a gene holds follows from its domain.
+            return float(value) if isinstance(value, int) and isinstance(domain, Real) else value
     names = [name for domain in gene.domains for name in _names(domain)]
     said = tree.function if isinstance(tree, Apply) else tree.id if isinstance(tree, Name) else None
     # A form that is there, with other arguments than it takes, is told of itself alone.
@@ -107,10 +107,10 @@ def _plain_value(tree: Expression) -> GeneValue:
             return tree.value
         case Name():
             return None if tree.id == "auto" else tree.id
-        case Apply() if not tree.keywords and all(isinstance(each, Number) for each in tree.arguments):
-            return Form(
-                tree.function, tuple(each.value for each in tree.arguments if isinstance(each, Number))
-            )
+        case Apply() if not tree.keywords:
+            numbers = tuple([each.value for each in tree.arguments if isinstance(each, Number)])
+            if len(numbers) == len(tree.arguments):
+                return Form(tree.function, numbers)
     raise NotationError(
         "a gene's value is a number, a name or a name with numbers, as in gqa(4)", tree.column
     )

@@ -217,8 +217,10 @@ class Attn(Mixer):
 
     @property
     def first(self) -> int:
-        """First tokens that stay in sight."""
-        return int(self.sink.arguments[0]) if isinstance(self.sink, Form) else 0
+        """First tokens that stay in sight where others do not."""
+        if isinstance(self.sink, Form) and (self.window != "none" or self.evicts is not None):
+            return int(self.sink.arguments[0])
+        return 0
 
     @property
     def clip(self) -> int | None:
@@ -322,7 +324,7 @@ class Attn(Mixer):
             head_dim=None if head_dim == default_dim and width % heads == 0 else head_dim,
             kv=kv,
             window=window,
-            sink="none" if self.first > 0 and window == "none" and self.evicts is None else self.sink,
+            sink="none" if isinstance(self.sink, Form) and self.first == 0 else self.sink,
             theta=self.theta if self.pos in ("rope", "xpos", "lrpe", "alibi_rope") else _BASE,
             rotary=self.rotary if self.turns and self.latent is None else 1.0,
             kv_shift="none" if kv == "shared" else self.kv_shift,
@@ -351,31 +353,33 @@ class Attn(Mixer):
         if self.source == "both":
             first, second = (each.cost(width, length, itemsize) for each in self.sources())
             return first + second
-        gene = self.canonical(width)
-        matrices, reading, vectors = count_weights(gene, width)
-        kept, carried = state_bytes_of(gene, width, itemsize)
-        made = states_cost(gene, width, length, itemsize)
+        sizes = self.sizes(width)
+        matrices, reading, vectors = count_weights(self, width, sizes)
+        kept, carried = state_bytes_of(self, width, itemsize, sizes)
+        made = states_cost(self, width, length, itemsize)
         carried += made.state_bytes
-        held = slots_of(gene, length) * kept
-        written = kept * (1 + replaceable_slots(gene, length)) if held else 0
-        lent = 2 * length * math.prod(gene.sizes(width)[1:]) if gene.kv == "shared" else 0
-        params = sum(map(math.prod, matrices + reading)) + vectors + made.params
-        flops = 2 * length * sum(map(math.prod, matrices)) + score_flops(gene, width, length) + made.flops
+        held = slots_of(self, length) * kept
+        written = kept * (1 + replaceable_slots(self, length)) if held else 0
+        lent = 2 * length * math.prod(sizes[1:]) if self.kv == "shared" else 0
+        params = matrices + reading + vectors + made.params
         return Cost(
             params=params,
             # Keys and values that are made when they are read are made of the learned entries as well.
-            flops=flops + 2 * (length + gene.meta) * sum(map(math.prod, reading)),
+            flops=2 * (length * matrices + (length + self.meta) * reading)
+            + score_flops(self, length, sizes)
+            + made.flops,
             state_bytes=held + carried,
             decode_bytes=params * itemsize + held + 2 * carried + lent * itemsize + written,
         )
 
-    def key_dim(self, width: int) -> int:
-        """Channels of a query and of a key."""
-        return self.sizes(width)[2] + (0 if self.latent is None else self.latent[1])
+    def key_dim(self, head_dim: int) -> int:
+        """Channels of a query and of a key, of those of a head."""
+        latent = self.latent
+        return head_dim if latent is None else head_dim + latent[1]
 
-    def value_dim(self, width: int) -> int:
+    def value_dim(self, head_dim: int) -> int:
         """Channels of a value; two heads' side by side in differential attention."""
-        return self.sizes(width)[2] * (1 if self.diff == "none" else 2)
+        return head_dim if self.diff == "none" else 2 * head_dim
 
     def build(self, width: int, backend: Backend) -> Part:
         if self.source == "both":

@@ -89,6 +89,7 @@ USUAL_RANKS: dict[str, int | str] = {
 }
 # tau of forget=sigmoid.
 USUAL_TEMPERATURE = 16
+_USUAL_SIGMOID = Form("sigmoid", (USUAL_TEMPERATURE,))
 MOST_FEATURES = 1 << 20
 # Feature maps that may be 0 in every channel, and what is added to their features under norm=denominator.
 SPARSE = ("relu", "learned", "outer")
@@ -310,7 +311,7 @@ class Linear(Mixer):
             key_dim = None if key_dim == usual else "half" if 2 * key_dim == usual else key_dim
         if divides and isinstance(value_dim, int):
             value_dim = None if value_dim == usual else "double" if value_dim == 2 * usual else value_dim
-        forget = "sigmoid" if self.forget == Form("sigmoid", (USUAL_TEMPERATURE,)) else self.forget
+        forget = "sigmoid" if self.forget == _USUAL_SIGMOID else self.forget
         ranked = self.by_channel and self.forget_form != "key"
         forget_rank = self.forget_rank if ranked else None
         if forget_rank is not None and self.rank(width) == replace(self, forget_rank=None).rank(width):
@@ -352,7 +353,6 @@ class Linear(Mixer):
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         size = self.sizes(width)
-        found = self._pieces(width, "torch").values()
         columns = size.value_dim + int(self.normalised) + size.beside
         mixed = self.mixed(size)
         taps = 0 if isinstance(self.conv, str) else self.conv
@@ -362,8 +362,10 @@ class Linear(Mixer):
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
         state += 4 * size.heads if self.in_gate == "exp" else 0
-        params = width * mixed + sum(piece.params for piece in found)
-        macs = width * mixed + sum(piece.macs for piece in found)
+        params = macs = width * mixed
+        for piece in self._pieces(width, "torch").values():
+            params += piece.params
+            macs += piece.macs
         return Cost(
             params=params,
             flops=2 * length * macs + self._recurrence_flops(size, length),
@@ -440,13 +442,6 @@ class Linear(Mixer):
         size = self.sizes(width)
         heads, value_dim = size.heads, size.value_dim
         sets = heads * size.copies
-        decays = (
-            self.forget_form,
-            float(self.forget.arguments[0]) if isinstance(self.forget, Form) else float(USUAL_TEMPERATURE),
-            self.rank(width),
-            width,
-            sets,
-        )
         cap = None if isinstance(self.gate_cap, str) else float(self.gate_cap)
         found: dict[str, Piece] = {}
         if not isinstance(self.conv, str):
@@ -457,48 +452,43 @@ class Linear(Mixer):
             channels = None
             if self.by_channel:
                 channels = size.rows if isinstance(self.rule, Form) else size.channels
-            found["decay"] = pieces.decay_piece(
-                *decays, channels, self.place, cap if self.decay == "scalar" else None
-            )
+            found["decay"] = self._decay_piece(width, sets, channels, cap if self.decay == "scalar" else None)
         elif self.decay != "none":
             found["decay"] = pieces.fixed_decay_piece(self.decay, heads, self.place)
         if self.rule == "delta":
             found["beta"] = pieces.strength_piece(width, sets, self.beta)
-        found[self.skip if self.skip in ("bonus", "late") else "skip"] = pieces.skip_piece(
-            self.skip, heads, value_dim, size.features
-        )
+        if self.skip != "none":
+            name = self.skip if self.skip in ("bonus", "late") else "skip"
+            found[name] = pieces.skip_piece(self.skip, heads, value_dim, size.features)
         rank = None if isinstance(self.gate_rank, str) else self.gate_rank
         found["output"] = pieces.output_piece(
             self.out_norm, self.out_gate, rank, width, heads, value_dim, backend, size.key_heads
         )
-        uses = 1 if self.key == "forget" else 2
-        found["feature"] = pieces.map_piece(self.phi, size.key_heads, size.key_dim, uses)[1]
-        found["turn"] = pieces.turn_piece(self.pos, width, size.key_heads, size.channels)
-        found["shift"] = pieces.shift_piece(self.shift, width, len(self._reads()))
+        if self.phi != "none":
+            uses = 1 if self.key == "forget" else 2
+            found["feature"] = pieces.map_piece(self.phi, size.key_heads, size.key_dim, uses)[1]
+        if self.turns:
+            found["turn"] = pieces.turn_piece(self.pos, width, size.key_heads, size.channels)
+        if self.shift != "none":
+            found["shift"] = pieces.shift_piece(self.shift, width, len(self._reads()))
         if self.rule == "dplr":
             found["removal"] = pieces.removal_piece(width, heads, size.features, self.beta)
         if self.decay == "both":
-            found["value_decay"] = pieces.decay_piece(*decays, value_dim, self.place)
-        gate = "exp_gate" if self.in_gate == "exp" else "write_gate"
-        found[gate] = pieces.in_gate_piece(self.in_gate, width, sets, cap)
-        value_rank = None if isinstance(self.value_gate, str) else self.value_gate
-        found["value_gate"] = pieces.value_gate_piece(value_rank, width, sets, value_dim)
+            found["value_decay"] = self._decay_piece(width, sets, value_dim, None)
+        if self.in_gate == "sigmoid":
+            found["write_gate"] = pieces.write_gate_piece(width, sets)
+        elif self.in_gate == "exp":
+            found["exp_gate"] = pieces.exp_gate_piece(width, sets, cap)
+        if not isinstance(self.value_gate, str):
+            found["value_gate"] = pieces.value_gate_piece(self.value_gate, width, sets, value_dim)
         if self.norm == "length":
             found["length_gate"] = pieces.length_piece(sets)
         if self.values == "shared":
             found["blend"] = pieces.blend_piece(width, heads, value_dim)
         if self.key == "latent":
-            found["latent"] = Piece(part=Part(LatentDecay))
-        states = {"heads": heads * size.memories, "features": size.rows}
-        columns = value_dim + int(self.normalised) + size.beside
-        if self.init == "learned":
-            params = heads * size.memories * size.rows * value_dim
-            found["first"] = Piece(part=Part(FirstState, **states, value_dim=value_dim), params=params)
-        elif self.init == "carry":
-            found["explored"] = Piece(part=Part(CarriedState, **states, columns=columns))
-        elif isinstance(self.init, Form):
-            given = {"value_dim": value_dim, "deviation": float(self.init.arguments[0])}
-            found["explored"] = Piece(part=Part(NoisyState, **states, columns=columns, **given))
+            found["latent"] = Piece(part=lambda: Part(LatentDecay))
+        if self.init != "zero":
+            found["first" if self.init == "learned" else "explored"] = self._first_piece(size)
         if self.levels == "log":
             found["levels"] = pieces.levels_piece(width, heads)
         if isinstance(self.memories, Form):
@@ -509,6 +499,25 @@ class Linear(Mixer):
                 found["apart"] = pieces.apart_piece(width, size.key_heads * size.key_dim, value_dim)
         return found
 
+    def _decay_piece(self, width: int, heads: int, channels: int | None, cap: float | None) -> Piece:
+        given = self.forget.arguments[0] if isinstance(self.forget, Form) else USUAL_TEMPERATURE
+        rank = self.rank(width)
+        return pieces.decay_piece(
+            self.forget_form, float(given), rank, width, heads, channels, self.place, cap
+        )
+
+    def _first_piece(self, size: Sizes) -> Piece:
+        """The state before the first token, where it is not zero."""
+        states = {"heads": size.heads * size.memories, "features": size.rows}
+        if self.init == "learned":
+            params = size.heads * size.memories * size.rows * size.value_dim
+            return Piece(part=lambda: Part(FirstState, **states, value_dim=size.value_dim), params=params)
+        columns = size.value_dim + int(self.normalised) + size.beside
+        if not isinstance(self.init, Form):
+            return Piece(part=lambda: Part(CarriedState, **states, columns=columns))
+        given = {"value_dim": size.value_dim, "deviation": float(self.init.arguments[0])}
+        return Piece(part=lambda: Part(NoisyState, **states, columns=columns, **given))
+
     def build(self, width: int, backend: Backend) -> Part:
         size = self.sizes(width)
         if backend == "triton" and size.features > 256:
@@ -516,7 +525,8 @@ class Linear(Mixer):
                 f"backend='triton' takes at most 256 key channels, and this mixer has {size.features} (mixer linear): "
                 "give a smaller key_dim, or build with backend='torch'"
             )
-        parts = {name: piece.part for name, piece in self._pieces(width, backend).items()}
+        made = self._pieces(width, backend).items()
+        parts = {name: piece.part() for name, piece in made if piece.part is not None}
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
         operation, one_step = self._operation(backend)
         others: dict[str, Any] = {
@@ -552,7 +562,7 @@ class Linear(Mixer):
             one_step=one_step,
             conv=parts.get("conv"),
             theta=10000.0 if self.pos in ("rope", "xpos") else None,
-            feature=parts["feature"] if function is None else function,
+            feature=parts.get("feature") if function is None else function,
             unit_keys=self.unit_keys,
             decay=parts.get("decay"),
             beta=parts.get("beta"),

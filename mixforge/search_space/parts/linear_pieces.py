@@ -104,21 +104,29 @@ def map_piece(phi: str | Form, heads: int, channels: int, uses: int) -> tuple[Ma
         return TAYLOR_MAPS[int(phi.arguments[0])], NOTHING
     if not isinstance(phi, Form):
         square = heads * channels * channels
-        made = Part(LearnedMap if phi == "learned" else HedgehogMap, heads=heads, channels=channels)
-        return None, Piece(part=made, params=square + heads * channels, macs=uses * square)
+        return None, Piece(
+            part=lambda: Part(
+                LearnedMap if phi == "learned" else HedgehogMap, heads=heads, channels=channels
+            ),
+            params=square + heads * channels,
+            macs=uses * square,
+        )
     count = int(phi.arguments[0])
     product = heads * channels * count
     if phi.name == "favor":
-        return None, Piece(part=Part(FavorMap, channels=channels, count=count), macs=uses * product)
-    made = Part(OuterMap, heads=heads, channels=channels, count=count)
-    return None, Piece(part=made, params=product, macs=uses * product)
+        return None, Piece(part=lambda: Part(FavorMap, channels=channels, count=count), macs=uses * product)
+    return None, Piece(
+        part=lambda: Part(OuterMap, heads=heads, channels=channels, count=count),
+        params=product,
+        macs=uses * product,
+    )
 
 
 def fixed_decay_piece(decay: str, heads: int, place: tuple[int, int]) -> Piece:
     """decay=head and decay=layer."""
     if decay == "head":
-        return Piece(part=Part(HeadDecay, heads=heads))
-    return Piece(part=Part(LayerDecay, heads=heads, layer=place[0], layers=place[1]))
+        return Piece(part=lambda: Part(HeadDecay, heads=heads))
+    return Piece(part=lambda: Part(LayerDecay, heads=heads, layer=place[0], layers=place[1]))
 
 
 def decay_piece(
@@ -134,142 +142,185 @@ def decay_piece(
     """A decay that follows from the input: one for each head, or for each of its `channels`."""
     count = heads if channels is None else heads * channels
     rates = 2 * count if forget == "tempered" else count
-    matrix = width * rates if rank is None or channels is None else rank * (width + rates)
+    matrix = 0 if forget == "key" else width * rates
+    if rank is not None and channels is not None and forget != "key":
+        matrix = rank * (width + rates)
+    vectors = {"key": 0, "softplus": count + heads}.get(forget, rates)
+    return Piece(
+        part=lambda: _decay_part(forget, temperature, rank, width, heads, channels, place, cap),
+        params=matrix + vectors,
+        macs=matrix,
+    )
+
+
+def _decay_part(
+    forget: str,
+    temperature: float,
+    rank: int | None,
+    width: int,
+    heads: int,
+    channels: int | None,
+    place: tuple[int, int],
+    cap: float | None,
+) -> Part:
     by_rank = {} if channels is None else {"channels": channels, "rank": rank}
-    if forget == "key":
-        return Piece(part=Part(KeyDecay, heads=heads, by_channel=channels is not None))
-    if forget == "softplus":
-        make = SoftplusDecay if channels is None else SoftplusChannelDecay
-        return Piece(
-            part=Part(make, width=width, heads=heads, **by_rank), params=matrix + count + heads, macs=matrix
-        )
-    if forget == "sigmoid":
-        sigmoid_decay = SigmoidDecay if channels is None else SigmoidChannelDecay
-        others = {**by_rank, **({} if cap is None else {"cap": cap})}
-        made = Part(sigmoid_decay, width=width, heads=heads, **others, temperature=temperature)
-        return Piece(part=made, params=matrix + count, macs=matrix)
-    if forget == "tempered":
-        return Piece(
-            part=Part(TemperedDecay, width=width, heads=heads, **by_rank), params=matrix + rates, macs=matrix
-        )
+    match forget:
+        case "key":
+            return Part(KeyDecay, heads=heads, by_channel=channels is not None)
+        case "softplus":
+            softplus_decay = SoftplusDecay if channels is None else SoftplusChannelDecay
+            return Part(softplus_decay, width=width, heads=heads, **by_rank)
+        case "sigmoid":
+            sigmoid_decay = SigmoidDecay if channels is None else SigmoidChannelDecay
+            others = {**by_rank, **({} if cap is None else {"cap": cap})}
+            return Part(sigmoid_decay, width=width, heads=heads, **others, temperature=temperature)
+        case "tempered":
+            return Part(TemperedDecay, width=width, heads=heads, **by_rank)
     either = {"width": width, "heads": heads, "channels": channels}
     either["rank"] = None if channels is None else rank
     if forget in ("exp", "capped"):
-        capped = {"capped": True} if forget == "capped" else {}
-        return Piece(part=Part(ExpDecay, **either, **capped), params=matrix + count, macs=matrix)
-    made = Part(BoundedDecay, **either, layer=place[0], layers=place[1])
-    return Piece(part=made, params=matrix + count, macs=matrix)
+        return Part(ExpDecay, **either, **({"capped": True} if forget == "capped" else {}))
+    return Part(BoundedDecay, **either, layer=place[0], layers=place[1])
 
 
 def turn_piece(pos: str | Form, width: int, heads: int, channels: int) -> Piece:
     """What doubles queries and keys."""
     count = heads * channels
     if isinstance(pos, Form):
-        return Piece(part=Part(FixedTurn, most=int(pos.arguments[0])))
+        return Piece(part=lambda: Part(FixedTurn, most=int(pos.arguments[0])))
     if pos == "lrpe":
-        return Piece(part=Part(LearnedTurn, heads=heads, channels=channels), params=count)
-    if pos == "phase":
-        made = Part(PhaseTurn, width=width, heads=heads, channels=channels)
-        return Piece(part=made, params=width * count, macs=width * count)
-    return NOTHING
+        return Piece(part=lambda: Part(LearnedTurn, heads=heads, channels=channels), params=count)
+    return Piece(
+        part=lambda: Part(PhaseTurn, width=width, heads=heads, channels=channels),
+        params=width * count,
+        macs=width * count,
+    )
 
 
 def conv_piece(channels: int, size: int, activation: str, bias: bool, backend: Backend) -> Piece:
     """The short convolution of queries, keys and values."""
-    made = Part(
-        ShortConvolution,
-        channels=channels,
-        size=size,
-        activation=activation,
-        operation=short_conv.form(backend),
-        one_step=short_conv.step_form(backend),
-        **({"bias": True} if bias else {}),
+    return Piece(
+        part=lambda: Part(
+            ShortConvolution,
+            channels=channels,
+            size=size,
+            activation=activation,
+            operation=short_conv.form(backend),
+            one_step=short_conv.step_form(backend),
+            **({"bias": True} if bias else {}),
+        ),
+        params=channels * (size + int(bias)),
+        macs=channels * size,
     )
-    return Piece(part=made, params=channels * (size + int(bias)), macs=channels * size)
 
 
 def shift_piece(shift: str, width: int, count: int) -> Piece:
     """The token shift of `count` projections."""
-    if shift == "none":
-        return NOTHING
     rank = 2 * count * SHIFT_RANK * width if shift == "lowrank" else 0
-    made = Part(TokenShift, width=width, count=count, lowrank=shift == "lowrank")
     own = width if shift == "lowrank" else 0
-    return Piece(part=made, params=count * width + own + rank, macs=rank)
+    return Piece(
+        part=lambda: Part(TokenShift, width=width, count=count, lowrank=shift == "lowrank"),
+        params=count * width + own + rank,
+        macs=rank,
+    )
 
 
 def strength_piece(width: int, heads: int, most: int) -> Piece:
     """beta of the delta rule."""
-    made = Part(WriteStrength, width=width, heads=heads, most=most)
-    return Piece(part=made, params=width * heads, macs=width * heads)
+    return Piece(
+        part=lambda: Part(WriteStrength, width=width, heads=heads, most=most),
+        params=width * heads,
+        macs=width * heads,
+    )
 
 
 def removal_piece(width: int, heads: int, features: int, most: int) -> Piece:
     """What rule=dplr removes and how strongly."""
     matrix = RATE_RANK * (width + heads * features)
-    made = Part(RemovalKeys, width=width, heads=heads, features=features, most=most)
-    return Piece(part=made, params=matrix + 3 * heads * features, macs=matrix)
+    return Piece(
+        part=lambda: Part(RemovalKeys, width=width, heads=heads, features=features, most=most),
+        params=matrix + 3 * heads * features,
+        macs=matrix,
+    )
 
 
 def memories_piece(width: int, count: int, top_k: int, is_shared: bool) -> Piece:
     """The router of several memories."""
-    made = Part(Memories, width=width, count=count, top_k=top_k, is_shared=is_shared)
-    return Piece(part=made, params=width * count, macs=width * count)
+    return Piece(
+        part=lambda: Part(Memories, width=width, count=count, top_k=top_k, is_shared=is_shared),
+        params=width * count,
+        macs=width * count,
+    )
 
 
 def apart_piece(width: int, keys: int, rank: int) -> Piece:
     """What the queries and keys of the partitions have beside the others."""
     matrix = 2 * rank * (width + keys)
-    return Piece(part=Part(ApartKeys, width=width, keys=keys, rank=rank), params=matrix, macs=matrix)
+    return Piece(part=lambda: Part(ApartKeys, width=width, keys=keys, rank=rank), params=matrix, macs=matrix)
 
 
 def levels_piece(width: int, heads: int) -> Piece:
     """The weights of the levels of levels=log."""
     count = heads * LEVELS
     return Piece(
-        part=Part(LevelWeights, width=width, heads=heads), params=(width + 1) * count, macs=width * count
+        part=lambda: Part(LevelWeights, width=width, heads=heads),
+        params=(width + 1) * count,
+        macs=width * count,
     )
 
 
-def in_gate_piece(in_gate: str, width: int, heads: int, cap: float | None = None) -> Piece:
-    """in_gate=sigmoid and in_gate=exp."""
-    if in_gate not in ("sigmoid", "exp"):
-        return NOTHING
-    capped = {} if cap is None or in_gate == "sigmoid" else {"cap": cap}
-    made = Part(SigmoidGate if in_gate == "sigmoid" else ExpGate, width=width, heads=heads, **capped)
-    return Piece(part=made, params=(width + 1) * heads, macs=width * heads)
+def write_gate_piece(width: int, heads: int) -> Piece:
+    """in_gate=sigmoid."""
+    return Piece(
+        part=lambda: Part(SigmoidGate, width=width, heads=heads),
+        params=(width + 1) * heads,
+        macs=width * heads,
+    )
 
 
-def value_gate_piece(rank: int | None, width: int, heads: int, value_dim: int) -> Piece:
+def exp_gate_piece(width: int, heads: int, cap: float | None) -> Piece:
+    """in_gate=exp."""
+    return Piece(
+        part=lambda: Part(ExpGate, width=width, heads=heads, **({} if cap is None else {"cap": cap})),
+        params=(width + 1) * heads,
+        macs=width * heads,
+    )
+
+
+def value_gate_piece(rank: int, width: int, heads: int, value_dim: int) -> Piece:
     """The low-rank gate of the values."""
-    if rank is None:
-        return NOTHING
-    made = Part(ValueGate, width=width, heads=heads, value_dim=value_dim, rank=rank)
     matrix = rank * (width + heads * value_dim)
-    return Piece(part=made, params=matrix + heads * value_dim, macs=matrix)
+    return Piece(
+        part=lambda: Part(ValueGate, width=width, heads=heads, value_dim=value_dim, rank=rank),
+        params=matrix + heads * value_dim,
+        macs=matrix,
+    )
 
 
 def length_piece(heads: int) -> Piece:
     """norm=length."""
-    return Piece(part=Part(LengthGate, heads=heads), params=heads)
+    return Piece(part=lambda: Part(LengthGate, heads=heads), params=heads)
 
 
 def blend_piece(width: int, heads: int, value_dim: int) -> Piece:
     """values=shared."""
-    made = Part(ValueBlend, width=width, heads=heads, value_dim=value_dim)
     matrix = BLEND_RANK * (width + heads * value_dim)
-    return Piece(part=made, params=matrix + heads * value_dim, macs=matrix)
+    return Piece(
+        part=lambda: Part(ValueBlend, width=width, heads=heads, value_dim=value_dim),
+        params=matrix + heads * value_dim,
+        macs=matrix,
+    )
 
 
 def skip_piece(skip: str, heads: int, value_dim: int, features: int) -> Piece:
     """What is added to the output beside the read of the state."""
     if skip == "head":
-        return Piece(part=Part(HeadSkip, heads=heads), params=heads)
+        return Piece(part=lambda: Part(HeadSkip, heads=heads), params=heads)
     if skip == "channel":
-        return Piece(part=Part(ChannelSkip, heads=heads, value_dim=value_dim), params=heads * value_dim)
-    if skip in ("bonus", "late"):
-        return Piece(part=Part(Bonus, heads=heads, features=features), params=heads * features)
-    return NOTHING
+        return Piece(
+            part=lambda: Part(ChannelSkip, heads=heads, value_dim=value_dim), params=heads * value_dim
+        )
+    return Piece(part=lambda: Part(Bonus, heads=heads, features=features), params=heads * features)
 
 
 def output_piece(
@@ -284,16 +335,7 @@ def output_piece(
 ) -> Piece:
     """Norm, gate and output projection."""
     inner = heads * value_dim
-    norms: dict[str, tuple[Part | None, int]] = {
-        "rms": (norm_part(value_dim, backend), value_dim),
-        "joint": (norm_part(inner, backend), inner),
-        "gated": (norm_part(inner, backend), inner),
-        "grouped": (Part(PartsNorm, parts=groups, channels=inner, norm=Part(SimpleRMSNorm)), inner),
-        "simple": (Part(SimpleNorm), 0),
-        "group": (Part(GroupNorm, heads=heads, value_dim=value_dim), 2 * inner),
-        "none": (None, 0),
-    }
-    norm, weights = norms[out_norm]
+    weights = {"rms": value_dim, "joint": inner, "gated": inner, "grouped": inner, "group": 2 * inner}
     macs = width * inner
     bias = 0
     others: dict[str, int | bool] = {}
@@ -308,13 +350,32 @@ def output_piece(
         others["own"] = True
     if out_norm in ("joint", "simple"):
         others["joint"] = True
-    made = Part(
-        GatedOutput if out_norm in ("gated", "grouped") else NormedOutput,
-        width=width,
-        heads=heads,
-        value_dim=value_dim,
-        norm=norm,
-        activation=GATES[out_gate],
-        **others,
+    return Piece(
+        part=lambda: Part(
+            GatedOutput if out_norm in ("gated", "grouped") else NormedOutput,
+            width=width,
+            heads=heads,
+            value_dim=value_dim,
+            norm=_output_norm(out_norm, heads, value_dim, groups, backend),
+            activation=GATES[out_gate],
+            **others,
+        ),
+        params=macs + weights.get(out_norm, 0) + bias,
+        macs=macs,
     )
-    return Piece(part=made, params=macs + weights + bias, macs=macs)
+
+
+def _output_norm(out_norm: str, heads: int, value_dim: int, groups: int, backend: Backend) -> Part | None:
+    inner = heads * value_dim
+    match out_norm:
+        case "rms":
+            return norm_part(value_dim, backend)
+        case "joint" | "gated":
+            return norm_part(inner, backend)
+        case "grouped":
+            return Part(PartsNorm, parts=groups, channels=inner, norm=Part(SimpleRMSNorm))
+        case "simple":
+            return Part(SimpleNorm)
+        case "group":
+            return Part(GroupNorm, heads=heads, value_dim=value_dim)
+    return None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 from mixforge.search_space.part import Part
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """`part` is None where there is nothing to build.
+class Piece(NamedTuple):
+    """`part` makes the part, as costs are asked of many more mixers than are built; None where there is nothing to build.
 
     params: its weights. macs: multiply-adds of its matrix products for each token.
     """
 
-    part: Part | None = None
+    part: Callable[[], Part] | None = None
     params: int = 0
     macs: int = 0
 
