@@ -127,6 +127,7 @@ class ScalarGates(Gates):
 
     @staticmethod
     def all_pairs(total: Tensor, dtype: torch.dtype) -> Tensor:
+        """e^(G_i - G_j) for i >= j, else 0."""
         high = total.to(dtype)
         low = (total - high).to(dtype)
         pairs = high - high.mT
@@ -173,19 +174,23 @@ class ChannelGates(Gates):
 
     def __init__(self, log: Tensor | None, *made: Tensor) -> None:
         assert log is not None
-        # The anchor is the chunk's first row, so that nothing of a later row enters an earlier one.
-        first = log[..., 0, :, None]
+        self.made = made or (self.powers(log),)
+        (self.left,) = self.made
+        self.right = self.left.reciprocal()
+        first = log[..., 0, :, None].exp()
+        self.first, self.kept = first[0, :, :, 0], self.left[..., 0, -1, :, None].clone()
+        self.kept[:-1] *= first[1:, :, :, 0]
+
+    @staticmethod
+    def powers(log: Tensor) -> Tensor:
+        """e^(G - g'). The anchor is the chunk's first row, so that nothing of a later row enters an earlier one."""
         total = torch.empty(log.shape, dtype=log.dtype, device=log.device)
         # Row after row, which takes a third of the time of `cumsum`.
         sums = total.unbind(-2)
         sums[0].zero_()
         for row, before, now in zip(log.unbind(-2)[1:], sums[:-1], sums[1:], strict=True):
             torch.add(before, row, out=now)
-        last = sums[-1][..., 0, :, None].clone()
-        last[:-1] += first[1:, :, :, 0]
-        self.first, self.kept = first[0, :, :, 0].exp(), last.exp_()
-        self.left = total.exp_()
-        self.right = self.left.reciprocal()
+        return total.exp_()
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.mul(x, self.left, out=out)

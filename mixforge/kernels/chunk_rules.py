@@ -9,7 +9,7 @@ In a chunk that starts from the state S0, with the products of `chunk_gates`:
 
 The triangular system is solved by substitution: a Neumann series or repeated squaring fails for keys that
 resemble one another. The adjoint runs over the chunks backwards, from the states between them; it keeps those,
-Y, the products of rows and the pairs of scalar decays, and makes the other scalings again.
+Y, the products of rows and the powers of decays, and makes the scaled rows again.
 
 Source: Yang et al. 2024 (arXiv 2406.06484, section 3.2) and Yang, Kautz and Hatamizadeh 2024
 (arXiv 2412.06464, section 3.3). Departures: Y comes chunk by chunk, the matrix W of those papers is
