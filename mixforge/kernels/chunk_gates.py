@@ -36,7 +36,7 @@ Pair = tuple[Tensor, Tensor]
 class Gates(ABC):
     """The scalings of all chunks under one decay. Each is its own adjoint."""
 
-    # The factors of `reading`, [C, B, G, 1, L, 1]; None for one.
+    # The factors of `reading`, [C, B, G, 1, L, 1]; None where rows need none.
     read: Tensor | None = None
     # What takes long to make, for the adjoint to be given.
     made: tuple[Tensor, ...] = ()
@@ -115,25 +115,27 @@ class PlainGates(Gates):
 class ScalarGates(Gates):
     """One decay for all key channels of a token: log decays [C, B or 1, G, 1, L, 1], of any size."""
 
+    read: Tensor
+
     def __init__(self, log: Tensor | None, *made: Tensor) -> None:
         assert log is not None
         self.shape = log.shape
+        self.made = made or self.powers(log)
+        self.pairs, self.read, self.write = self.made
+
+    @staticmethod
+    def powers(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e^(G_i - G_j) for i >= j, else 0; e^G; e^(G_L - G)."""
         # Summed in float64 and differenced as two parts: after a decay of -1000 a float32 sum would leave the
         # later pairs with a relative error of 1e-4.
         total = log.double().cumsum(-2)
-        self.made = made or (self.all_pairs(total, log.dtype),)
-        self.read: Tensor = total.clamp(min=FLOOR).exp().to(log.dtype)
-        self.write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp().to(log.dtype)
-
-    @staticmethod
-    def all_pairs(total: Tensor, dtype: torch.dtype) -> Tensor:
-        """e^(G_i - G_j) for i >= j, else 0."""
-        high = total.to(dtype)
-        low = (total - high).to(dtype)
+        high = total.to(log.dtype)
+        low = (total - high).to(log.dtype)
         pairs = high - high.mT
         pairs += low
         pairs -= low.mT
-        return pairs.clamp_(FLOOR, 0).exp_().tril_()
+        write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp_().to(log.dtype)
+        return pairs.clamp_(FLOOR, 0).exp_().tril_(), total.clamp_(min=FLOOR).exp_().to(log.dtype), write
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
@@ -142,9 +144,8 @@ class ScalarGates(Gates):
         return out.copy_(x)
 
     def mask_(self, products: Tensor) -> Tensor:
-        (pairs,) = self.made
-        chunks, _, heads, _, size, _ = pairs.shape
-        products.view(chunks, -1, heads, products.shape[1] // size, size, size).mul_(pairs)
+        chunks, _, heads, _, size, _ = self.pairs.shape
+        products.view(chunks, -1, heads, products.shape[1] // size, size, size).mul_(self.pairs)
         return products
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
