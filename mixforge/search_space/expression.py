@@ -208,23 +208,22 @@ def _same(left: Expression, right: Expression) -> bool:
     while left is not right:
         if type(left) is not type(right) or left._hash != right._hash:
             return False
-        if isinstance(left, Operation) and isinstance(right, Operation):
-            if left.symbol != right.symbol or left.right != right.right:
-                return False
-            left, right = left.left, right.left
-            continue
-        return _content(left) == _content(right)
+        if not isinstance(left, Operation) or not isinstance(right, Operation):
+            return _content(left) == _content(right)
+        if left.symbol != right.symbol or left.right != right.right:
+            return False
+        left, right = left.left, right.left
     return True
 
 
 def _content(node: Expression) -> tuple[object, ...]:
     match node:
+        case Apply():
+            return (node.function, node.arguments, node.keywords)
         case Name():
             return (node.id,)
         case Number():
             return (node.value,)
-        case Apply():
-            return (node.function, node.arguments, node.keywords)
         case Table():
             return node.pairs
     raise AssertionError(f"{type(node).__name__} is not an expression node")
