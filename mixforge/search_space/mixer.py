@@ -132,7 +132,7 @@ class Mixer(ABC):
     def of(cls, genes: Mapping[str, GeneValue]) -> Self:
         """The mixer with these genes, each of which holds one of its legal values: they are not looked at again."""
         made, known = cls(**genes), genes_of(cls)
-        changed = [(known[name], value) for name, value in genes.items() if value != known[name].default]
+        changed = [(gene, value) for name, value in genes.items() if value != (gene := known[name]).default]
         object.__setattr__(made, "_json", cls._write_json(changed))
         object.__setattr__(made, "_fault", None)
         return made
