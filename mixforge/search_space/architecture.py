@@ -105,11 +105,13 @@ class Architecture:
 
     def _said(self) -> list[tuple[str, GeneValue]]:
         """The words that are not at their default, in their order."""
-        words = ((word, getattr(self, word)) for word in WORDS)
-        return [(word, value) for word, value in words if value != WORDS[word].default]
+        return [
+            (word, value) for word, gene in WORDS.items() if (value := getattr(self, word)) != gene.default
+        ]
 
     def _write_json(self) -> str:
-        parts = [f'"units":[{",".join(map(unit_json, self.stack))}]', f'"width":{self.width}']
+        units = [unit.mixer.json if isinstance(unit, Layer) else unit_json(unit) for unit in self.stack]
+        parts = [f'"units":[{",".join(units)}]', f'"width":{self.width}']
         parts += [gene_json(WORDS[word], value) for word, value in self._said()]
         return "{" + ",".join(sorted(parts)) + "}"
 

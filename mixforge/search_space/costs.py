@@ -79,13 +79,7 @@ def body_cost(units: tuple[Unit, ...], width: int, length: int, itemsize: int, f
 
 def repeated(cost: Cost, count: int) -> Cost:
     """Costs of so many modules that cost the same."""
-    return Cost(
-        params=count * cost.params,
-        flops=count * cost.flops,
-        state_bytes=count * cost.state_bytes,
-        decode_bytes=count * cost.decode_bytes,
-        idle_params=count * cost.idle_params,
-    )
+    return Cost(*[count * figure for figure in cost])
 
 
 def _of_length(units: tuple[Unit, ...], width: int, itemsize: int, frame: Frame, length: int) -> Cost:
@@ -210,13 +204,7 @@ def weights_cost(matrices: int, vectors: int, length: int, itemsize: int) -> Cos
 
 def sum_costs(costs: list[Cost], times: int = 1) -> Cost:
     """Costs of modules applied `times` times: their weights are counted once and read every time."""
-    params = flops = state_bytes = decode_bytes = idle_params = 0
-    for cost in costs:
-        params += cost.params
-        flops += cost.flops
-        state_bytes += cost.state_bytes
-        decode_bytes += cost.decode_bytes
-        idle_params += cost.idle_params
+    params, flops, state_bytes, decode_bytes, idle_params = map(sum, zip(*costs, strict=True))
     return Cost(
         params=params,
         flops=times * flops,

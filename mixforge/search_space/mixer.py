@@ -7,7 +7,7 @@ This module loads no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Literal, NamedTuple, Self
@@ -86,8 +86,8 @@ class Mixer(ABC):
     # Famous points of the gene space by their short names: {"gdn": {"rule": "delta", "decay": "scalar"}}.
     aliases: ClassVar[Mapping[str, Mapping[str, GeneValue]]] = {}
     # Mixers are keys of every memory, and some have forty genes: each finds these once, when first asked.
-    _changed: Sequence[tuple[Gene, GeneValue]] = field(init=False, repr=False, compare=False)
     _json: str = field(init=False, repr=False, compare=False)
+    _fault: str | None = field(init=False, repr=False, compare=False)
 
     def __init_subclass__(cls) -> None:
         # Otherwise a dataclass makes one of its own.
@@ -102,13 +102,16 @@ class Mixer(ABC):
             return hash(self.json)
 
     @property
-    def changed(self) -> Sequence[tuple[Gene, GeneValue]]:
-        """The genes that are not at their default, and their values."""
+    def fault(self) -> str | None:
+        """A sentence on the first gene whose value is none of its legal ones; None where all are."""
         try:
-            return self._changed
+            return self._fault
         except AttributeError:
-            object.__setattr__(self, "_changed", changed_genes(self))
-            return self._changed
+            # A default is legal.
+            wrong = ((gene, value) for gene, value in changed_genes(self) if not gene.has(value))
+            said = (f"{gene.name}={value} is not legal; expected {gene}" for gene, value in wrong)
+            object.__setattr__(self, "_fault", next(said, None))
+            return self._fault
 
     @property
     def json(self) -> str:
@@ -116,22 +119,22 @@ class Mixer(ABC):
         try:
             return self._json
         except AttributeError:
-            object.__setattr__(self, "_json", self._write_json(self.changed))
+            object.__setattr__(self, "_json", self._write_json(changed_genes(self)))
             return self._json
 
     @classmethod
-    def _write_json(cls, changed: Sequence[tuple[Gene, GeneValue]]) -> str:
+    def _write_json(cls, changed: list[tuple[Gene, GeneValue]]) -> str:
         parts = [gene_json(gene, value) for gene, value in changed]
         parts.sort()
         return f'["{cls.word()}",{{{",".join(parts)}}}]'
 
     @classmethod
     def of(cls, genes: Mapping[str, GeneValue]) -> Self:
-        """The mixer with these genes by name. What is not among them is at its default and is not looked at."""
+        """The mixer with these genes, each of which holds one of its legal values: they are not looked at again."""
         made, known = cls(**genes), genes_of(cls)
-        changed = [(known[name], value) for name, value in genes.items() if value != known[name].default]
-        object.__setattr__(made, "_changed", changed)
+        changed = [(gene, value) for name, value in genes.items() if value != (gene := known[name]).default]
         object.__setattr__(made, "_json", cls._write_json(changed))
+        object.__setattr__(made, "_fault", None)
         return made
 
     def __reduce__(self) -> tuple[Callable[..., Mixer], tuple[object, ...]]:

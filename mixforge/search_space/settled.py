@@ -17,11 +17,7 @@ def settle(mixer: Mixer, width: int) -> Mixer:
 @lru_cache(maxsize=65_536)
 def why_illegal(mixer: Mixer, width: int) -> str | None:
     """None where it can be built at this width, else a sentence."""
-    # A default is legal.
-    for gene, value in mixer.changed:
-        if not gene.has(value):
-            return f"{gene.name}={value} is not legal; expected {gene}"
-    return mixer.why_illegal(width)
+    return mixer.fault or mixer.why_illegal(width)
 
 
 def narrow(mixer: Mixer, width: int, share: Fraction) -> Mixer:

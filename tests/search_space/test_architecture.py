@@ -120,6 +120,12 @@ def test_illegal_architectures_say_why(text: str, fault: str, saying: str) -> No
 def test_genes_beyond_their_values_are_illegal_from_python_too() -> None:
     wrong = Architecture((Layer(Attn(window=-3)),), width=64)
     assert "window=-3 is not legal" in (wrong.why_illegal() or "")
+    assert (
+        Attn(window=-3, heads=0).fault
+        == "heads=0 is not legal; expected a whole number from 1 to 256 or auto"
+    )
+    # It equals 1, so it is written as 1.
+    assert Attn(dilation=True, heads=True).json == Attn(heads=1).json
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,16 @@ def test_every_alias_prints_as_itself_and_is_exactly_its_genes() -> None:
             assert printed == f"lm({name}, width=256)"
 
 
+@given(mixer_texts())
+def test_a_mixer_of_a_text_is_the_one_that_python_makes(text: str) -> None:
+    read = parse_mixer(text)
+    made = type(read)(**{name: getattr(read, name) for name in genes_of(type(read))})
+    assert read == made
+    assert read.json == made.json
+    assert hash(read) == hash(made)
+    assert read.fault is made.fault is None
+
+
 def test_aliases_take_further_genes_but_none_that_they_set() -> None:
     assert (
         str(parse("lm(linear(rule=delta, decay=scalar, heads=2), width=256)"))
@@ -360,6 +370,7 @@ def test_words_that_say_what_holds_without_them_are_dropped(said: str, canonical
         ("avey(context=0.51)", "avey", 24),
         ("avey(context=0.13, expand=1)", "avey(context=0.14, expand=1)", 24),
         ("moe(top_k=4, experts=4, balance=bias)", "moe(top_k=4, experts=4)", 64),
+        ("moe(balance=bias(1.0))", "moe(balance=bias(1))", 64),
         ("attn(heads=1, qk_norm=rms_all)", "attn(heads=1, qk_norm=rms)", 24),
         ("linear(heads=1, out_norm=gated, out_gate=none)", "linear(heads=1, out_gate=none)", 24),
     ],
