@@ -123,7 +123,7 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     if gene.query == "learned":
         return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
     if gene.codes is not None:
-        return 2 * heads * code_products(length, gene.codes) * head_dim
+        return 2 * heads * code_products(length, gene.codes, head_dim, head_dim)
     if gene.special is not None:
         return 2 * heads * special_products(gene, length, head_dim)
     window, _ = gene.windows
@@ -149,11 +149,11 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     return flops + 2 * 2 * pairs * heads * heads * (gene.headmix == "static")
 
 
-def code_products(length: int, codes: int) -> int:
-    """Products of vectors of one head: keys and their codes, then in blocks sums of values, scores and outputs."""
+def code_products(length: int, codes: int, keys: int, values: int) -> int:
+    """Multiply-adds of one head: keys and their codes, then in blocks sums of values, scores and outputs."""
     size = block_length(length, codes)
     padded = -(-length // size) * size
-    return 2 * length * codes + padded * (3 * codes + 2 * size)
+    return 2 * length * codes * keys + padded * (codes * (keys + 2 * values) + size * (keys + values))
 
 
 def special_products(gene: Attn, length: int, head_dim: int) -> int:
