@@ -30,7 +30,8 @@ positions are rotary, not T5's relative ones; queries and keys have no norm; b_g
 is here one for each sequence, written by whole blocks and read by the blocks after them, where the paper's is one for
 all of a training and is read by the tokens that wrote it; it is as wide as the layer; its first state is learned, its
 norms are RMS, and y has one output projection. Of the queue the paper's abstract says that it is gated and first in,
-first out: the mean and the gate's form are ours; the paper's attention to all tokens is a layer of its own here.
+first out: the mean and the gate's form are ours; the paper's attention to all tokens is a mixer
+beside this one.
 """
 
 from __future__ import annotations
