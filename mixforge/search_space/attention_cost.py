@@ -172,7 +172,16 @@ def special_products(gene: Attn, length: int, head_dim: int) -> int:
 
 
 def states_cost(gene: Attn, width: int, length: int, itemsize: int) -> Cost:
-    """Of the state spaces that make keys and values of chunks, the last chunk being filled up."""
+    """Of the state spaces that make keys and values, the last of their chunks being filled up."""
+    if gene.filters is not None:
+        channels = gene.sizes(width)[0] * gene.seen(width)
+        numbers = channels * gene.filters
+        return Cost(
+            params=2 * numbers + 2 * channels,
+            flops=2 * length * numbers,
+            state_bytes=EXACT * numbers,
+            decode_bytes=0,
+        )
     if gene.chunk is None:
         return Cost(params=0, flops=0, state_bytes=0, decode_bytes=0)
     heads, _, head_dim = gene.sizes(width)

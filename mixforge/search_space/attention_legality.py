@@ -66,6 +66,10 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         return (
             f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
         )
+    if gene.filters is not None:
+        reason = _why_no_filters(gene, gene.filters)
+        if reason is not None:
+            return reason
     if gene.query == "learned":
         return _why_no_scan(gene)
     if gene.codes is not None:
@@ -94,6 +98,20 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         or _why_no_scores(gene, heads, kv_heads)
         or _why_no_sparse(gene)
     )
+
+
+def _why_no_filters(gene: Attn, numbers: int) -> str | None:
+    if numbers % 2 != 0:
+        return f"kv={gene.kv} is no number of conjugate pairs (mixer attn); say an even one"
+    plain = gene.kv_shift == "none" and gene.bias == "none" and not isinstance(gene.diff, Form)
+    if plain and gene.special != "simplicial":
+        return None
+    given = next(
+        f"{name}={getattr(gene, name)}"
+        for name in ("kv_shift", "bias", "diff", "score")
+        if getattr(gene, name) != genes_of(type(gene))[name].default
+    )
+    return f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
 
 
 def _why_no_experts(gene: Attn, heads: int, kv_heads: int, experts: int) -> str | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mixforge.kernels import attention, softmax_scan
+from mixforge.kernels import attention, diagonal_ssm, softmax_scan
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Backend
 from mixforge.search_space.part import Part
@@ -14,6 +14,7 @@ from mixforge.search_space.parts.attention_choice import BestBlocks, LikelyBlock
 from mixforge.search_space.parts.attention_codes import CodeAttention
 from mixforge.search_space.parts.attention_eviction import EvictingAttention, TokenScores
 from mixforge.search_space.parts.attention_experts import ExpertOutputs, ExpertQueries, Routing
+from mixforge.search_space.parts.attention_filters import FilteredKeysValues
 from mixforge.search_space.parts.attention_grouped import Grouped
 from mixforge.search_space.parts.attention_heads import (
     Differential,
@@ -38,6 +39,7 @@ from mixforge.search_space.parts.attention_strides import Blocks, Boundaries, St
 from mixforge.search_space.parts.attention_summaries import NativeSparse, Summarised
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.routing import Router
+from mixforge.search_space.parts.state_space import DiagonalScan
 
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
@@ -170,6 +172,18 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
         linear_part(gene, seen, kv_heads * head_dim),
         qk_norm_part(gene, width, kv_heads, backend),
     )
+    if gene.filters is not None:
+        operation = diagonal_ssm.form(backend)
+        given = {"states": gene.filters, "is_complex": True, "operation": operation}
+        return Part(
+            FilteredKeysValues,
+            heads=heads,
+            head_dim=head_dim,
+            width=seen,
+            scan=Part(DiagonalScan, channels=heads * seen, **given),
+            key_norm=key_norm,
+            whole=gene.qk_norm == "rms_all",
+        )
     if gene.kv == "reuse":
         return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
     value = Part(nn.Linear, in_features=seen, out_features=kv_heads * head_dim, bias=gene.bias != "none")
