@@ -17,6 +17,7 @@ from mixforge.search_space.parts.decay import (
     HeadDecay,
     KeyDecay,
     LayerDecay,
+    LearnedDecay,
     SigmoidChannelDecay,
     SigmoidDecay,
     SoftplusChannelDecay,
@@ -131,13 +132,15 @@ def decay_piece(
     place: tuple[int, int],
     cap: float | None = None,
 ) -> Piece:
-    """A decay that follows from the input: one for each head, or for each of its `channels`."""
+    """A decay that is not fixed: one for each head, or for each of its `channels`."""
     count = heads if channels is None else heads * channels
     rates = 2 * count if forget == "tempered" else count
     matrix = width * rates if rank is None or channels is None else rank * (width + rates)
     by_rank = {} if channels is None else {"channels": channels, "rank": rank}
     if forget == "key":
         return Piece(part=Part(KeyDecay, heads=heads, by_channel=channels is not None))
+    if forget == "learned":
+        return Piece(part=Part(LearnedDecay, heads=heads, channels=channels), params=count)
     if forget == "softplus":
         make = SoftplusDecay if channels is None else SoftplusChannelDecay
         return Piece(

@@ -111,6 +111,25 @@ def mlstm(w: Weights, x: Tensor, cap: Callable[[Tensor], Tensor] = lambda logit:
     return gated(rows, w, x, sigmoid)
 
 
+def rwkv5(w: Weights, x: Tensor) -> Tensor:
+    """lerp, then o = (S_{t-1} + diag(u) k v^T)^T r, S = diag(w) S_{t-1} + k v^T, w = exp(-exp(omega)) by channel."""
+    back = torch.cat([zeros(1, WIDTH), x[:-1]]) - x
+    inputs = [x + share * back for share in w["shift.share"]]
+    r, k, v = (
+        by_heads(each @ weight.T)
+        for each, weight in zip(inputs[:3], w["mixed.weight"].split(WIDTH), strict=True)
+    )
+    state, rows = zeros(HEADS, DIM, DIM), []
+    for t in range(LENGTH):
+        heads = []
+        for h in range(HEADS):
+            kv = torch.outer(k[t, h], v[t, h])
+            heads.append(r[t, h] @ (state[h] + torch.diag(w["bonus.weight"][h]) @ kv))
+            state[h] = torch.diag(torch.exp(-torch.exp(w["decay.rate"][h]))) @ state[h] + kv
+        rows.append(grouped(torch.stack(heads), w).flatten())
+    return gated(rows, w, inputs[3], silu)
+
+
 def rwkv6(w: Weights, x: Tensor) -> Tensor:
     """ddlerp, then o = (S_{t-1} + diag(u) k v^T)^T r, S = diag(w) S_{t-1} + k v^T, w = exp(-exp(d))."""
     back = torch.cat([zeros(1, WIDTH), x[:-1]]) - x
@@ -185,7 +204,7 @@ def rodimus(w: Weights, x: Tensor) -> Tensor:
     return torch.stack(outputs) @ w["output.out.weight"].T
 
 
-MORE = [gret, lightning, hgrn2, mlstm, rwkv6, gateloop, latte, rodimus]
+MORE = [gret, lightning, hgrn2, mlstm, rwkv5, rwkv6, gateloop, latte, rodimus]
 
 
 def output(mixer: Linear, x: Tensor) -> tuple[Tensor, Weights, torch.nn.Module]:
