@@ -44,8 +44,8 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
     matrices, vectors = query_weights(gene, width)
     vectors += seen if gene.norms_input else 0
     reading: list[tuple[int, int]] = []
-    inner = kv_heads * head_dim
-    shifts = 0 if gene.kv_shift == "none" else kv_heads
+    inner, keys_inner = kv_heads * head_dim, gene.key_heads(width) * head_dim
+    shifts = 0 if gene.kv_shift == "none" else kv_heads + gene.key_heads(width)
     biased = gene.bias != "none"
     if gene.latent is not None:
         rank, rope_dim = gene.latent
@@ -53,17 +53,17 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
         reading += [(rank, 2 * heads * head_dim)]
         vectors += rank + gene.meta * (rank + rope_dim)
     elif gene.kv == "reuse":
-        matrices += [(seen, inner), (seen, shifts)]
+        matrices += [(seen, inner), (seen, shifts // 2)]
         reading += [(head_dim, head_dim)]
         vectors += head_dim + (biased + gene.meta) * inner
     elif gene.kv != "shared":
-        keys, key_bias = projection(gene, seen, inner)
-        matrices += [*keys, (seen, inner), (seen, 2 * shifts)]
+        keys, key_bias = projection(gene, seen, keys_inner)
+        matrices += [*keys, (seen, inner), (seen, shifts)]
         # Pairs of tokens are of two keys and two values each.
         matrices += [(seen, 2 * inner if gene.special == "simplicial" else 0)]
-        vectors += biased * (key_bias + inner) + 2 * gene.meta * inner
+        vectors += biased * (key_bias + inner) + gene.meta * (keys_inner + inner)
     if gene.latent is None and gene.kv != "shared":
-        vectors += {"none": 0, "rms": head_dim, "rms_all": inner, "l2": 0}[gene.qk_norm]
+        vectors += {"none": 0, "rms": head_dim, "rms_all": keys_inner, "l2": 0}[gene.qk_norm]
     channels = heads * head_dim
     experts = gene.experts if isinstance(gene.experts, int) else 0
     matrices += [(experts * head_dim if experts else channels, width), (seen, experts)]
@@ -78,7 +78,7 @@ def count_weights(gene: Attn, width: int) -> tuple[list[tuple[int, int]], list[t
         vectors += kv_heads * sum(sizes[1:])
     matrices += [(seen, 3 * heads if gene.special == "nsa" else 0)]
     vectors += heads if gene.special == "local_linear" else 0
-    turning = 1 if gene.latent is not None else kv_heads
+    turning = gene.turning_heads(width)
     matrices += [(seen, heads * (gene.forget != "none")), (seen, turning * (gene.pos == "carope"))]
     vectors += heads * ((gene.forget != "none") + (gene.sink == "learned"))
     if gene.pos == "lrpe":
@@ -206,17 +206,19 @@ def replaceable_slots(gene: Attn, length: int) -> int:
 def state_bytes_of(gene: Attn, width: int, itemsize: int) -> tuple[int, int]:
     """Bytes that are kept of each token, and bytes that are carried from token to token."""
     heads, kv_heads, head_dim = gene.sizes(width)
-    inner = kv_heads * head_dim
-    entries = {"shared": 0, "reuse": inner}.get(str(gene.kv), 2 * inner)
+    inner, keys_inner = kv_heads * head_dim, gene.key_heads(width) * head_dim
+    entries = {"shared": 0, "reuse": inner}.get(str(gene.kv), keys_inner + inner)
     entries *= 2 if gene.special == "simplicial" else 1
     if gene.latent is not None:
         entries = sum(gene.latent)
     if isinstance(gene.headmix, Form):
         entries += 2 * (2 * int(gene.headmix.arguments[0]) + 1) * heads
     forgets = gene.forget != "none"
-    carried = 0 if gene.kv_shift == "none" else (1 if gene.kv == "reuse" else 2) * inner * itemsize
+    carried = 0
+    if gene.kv_shift != "none":
+        carried = (inner if gene.kv == "reuse" else keys_inner + inner) * itemsize
     if gene.pos == "carope":
-        carried += (1 if gene.latent is not None else kv_heads) * int(gene.turning(width)) // 2 * ANGLE
+        carried += gene.turning_heads(width) * int(gene.turning(width)) // 2 * ANGLE
     if gene.query == "learned":
         return 0, carried + heads * (head_dim + 2) * EXACT
     if gene.evicts is not None:

@@ -167,11 +167,13 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
         )
     if gene.special == "simplicial":
         return Part(TwoKeysValues, width=seen, heads=kv_heads, head_dim=head_dim)
-    shift = Part(TokenShift, width=seen, heads=kv_heads) if gene.kv_shift == "token" else None
-    key, key_norm = (
-        linear_part(gene, seen, kv_heads * head_dim),
-        qk_norm_part(gene, width, kv_heads, backend),
+    key_heads = gene.key_heads(width)
+    shift, key_shift = (
+        Part(TokenShift, width=seen, heads=each) if gene.kv_shift == "token" else None
+        for each in (kv_heads, key_heads)
     )
+    key = linear_part(gene, seen, key_heads * head_dim)
+    key_norm = qk_norm_part(gene, width, key_heads, backend)
     if gene.filters is not None:
         operation = diagonal_ssm.form(backend)
         given = {"states": gene.filters, "is_complex": True, "operation": operation}
@@ -203,12 +205,13 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
     return Part(
         KeysValues,
         heads=kv_heads,
+        key_heads=key_heads,
         head_dim=head_dim,
         key=key,
         value=value,
         key_norm=key_norm,
         whole=gene.qk_norm == "rms_all",
-        key_shift=shift,
+        key_shift=key_shift,
         value_shift=shift,
         publishes=gene.kv == "own",
     )
@@ -218,7 +221,7 @@ def position_part(gene: Attn, width: int) -> Part:
     if not gene.turns:
         return Part(Nowhere)
     channels = int(gene.turning(width))
-    heads = 1 if gene.latent is not None else gene.sizes(width)[1]
+    heads = gene.turning_heads(width)
     if gene.pos == "lrpe":
         return Part(LearnedRotary, channels=channels, heads=heads, theta=gene.theta)
     if gene.pos == "carope":
