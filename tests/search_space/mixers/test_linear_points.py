@@ -289,7 +289,7 @@ def test_retnet_with_the_frequencies_of_its_code_and_group_norm() -> None:
 
 
 @torch.no_grad()
-def test_agalite_gates_keys_and_values() -> None:
+def test_galite_gates_keys_and_values() -> None:
     """C = ((1-beta) (1-gamma)^T) * C + (beta v) (gamma psi(k))^T and s = (1-gamma) s + gamma psi(k)."""
     mixer = Linear(
         decay="both",
