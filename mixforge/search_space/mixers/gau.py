@@ -3,7 +3,7 @@ values; of the input, or of what moving averages, a state space or convolutions 
 
     x' = feed(x),  z = silu(W_z x' + b_z),  v = silu(W_v x + b_v)
     q = a_q z + b_q,  k = a_k z + b_k       a and b numbers for each channel; turned by position with pos=rope
-    o_t = sum_s w(q_t . k_s / sqrt(K)) v_s
+    o_t = sum_s w(q_t . k_s / sqrt(K) + b_{t-s}) v_s        b learned for distances below n with pos=distance(n), else 0
 
 gate=unit     y = W_o (silu(W_g x' + b_g) o) + b_o
 gate=update   y = u (h - x),  u = sigmoid(W_u x' + b_u),  h = silu(W_h x' + b_h + W_o (silu(W_g x' + b_g) o) + b_o):
@@ -22,7 +22,7 @@ MossFormer (Zhao and Ma 2023, arXiv 2302.11824) takes over; Ma et al. 2022 (MEGA
 space there and quantised keys.
 
 Departures: scales a start as normal numbers of deviation 1, where those of the papers' code have 0.02, which leaves
-scores near zero. Rotary positions stand for learned biases of the distance. relu(z)^2 is divided by the number of keys
+scores near zero. relu(z)^2 is divided by the number of keys
 outside of the square. Convolutions are residual and of numbers, not matrices. MossFormer's convolutions before its
 projections are not here.
 """
@@ -45,6 +45,7 @@ from mixforge.search_space.parts.feeds import ConvolutionFeed, ScanFeed
 from mixforge.search_space.parts.gated_attention import (
     BlockAttention,
     CodedAttention,
+    DistanceBias,
     EarlierBlocks,
     GatedAttentionUnit,
 )
@@ -84,7 +85,7 @@ class Gau(Mixer):
         Call("mixed", Whole(2, 65536)),
         Call("vq", Whole(2, 65536)),
     ] = "none"
-    pos: Annotated[str, Choice("rope", "none")] = "rope"
+    pos: Annotated[str | Form, Choice("rope", "none"), Call("distance", Whole(1, 65536))] = "rope"
     score: Annotated[str, Choice("softmax", "relu2")] = "softmax"
 
     def sizes(self, width: int) -> tuple[int, int]:
@@ -107,6 +108,11 @@ class Gau(Mixer):
             return None
         size, spread, layers = map(int, self.feed.arguments)
         return size, spread, layers
+
+    @property
+    def reach(self) -> int:
+        """Distances that have a bias."""
+        return int(self.pos.arguments[0]) if isinstance(self.pos, Form) else 0
 
     @property
     def scanned(self) -> int:
@@ -136,8 +142,13 @@ class Gau(Mixer):
         return None
 
     def canonical(self, width: int) -> Self:
+        name, size = self.pattern
+        pos = self.pos
+        if name in ("chunk", "mixed") and self.reach > size:
+            pos = Form("distance", (size,))
         return replace(
             self,
+            pos=pos,
             key_dim=None if self.key_dim == default_key_dim(width) else self.key_dim,
             expand=shortest_expand(self.expand, width),
         )
@@ -155,7 +166,7 @@ class Gau(Mixer):
         made = keys + values + (2 * width if self.gate == "update" else 0)
         matrices = width * (made + 2 * values)
         vectors = made + values + width + (8 if name == "mixed" else 4) * keys
-        vectors += size * keys if name == "vq" else 0
+        vectors += (size * keys if name == "vq" else 0) + self.reach
         fed_params, fed_products, fed_state, fed_written = self._feed_cost(width, itemsize)
         products, kept, written = self._seen_cost(width, length, itemsize)
         params = matrices + vectors + fed_params
@@ -191,8 +202,8 @@ class Gau(Mixer):
             return code_products(length, size, keys, values), carried, carried
         block = min(size, length) if size else length
         padded = -(-length // block) * block
-        # The fused operation widens the narrower ones.
-        both = 2 * max(keys, values) if self.score == "softmax" else keys + values
+        # The fused operation without a mask widens the narrower ones.
+        both = 2 * max(keys, values) if self.score == "softmax" and self.reach == 0 else keys + values
         products, entry = padded * block * both, (keys + values) * itemsize
         kept, written = block * entry, entry
         if name == "mixed":
@@ -244,9 +255,11 @@ class Gau(Mixer):
             channels=values,
             block=size or None,
             turns=turns,
+            bias=Part(DistanceBias, reach=self.reach) if self.reach else None,
             weigh=None if self.score == "softmax" else Part(Weigh, score=self.score, sinks=0),
             earlier=earlier if name == "mixed" else None,
             operation=attention.form(backend),
+            masked=attention.masked_form(backend),
         )
 
 

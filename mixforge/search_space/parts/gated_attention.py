@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.kernels.attention import attend
 from mixforge.search_space.parts.attention_codes import apart, no_codes, over_codes, over_codes_step
-from mixforge.search_space.parts.attention_scores import Weigh
+from mixforge.search_space.parts.attention_scores import Weigh, attend_given
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.routing import AttachLoss
@@ -36,6 +35,20 @@ class ScaleOffset(nn.Module):
     def forward(self, z_BTK: Tensor, positions_T: Tensor) -> Tensor:
         q_BTK = self.scale * z_BTK + self.offset
         return rotate(q_BTK[:, :, None], positions_T, _THETA)[:, :, 0] if self.turns else q_BTK
+
+
+class DistanceBias(nn.Module):
+    """What is added to the score of a query and a key at each distance below `reach`, and nothing beyond."""
+
+    def __init__(self, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+        self.weight = nn.Parameter(0.02 * torch.randn(reach))
+
+    def forward(self, distance_TS: Tensor) -> Tensor:
+        """[T, S] of distances, which are negative for keys that are not seen."""
+        near_TS = (distance_TS >= 0) & (distance_TS < self.reach)
+        return torch.where(near_TS, self.weight[distance_TS.clamp(0, self.reach - 1)], 0)
 
 
 class SharedAttention(nn.Module):
@@ -110,7 +123,8 @@ class GatedAttentionUnit(TokenMixer):
 
 
 class BlockAttention(SharedAttention):
-    """Over the tokens of one's own block up to oneself, or over all; softmax, or what `weigh` makes of the scores.
+    """Over the tokens of one's own block up to oneself, or over all; softmax, or what `weigh` makes of the scores, to
+    which `bias` adds.
 
     The cache keeps those of the present block.
     """
@@ -121,9 +135,11 @@ class BlockAttention(SharedAttention):
         channels: int,
         block: int | None,
         turns: bool,
+        bias: DistanceBias | None,
         weigh: Weigh | None,
         earlier: EarlierBlocks | None,
         operation: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+        masked: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor],
     ) -> None:
         super().__init__()
         self.key_dim = key_dim
@@ -131,9 +147,11 @@ class BlockAttention(SharedAttention):
         self.block = block
         self.query = ScaleOffset(key_dim, turns)
         self.key = ScaleOffset(key_dim, turns)
+        self.bias = bias
         self.weigh = weigh
         self.earlier = earlier
         self.operation = operation
+        self.masked = masked
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -167,10 +185,9 @@ class BlockAttention(SharedAttention):
         place_T = self.place(at.positions_T)
         state["key"].index_copy_(1, place_T, self.key(z_BTK, at.positions_T))
         state["value"].index_copy_(1, place_T, v_BTF)
-        seen_TS = torch.arange(state["key"].shape[1], device=place_T.device) <= place_T[:, None]
+        distance_TS = place_T[:, None] - torch.arange(state["key"].shape[1], device=place_T.device)
         q, k, v = (x[:, None] for x in (q_BTK, state["key"], state["value"]))
-        o = attend(q, k, v, seen_TS) if self.weigh is None else weighed(q, k, v, seen_TS, self.weigh)
-        o_BTF = o[:, 0]
+        o_BTF = self.over(q, k, v, distance_TS, attend_given)[:, 0]
         return o_BTF if self.earlier is None else o_BTF + self.earlier.step(z_BTK, v_BTF, state, at)
 
     def place(self, positions_T: Tensor) -> Tensor:
@@ -182,12 +199,30 @@ class BlockAttention(SharedAttention):
         batch, length, _ = q_BTK.shape
         size = length if self.block is None else min(self.block, length)
         q, k, v = (in_blocks(x, size).flatten(0, 1)[:, None] for x in (q_BTK, k_BTK, v_BTF))
-        if self.weigh is None:
+        if self.weigh is None and self.bias is None:
             o = self.operation(q, k, v, 0)
         else:
             place = torch.arange(size, device=q.device)
-            o = weighed(q, k, v, place <= place[:, None], self.weigh)
+            o = self.over(q, k, v, place[:, None] - place, self.masked)
         return torch.unflatten(o[:, 0], 0, (batch, -1)).flatten(1, 2)[:, :length]
+
+    def over(
+        self,
+        q_BHTK: Tensor,
+        k_BHSK: Tensor,
+        v_BHSV: Tensor,
+        distance_TS: Tensor,
+        operation: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor],
+    ) -> Tensor:
+        """Over keys at these distances, those below 0 not being seen; softmax by the operation."""
+        seen_TS, scale = distance_TS >= 0, self.key_dim**-0.5
+        bias_TS = None if self.bias is None else self.bias(distance_TS)
+        if self.weigh is not None:
+            return weighed(q_BHTK * scale, k_BHSK, v_BHSV, seen_TS, bias_TS, self.weigh)
+        if bias_TS is None:
+            return operation(q_BHTK, k_BHSK, v_BHSV, seen_TS, scale)
+        mask_TS = bias_TS.to(q_BHTK.dtype).masked_fill(~seen_TS, -torch.inf)
+        return operation(q_BHTK, k_BHSK, v_BHSV, mask_TS, scale)
 
 
 def in_blocks(x_BTF: Tensor, size: int) -> Tensor:
@@ -195,11 +230,15 @@ def in_blocks(x_BTF: Tensor, size: int) -> Tensor:
     return torch.unflatten(F.pad(x_BTF, (0, 0, 0, -x_BTF.shape[1] % size)), 1, (-1, size))
 
 
-def weighed(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, seen_TS: Tensor, weigh: Weigh) -> Tensor:
-    """Values weighed by what is made of the scores q . k / sqrt(K)."""
+def weighed(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, seen_TS: Tensor, bias_TS: Tensor | None, weigh: Weigh
+) -> Tensor:
+    """Values weighed by what is made of the scores q . k."""
     exact = torch.float64 if q_BHTK.dtype == torch.float64 else torch.float32
-    z_BHTS = (q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BHSK.transpose(2, 3)
-    o_BHTV: Tensor = weigh(z_BHTS.to(exact), seen_TS).to(v_BHSV.dtype) @ v_BHSV
+    z_BHTS = (q_BHTK @ k_BHSK.transpose(2, 3)).to(exact)
+    if bias_TS is not None:
+        z_BHTS = z_BHTS + bias_TS
+    o_BHTV: Tensor = weigh(z_BHTS, seen_TS).to(v_BHSV.dtype) @ v_BHSV
     return o_BHTV
 
 

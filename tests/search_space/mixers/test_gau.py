@@ -116,10 +116,14 @@ def expected(
     if "attention.codebook" in w:
         codes = w["attention.codebook"][0]
         k_TK = torch.stack([codes[((codes - k_K) ** 2).sum(1).argmin()] for k_K in k_TK])
+    biases = w.get("attention.bias.weight", x_TD[:0, 0])
     rows = []
     for t in range(LENGTH):
         first = t - t % block
         z_S = torch.stack([q_TK[t] @ k_TK[s] / math.sqrt(KEYS) for s in range(first, t + 1)])
+        for s in range(first, t + 1):
+            if t - s < len(biases):
+                z_S[s - first] += biases[t - s]
         o_F = weigh(z_S) @ v_TF[first : t + 1]
         if "attention.earlier.query.scale" in w:
             far_TK, near_TK = (asked(z_TK, w, f"earlier.{name}", turns) for name in ("query", "key"))
@@ -146,12 +150,25 @@ def expected(
             id="mixed chunks of FLASH",
         ),
         pytest.param(
-            {"feed": Form("ema", (3,)), "gate": "update", "sparse": Form("chunk", (6,)), "pos": "none"},
+            {
+                "feed": Form("ema", (3,)),
+                "gate": "update",
+                "sparse": Form("chunk", (6,)),
+                "pos": Form("distance", (6,)),
+            },
             moving_averages,
             6,
             softmax,
             False,
             id="MEGA",
+        ),
+        pytest.param(
+            {"sparse": Form("mixed", (5,)), "score": "relu2", "pos": Form("distance", (3,))},
+            plain,
+            5,
+            squared,
+            False,
+            id="biases of near tokens alone",
         ),
         pytest.param(
             {"feed": Form("tcn", (3, 2, 2)), "gate": "update", "sparse": Form("chunk", (6,))},
@@ -220,6 +237,13 @@ def test_distances_to_codes_are_added_to_the_loss_of_training() -> None:
     assert isinstance(loss, Tensor)
     added = torch.autograd.grad(loss, codes)[0]
     torch.testing.assert_close(gradients[1] - gradients[0], added, rtol=1e-9, atol=1e-9)
+
+
+def test_distances_that_no_block_has_are_dropped() -> None:
+    said, plain = (
+        Gau(sparse=Form("chunk", (6,)), pos=Form("distance", (n,))).canonical(WIDTH) for n in (9, 6)
+    )
+    assert said == plain
 
 
 def test_the_state_of_codes_and_chunks_does_not_grow() -> None:
