@@ -328,6 +328,17 @@ def test_galite_gates_keys_and_values() -> None:
 
 
 @torch.no_grad()
+def test_heads_with_decays_of_both_kinds_may_share_a_key() -> None:
+    genes = {"decay": "both", "heads": HEADS, "key_dim": DIM, "value_dim": DIM, "conv": "none"}
+    shared, w = built(Linear(**genes, key_heads=1))  # type: ignore[arg-type]
+    own, _ = built(Linear(**genes))  # type: ignore[arg-type]
+    q, k, v = w["mixed.weight"].split([DIM, DIM, HEADS * DIM])
+    own.load_state_dict({**w, "mixed.weight": torch.cat([*[q] * HEADS, *[k] * HEADS, v])})
+    x_BTD, at = sequence()[None], Pass(torch.arange(LENGTH), 0)
+    torch.testing.assert_close(shared(x_BTD, None, at)[0], own(x_BTD, None, at)[0], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
 def test_liger_makes_its_gate_of_its_keys() -> None:
     mixer = Linear(
         decay="channel",
