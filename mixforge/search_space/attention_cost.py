@@ -149,11 +149,15 @@ def score_flops(gene: Attn, width: int, length: int) -> int:
     return flops + 2 * 2 * pairs * heads * heads * (gene.headmix == "static")
 
 
-def code_products(length: int, codes: int, keys: int, values: int) -> int:
-    """Multiply-adds of one head: keys and their codes, then in blocks sums of values, scores and outputs."""
-    size = block_length(length, codes)
+def code_products(length: int, codes: int, keys: int, values: int, reach: int = 0) -> int:
+    """Multiply-adds of one head: keys and their codes, then in blocks sums of values, scores and outputs.
+
+    With a bias of so many distances, a block also sees the one before token by token.
+    """
+    size = block_length(length, max(codes, reach))
     padded = -(-length // size) * size
-    return 2 * length * codes * keys + padded * (codes * (keys + 2 * values) + size * (keys + values))
+    near = 2 * size if reach else size
+    return 2 * length * codes * keys + padded * (codes * (keys + 2 * values) + near * (keys + values))
 
 
 def special_products(gene: Attn, length: int, head_dim: int) -> int:

@@ -12,7 +12,7 @@ feed=ema(n), s4d(n)   x' = silu(scan(x)): n damped moving averages of each chann
 feed=tcn(l, r, n)     x' is x and n convolutions over l tokens, each r times as far apart as those of the one before
 sparse=chunk(l)       s up to t in the block of t; mixed(l): and beside it, with a and b of its own, linear attention
               q'_t . (sum of k'_s v_s over earlier blocks) / l
-sparse=vq(n)  all s, of keys quantised to n codes (see `parts.attention_codes`)
+sparse=vq(n)  all s, of keys quantised to n codes (see `parts.attention_codes`), with pos=none or distance(n)
 score         softmax, or relu(z)^2 over the number of keys that are seen
 
 Sources: Hua et al. 2022 (FLASH, arXiv 2202.10447), section 3 for the unit and section 4 for mixed chunk attention, which
@@ -44,11 +44,11 @@ from mixforge.search_space.parts.attention_scores import Weigh
 from mixforge.search_space.parts.feeds import ConvolutionFeed, ScanFeed
 from mixforge.search_space.parts.gated_attention import (
     BlockAttention,
-    CodedAttention,
     DistanceBias,
     EarlierBlocks,
     GatedAttentionUnit,
 )
+from mixforge.search_space.parts.gated_codes import CodedAttention
 from mixforge.search_space.parts.state_space import DiagonalScan, MovingAverage
 
 # Bytes of a number that is kept in float32 in any case.
@@ -131,11 +131,11 @@ class Gau(Mixer):
                     f"the last convolution of feed={self.feed} reaches back {reach} tokens (mixer gau); "
                     f"say fewer or nearer ones, for {FARTHEST} at most"
                 )
-        if self.pattern[0] == "vq" and (self.pos != "none" or self.score != "softmax"):
-            given = f"pos={self.pos}" if self.pos != "none" else f"score={self.score}"
+        if self.pattern[0] == "vq" and (self.pos == "rope" or self.score != "softmax"):
+            given = f"pos={self.pos}" if self.pos == "rope" else f"score={self.score}"
             return (
                 f"sparse={self.sparse} sees all tokens by the codes of their keys, so it takes no {given} (mixer gau); "
-                "say pos=none and score=softmax"
+                "say pos=none or distance(n), and score=softmax"
             )
         if self.pos == "rope" and keys % 2 != 0:
             return f"pos=rope turns pairs of channels, and key_dim {keys} is odd (mixer gau); say an even one"
@@ -199,7 +199,12 @@ class Gau(Mixer):
         name, size = self.pattern
         if name == "vq":
             carried = EXACT * size * (values + 1)
-            return code_products(length, size, keys, values), carried, carried
+            if self.reach == 0:
+                return code_products(length, size, keys, values), carried, carried
+            # Tokens are counted when they leave the ring.
+            entry, counted = (keys + values) * itemsize, carried if length >= self.reach else 0
+            products = code_products(length, size, keys, values, self.reach)
+            return products, carried + min(self.reach, length) * entry, counted + entry
         block = min(size, length) if size else length
         padded = -(-length // block) * block
         # The fused operation without a mask widens the narrower ones.
@@ -242,11 +247,14 @@ class Gau(Mixer):
             return Part(ScanFeed, scan=Part(DiagonalScan, is_complex=True, **given))
         return Part(ScanFeed, scan=Part(MovingAverage, **given))
 
+    def _bias(self) -> Part | None:
+        return Part(DistanceBias, reach=self.reach) if self.reach else None
+
     def _attention(self, width: int, backend: Backend) -> Part:
         keys, values = self.sizes(width)
         name, size = self.pattern
         if name == "vq":
-            return Part(CodedAttention, key_dim=keys, channels=values, codes=size)
+            return Part(CodedAttention, key_dim=keys, channels=values, codes=size, bias=self._bias())
         turns = self.pos == "rope"
         earlier = Part(EarlierBlocks, key_dim=keys, channels=values, block=size, turns=turns)
         return Part(
@@ -255,7 +263,7 @@ class Gau(Mixer):
             channels=values,
             block=size or None,
             turns=turns,
-            bias=Part(DistanceBias, reach=self.reach) if self.reach else None,
+            bias=self._bias(),
             weigh=None if self.score == "softmax" else Part(Weigh, score=self.score, sinks=0),
             earlier=earlier if name == "mixed" else None,
             operation=attention.form(backend),

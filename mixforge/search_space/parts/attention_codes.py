@@ -8,6 +8,9 @@ n_tc counts the tokens up to t of code c, and m_tc is the mean of their values; 
 same attention, as tokens of one code have one weight. A sequence is read in blocks of C tokens: a token sees those of
 its own block one by one, and all before them by their codes, so that work grows in proportion to the length.
 
+With a bias b_{t-s} of distances below R, tokens of the own block and of the one before, which have R tokens or more, are
+seen one by one, and the last R tokens are kept one by one beside the sums.
+
 Gradients pass k^ as if it were k (straight through) where tokens are seen one by one, and stop at keys of earlier
 blocks. In training the squared distance of keys and codes is added to the loss, as that of codes to keys that stand
 still, and times 1e-4 as that of keys to codes that stand still.
@@ -16,10 +19,12 @@ Sources: Lingle 2023 (Transformer-VQ, arXiv 2309.16354) and its public code, for
 coefficient; Liu et al. 2024 (LongVQ, arXiv 2404.11163), with a state space beside.
 
 Departures: codes are weights, which descend on their distance to keys and, through the scores, on the loss of the
-model, where the papers move them by running means of their keys; no biases of the distance in and near the block.
+model, where the papers move them by running means of their keys.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +173,41 @@ def by_blocks(
     o = weights[..., : codes_HCK.shape[1]] @ mean_value(before_BNHC, sum_BNHCV[:, :-1])
     o = o + weights[..., codes_HCK.shape[1] :] @ v
     return o.transpose(1, 2).flatten(2, 3)[:, :, :length], count_BNHC[:, -1], sum_BNHCV[:, -1]
+
+
+def by_blocks_with_bias(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    is_of_BHTC: Tensor,
+    codes_HCK: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    reach: int,
+    bias: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Outputs [B, H, T, V] after a past of tokens that are farther than the bias reaches from any of these."""
+    length, codes = q_BHTK.shape[2], codes_HCK.shape[1]
+    size = block_length(length, max(codes, reach))
+    q, k, v, is_of = (folded(x, size) for x in (q_BHTK, k_BHTK, v_BHTV, is_of_BHTC))
+    count_BNHC = before_last(running(is_of.sum(3), None if past is None else past[0]))
+    sum_BNHCV = before_last(running(is_of.transpose(3, 4) @ v, None if past is None else past[1]))
+    k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], 3) for x in (k, v))
+    far = q @ codes_HCK.transpose(1, 2) + count_BNHC.log()[..., None, :]
+    place = torch.arange(2 * size, device=q.device)
+    distance = place[size:, None] - place
+    near = q @ k.transpose(3, 4) + bias(distance).to(q.dtype)
+    # Before the first block there is none.
+    first = torch.arange(q.shape[1], device=q.device)[:, None, None] == 0
+    hidden = (distance < 0) | (first & (place < size))
+    near = near.masked_fill(hidden[:, None], -torch.inf)
+    weights = torch.cat([far, near], 4).softmax(4)
+    o = weights[..., :codes] @ mean_value(count_BNHC, sum_BNHCV) + weights[..., codes:] @ v
+    return o.transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def before_last(sums: Tensor) -> Tensor:
+    """[B, N, ...] of [B, N + 1, ...]: sums over the blocks before the one before each block."""
+    return torch.cat([sums[:, :1], sums[:, :-2]], 1)
 
 
 def block_length(length: int, codes: int) -> int:

@@ -1,9 +1,9 @@
 """A gated attention unit: one head, queries and keys of one narrow vector, and gates as wide as the values.
 
 `GatedAttentionUnit` has the projections and the gates, and hands z and v to an attention: `BlockAttention` over all
-tokens or over those of one's own block, with `EarlierBlocks` for those before, or `CodedAttention` over quantised keys.
+tokens or over those of one's own block, with `EarlierBlocks` for those before, or that of `gated_codes`.
 
-Sources and equations: see `mixers.gau`; for the codes `attention_codes`.
+Sources and equations: see `mixers.gau`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.search_space.parts.attention_codes import apart, no_codes, over_codes, over_codes_step
 from mixforge.search_space.parts.attention_scores import Weigh, attend_given
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.rotary import rotate
-from mixforge.search_space.parts.routing import AttachLoss
 
 _THETA = 10000.0
 
@@ -295,39 +293,3 @@ class EarlierBlocks(nn.Module):
         begins = position % self.block == 0
         state["before"].add_(torch.where(begins, state["present"], 0))
         state["present"].masked_fill_(begins, 0)
-
-
-class CodedAttention(SharedAttention):
-    """Over all tokens, by the codes of their keys."""
-
-    def __init__(self, key_dim: int, channels: int, codes: int) -> None:
-        super().__init__()
-        self.channels = channels
-        self.query = ScaleOffset(key_dim, False)
-        self.key = ScaleOffset(key_dim, False)
-        # As far from zero as the shared vector starts.
-        self.codebook = nn.Parameter(0.3 * torch.randn(1, codes, key_dim))
-
-    def initial_state(
-        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        return no_codes(self.codebook, self.channels, batch, device, dtype)
-
-    def forward(self, z_BTK: Tensor, v_BTF: Tensor, state: dict[str, Tensor] | None, at: Pass) -> Tensor:
-        q, k, v = self.read(z_BTK, v_BTF, at)
-        o_BHTV, code_BHTK = over_codes(q, k, v, self.codebook, state)
-        o_BTF = o_BHTV[:, 0].to(v_BTF.dtype)
-        if state is None and self.training and torch.is_grad_enabled():
-            o_BTF = AttachLoss.apply(o_BTF, apart(k, code_BHTK))  # type: ignore[no-untyped-call]
-        return o_BTF
-
-    def step(self, z_BTK: Tensor, v_BTF: Tensor, state: dict[str, Tensor], at: Pass) -> Tensor:
-        o_BHTV = over_codes_step(*self.read(z_BTK, v_BTF, at), self.codebook, state)
-        return o_BHTV[:, 0].to(v_BTF.dtype)
-
-    def read(self, z_BTK: Tensor, v_BTF: Tensor, at: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, divided by sqrt(K), keys and values [B, 1, T, ...], in float32 or better."""
-        exact = torch.float64 if v_BTF.dtype == torch.float64 else torch.float32
-        q_BTK = self.query(z_BTK, at.positions_T).to(exact) * z_BTK.shape[2] ** -0.5
-        k_BTK = self.key(z_BTK, at.positions_T).to(exact)
-        return q_BTK[:, None], k_BTK[:, None], v_BTF.to(exact)[:, None]

@@ -186,6 +186,14 @@ def expected(
             False,
             id="LongVQ",
         ),
+        pytest.param(
+            {"sparse": Form("vq", (3,)), "pos": Form("distance", (4,))},
+            plain,
+            LENGTH,
+            softmax,
+            False,
+            id="codes and a window with biases",
+        ),
     ],
 )
 @torch.no_grad()
@@ -256,7 +264,7 @@ def test_the_state_of_codes_and_chunks_does_not_grow() -> None:
     ("genes", "says"),
     [
         ({"feed": Form("s4d", (3,))}, "conjugate pairs"),
-        ({"sparse": Form("vq", (4,))}, "pos=none"),
+        ({"sparse": Form("vq", (4,))}, "pos=none or distance(n)"),
         ({"sparse": Form("vq", (4,)), "pos": "none", "score": "relu2"}, "score=relu2"),
         ({"key_dim": 3}, "key_dim 3 is odd"),
         ({"feed": Form("tcn", (9, 8, 16))}, "reaches back"),
