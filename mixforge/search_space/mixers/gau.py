@@ -6,6 +6,7 @@ values; of the input, or of what moving averages, a state space or convolutions 
     o_t = sum_s w(q_t . k_s / sqrt(K) + b_{t-s}) v_s        b learned for distances below n with pos=distance(n), else 0
 
 gate=unit     y = W_o (silu(W_g x' + b_g) o) + b_o
+gate=triple   y = W_o ((o^g v) sigmoid(o^v g)) + b_o,  g = silu(W_g x' + b_g),  o^v as o, and o^g the same over g for v
 gate=update   y = u (h - x),  u = sigmoid(W_u x' + b_u),  h = silu(W_h x' + b_h + W_o (silu(W_g x' + b_g) o) + b_o):
               with place=post, x + y = u h + (1 - u) x
 feed=ema(n), s4d(n)   x' = silu(scan(x)): n damped moving averages of each channel, or a fixed state space of n numbers
@@ -15,16 +16,15 @@ sparse=chunk(l)       s up to t in the block of t; mixed(l): and beside it, with
 sparse=vq(n)  all s, of keys quantised to n codes (see `parts.attention_codes`), with pos=none or distance(n)
 score         softmax, or relu(z)^2 over the number of keys that are seen
 
-Sources: Hua et al. 2022 (FLASH, arXiv 2202.10447), section 3 for the unit and section 4 for mixed chunk attention, which
-MossFormer (Zhao and Ma 2023, arXiv 2302.11824) takes over; Ma et al. 2022 (MEGA, arXiv 2209.10655), equations 4 and 7 to
-16 and the public code, for feed=ema and gate=update, and section 3.4 for chunks; Terzic et al. 2023 (TCNCA, arXiv
-2312.05605) for convolutions in the place of moving averages; Liu et al. 2024 (LongVQ, arXiv 2404.11163) for a state
-space there and quantised keys.
+Sources: Hua et al. 2022 (FLASH, arXiv 2202.10447), section 3 for the unit and section 4 for mixed chunk attention;
+Zhao and Ma 2023 (MossFormer, arXiv 2302.11824) and its public code for gate=triple; Ma et al. 2022 (MEGA, arXiv
+2209.10655), equations 4 and 7 to 16 and the public code, for feed=ema and gate=update, and section 3.4 for chunks;
+Terzic et al. 2023 (TCNCA, arXiv 2312.05605) for convolutions in the place of moving averages; Liu et al. 2024 (LongVQ,
+arXiv 2404.11163) for a state space there and quantised keys.
 
 Departures: scales a start as normal numbers of deviation 1, where those of the papers' code have 0.02, which leaves
-scores near zero. relu(z)^2 is divided by the number of keys
-outside of the square. Convolutions are residual and of numbers, not matrices. MossFormer's convolutions before its
-projections are not here.
+scores near zero. relu(z)^2 is divided by the number of keys outside of the square. Convolutions are residual and of
+numbers, not matrices. MossFormer's convolutions before its projections are not here.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Gau(Mixer):
         Call("s4d", Whole(2, 1024)),
         Call("tcn", Whole(2, 256), Whole(1, 64), Whole(1, 16)),
     ] = "none"
-    gate: Annotated[str, Choice("unit", "update")] = "unit"
+    gate: Annotated[str, Choice("unit", "triple", "update")] = "unit"
     sparse: Annotated[
         str | Form,
         Choice("none"),
@@ -93,6 +93,10 @@ class Gau(Mixer):
         return default_key_dim(width) if self.key_dim is None else self.key_dim, hidden_width(
             self.expand, width
         )
+
+    def read(self, width: int) -> int:
+        """Channels that attention weighs."""
+        return self.sizes(width)[1] * (2 if self.gate == "triple" else 1)
 
     @property
     def pattern(self) -> tuple[str, int]:
@@ -195,7 +199,7 @@ class Gau(Mixer):
 
     def _seen_cost(self, width: int, length: int, itemsize: int) -> tuple[int, int, int]:
         """Multiply-adds of a sequence, bytes that are kept, and of these those that a token writes."""
-        keys, values = self.sizes(width)
+        keys, values = self.sizes(width)[0], self.read(width)
         name, size = self.pattern
         if name == "vq":
             carried = EXACT * size * (values + 1)
@@ -232,6 +236,7 @@ class Gau(Mixer):
             key_dim=keys,
             inner=values,
             updates=self.gate == "update",
+            triple=self.gate == "triple",
             feed=self._feed(width, backend),
             attention=self._attention(width, backend),
         )
@@ -251,7 +256,7 @@ class Gau(Mixer):
         return Part(DistanceBias, reach=self.reach) if self.reach else None
 
     def _attention(self, width: int, backend: Backend) -> Part:
-        keys, values = self.sizes(width)
+        keys, values = self.sizes(width)[0], self.read(width)
         name, size = self.pattern
         if name == "vq":
             return Part(CodedAttention, key_dim=keys, channels=values, codes=size, bias=self._bias())

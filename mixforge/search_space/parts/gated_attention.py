@@ -67,7 +67,9 @@ class SharedAttention(nn.Module):
 
 
 class GatedAttentionUnit(TokenMixer):
-    """[B, T, D] -> [B, T, D]; with `updates`, an update gate stands for the residual connection."""
+    """[B, T, D] -> [B, T, D]; with `updates`, an update gate stands for the residual connection; with `triple`, attention
+    is to the gates too, and either's is a gate of the other.
+    """
 
     def __init__(
         self,
@@ -75,10 +77,12 @@ class GatedAttentionUnit(TokenMixer):
         key_dim: int,
         inner: int,
         updates: bool,
+        triple: bool,
         feed: TokenMixer | None,
         attention: SharedAttention,
     ) -> None:
         super().__init__()
+        self.triple = triple
         self.feed = feed
         self.value = nn.Linear(width, inner)
         self.sizes = [key_dim, inner, *([width, width] if updates else [])]
@@ -99,25 +103,33 @@ class GatedAttentionUnit(TokenMixer):
         if self.feed is not None:
             fed_BTD, after = self.feed(x_BTD, state, at)
             state = None if state is None else state | after
-        z_BTK, *gates = self.made(fed_BTD).split(self.sizes, -1)
-        o_BTF = self.attention(F.silu(z_BTK), F.silu(self.value(x_BTD)), state, at)
-        return self.finish(x_BTD, o_BTF, gates), state
+        z_BTK, g_BTF, *update = self.made(fed_BTD).split(self.sizes, -1)
+        v_BTF, g_BTF = F.silu(self.value(x_BTD)), F.silu(g_BTF)
+        read_BTF = torch.cat([v_BTF, g_BTF], -1) if self.triple else v_BTF
+        o_BTF = self.attention(F.silu(z_BTK), read_BTF, state, at)
+        return self.finish(x_BTD, o_BTF, v_BTF, g_BTF, update), state
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         fed_BD = x_BD
         if self.feed is not None:
             fed_BD, _ = self.feed.step(x_BD, state, at)
-        z_BK, *gates = self.made(fed_BD).split(self.sizes, -1)
-        v_BF = F.silu(self.value(x_BD))
-        o_BTF = self.attention.step(F.silu(z_BK)[:, None], v_BF[:, None], state, at)
-        return self.finish(x_BD, o_BTF[:, 0], gates), state
+        z_BK, g_BF, *update = self.made(fed_BD).split(self.sizes, -1)
+        v_BF, g_BF = F.silu(self.value(x_BD)), F.silu(g_BF)
+        read_BF = torch.cat([v_BF, g_BF], -1) if self.triple else v_BF
+        o_BTF = self.attention.step(F.silu(z_BK)[:, None], read_BF[:, None], state, at)
+        return self.finish(x_BD, o_BTF[:, 0], v_BF, g_BF, update), state
 
-    def finish(self, x: Tensor, o: Tensor, gates: list[Tensor]) -> Tensor:
+    def finish(self, x: Tensor, o: Tensor, v: Tensor, g: Tensor, update: list[Tensor]) -> Tensor:
         """The gates of the unit, or those of the update, around what attention says."""
-        read: Tensor = self.out(F.silu(gates[0]) * o)
-        if len(gates) == 1:
+        if self.triple:
+            o_v, o_g = o.chunk(2, -1)
+            y: Tensor = self.out(o_g * v * torch.sigmoid(o_v * g))
+            return y
+        read: Tensor = self.out(g * o)
+        if not update:
             return read
-        return torch.sigmoid(gates[1]) * (F.silu(gates[2] + read) - x)
+        share, own = update
+        return torch.sigmoid(share) * (F.silu(own + read) - x)
 
 
 class BlockAttention(SharedAttention):

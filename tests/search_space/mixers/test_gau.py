@@ -106,6 +106,7 @@ def expected(
     block: int,
     weigh: Callable[[Tensor], Tensor] = softmax,
     turns: bool = True,
+    triple: bool = False,
 ) -> Tensor:
     """y of the unit; where there are weights for it, of MEGA's update, and with linear attention to earlier blocks."""
     fed_TD = feed(x_TD, w)
@@ -120,16 +121,20 @@ def expected(
     rows = []
     for t in range(LENGTH):
         first = t - t % block
+        read_TF = v_TF if not triple else torch.cat([v_TF, g_TF], 1)
         z_S = torch.stack([q_TK[t] @ k_TK[s] / math.sqrt(KEYS) for s in range(first, t + 1)])
         for s in range(first, t + 1):
             if t - s < len(biases):
                 z_S[s - first] += biases[t - s]
-        o_F = weigh(z_S) @ v_TF[first : t + 1]
+        o_F = weigh(z_S) @ read_TF[first : t + 1]
         if "attention.earlier.query.scale" in w:
             far_TK, near_TK = (asked(z_TK, w, f"earlier.{name}", turns) for name in ("query", "key"))
             for s in range(first):
-                o_F = o_F + (far_TK[t] @ near_TK[s]) * v_TF[s] / block
-        said_D = w["out.weight"] @ (g_TF[t] * o_F) + w["out.bias"]
+                o_F = o_F + (far_TK[t] @ near_TK[s]) * read_TF[s] / block
+        said_F = g_TF[t] * o_F[:VALUES]
+        if triple:
+            said_F = o_F[VALUES:] * v_TF[t] * sigmoid(o_F[:VALUES] * g_TF[t])
+        said_D = w["out.weight"] @ said_F + w["out.bias"]
         if made_TF.shape[1] > KEYS + VALUES:
             u_D, h_D = made_TF[t, KEYS + VALUES :].chunk(2)
             said_D = sigmoid(u_D) * (silu(h_D + said_D) - x_TD[t])
@@ -148,6 +153,14 @@ def expected(
             squared,
             True,
             id="mixed chunks of FLASH",
+        ),
+        pytest.param(
+            {"sparse": Form("mixed", (5,)), "score": "relu2", "gate": "triple"},
+            plain,
+            5,
+            squared,
+            True,
+            id="triple gates of MossFormer",
         ),
         pytest.param(
             {
@@ -208,7 +221,8 @@ def test_unit_is_its_papers_equations(
     module, w = built(mixer)
     x_TD = inputs()
     y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(LENGTH), 0))
-    torch.testing.assert_close(y_BTD[0], expected(x_TD, w, feed, block, weigh, turns), rtol=1e-9, atol=1e-9)
+    wanted_TD = expected(x_TD, w, feed, block, weigh, turns, genes.get("gate") == "triple")
+    torch.testing.assert_close(y_BTD[0], wanted_TD, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
