@@ -45,10 +45,12 @@ def count_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int, int]:
     """Weights of the matrices that every token meets; of those that every entry meets when it is read; all others."""
     heads, kv_heads, head_dim = sizes
     seen, inner, channels = gene.seen(width), kv_heads * head_dim, heads * head_dim
+    key_heads = gene.key_heads(kv_heads)
+    keys_inner = key_heads * head_dim
     matrices, vectors = query_weights(gene, seen, sizes)
     reading = 0
     latent = gene.latent
-    shifts = 0 if gene.kv_shift == "none" else kv_heads
+    shifts = 0 if gene.kv_shift == "none" else kv_heads + key_heads
     biased = gene.bias != "none"
     if latent is not None:
         rank, rope_dim = latent
@@ -56,18 +58,18 @@ def count_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int, int]:
         reading = rank * 2 * channels
         vectors += rank + gene.meta * (rank + rope_dim)
     elif gene.kv == "reuse":
-        matrices += seen * (inner + shifts)
+        matrices += seen * (inner + shifts // 2)
         reading = head_dim * head_dim
         vectors += head_dim + (biased + gene.meta) * inner
     elif gene.kv != "shared":
-        keys, key_bias = projection(gene, seen, inner)
-        matrices += keys + seen * (inner + 2 * shifts)
+        keys, key_bias = projection(gene, seen, keys_inner)
+        matrices += keys + seen * (inner + shifts)
         if gene.special == "simplicial":
             # Pairs of tokens are of two keys and two values each.
             matrices += seen * 2 * inner
-        vectors += biased * (key_bias + inner) + 2 * gene.meta * inner
+        vectors += biased * (key_bias + inner) + gene.meta * (keys_inner + inner)
     if gene.qk_norm != "none" and latent is None and gene.kv != "shared":
-        vectors += {"rms": head_dim, "rms_all": inner, "l2": 0}[gene.qk_norm]
+        vectors += {"rms": head_dim, "rms_all": keys_inner, "l2": 0}[gene.qk_norm]
     if isinstance(gene.experts, int):
         matrices += gene.experts * (head_dim * width + seen)
     else:
@@ -89,7 +91,7 @@ def count_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int, int]:
 def _position_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int]:
     """Of matrices, and others, of what follows a token's place."""
     heads, kv_heads, head_dim = sizes
-    turning = 1 if gene.latent is not None else kv_heads
+    turning = gene.turning_heads(kv_heads)
     matrices, vectors = 0, 0
     if gene.forget != "none":
         matrices, vectors = gene.seen(width) * heads, heads
@@ -159,7 +161,7 @@ def score_flops(gene: Attn, length: int, sizes: Sizes) -> int:
     if gene.query == "learned":
         return 2 * length * heads * head_dim + scan_flops(heads, length, head_dim)
     if gene.codes is not None:
-        return 2 * heads * code_products(length, gene.codes) * head_dim
+        return 2 * heads * code_products(length, gene.codes, head_dim, head_dim)
     scores = gene.scores
     if scores == "special":
         return 2 * heads * special_products(gene, length, head_dim)
@@ -193,11 +195,15 @@ def score_flops(gene: Attn, length: int, sizes: Sizes) -> int:
     return flops + 2 * heads * products
 
 
-def code_products(length: int, codes: int) -> int:
-    """Products of vectors of one head: keys and their codes, then in blocks sums of values, scores and outputs."""
-    size = block_length(length, codes)
+def code_products(length: int, codes: int, keys: int, values: int, reach: int = 0) -> int:
+    """Multiply-adds of one head: keys and their codes, then in blocks sums of values, scores and outputs.
+
+    With a bias of so many distances, a block also sees the one before token by token.
+    """
+    size = block_length(length, max(codes, reach))
     padded = -(-length // size) * size
-    return 2 * length * codes + padded * (3 * codes + 2 * size)
+    near = 2 * size if reach else size
+    return 2 * length * codes * keys + padded * (codes * (keys + 2 * values) + near * (keys + values))
 
 
 def special_products(gene: Attn, length: int, head_dim: int) -> int:
@@ -216,7 +222,16 @@ def special_products(gene: Attn, length: int, head_dim: int) -> int:
 
 
 def states_cost(gene: Attn, width: int, length: int, itemsize: int) -> Cost:
-    """Of the state spaces that make keys and values of chunks, the last chunk being filled up."""
+    """Of the state spaces that make keys and values, the last of their chunks being filled up."""
+    if gene.filters is not None:
+        channels = gene.sizes(width)[0] * gene.seen(width)
+        numbers = channels * gene.filters
+        return Cost(
+            params=2 * numbers + 2 * channels,
+            flops=2 * length * numbers,
+            state_bytes=EXACT * numbers,
+            decode_bytes=0,
+        )
     if gene.chunk is None:
         return FREE
     heads, _, head_dim = gene.sizes(width)
@@ -241,22 +256,22 @@ def replaceable_slots(gene: Attn, length: int) -> int:
 def state_bytes_of(gene: Attn, width: int, itemsize: int, sizes: Sizes) -> tuple[int, int]:
     """Bytes that are kept of each token, and bytes that are carried from token to token."""
     heads, kv_heads, head_dim = sizes
-    inner = kv_heads * head_dim
+    inner, keys_inner = kv_heads * head_dim, gene.key_heads(kv_heads) * head_dim
     latent = gene.latent
     if latent is not None:
         entries = sum(latent)
     elif gene.kv == "shared":
         entries = 0
     else:
-        entries = inner if gene.kv == "reuse" else 2 * inner
+        entries = inner if gene.kv == "reuse" else keys_inner + inner
         entries *= 2 if gene.special == "simplicial" else 1
     if isinstance(gene.headmix, Form):
         entries += 2 * (2 * int(gene.headmix.arguments[0]) + 1) * heads
     carried = 0
     if gene.kv_shift != "none" and gene.kv != "shared":
-        carried = (1 if gene.kv == "reuse" else 2) * inner * itemsize
+        carried = (inner if gene.kv == "reuse" else keys_inner + inner) * itemsize
     if gene.pos == "carope":
-        carried += (1 if latent is not None else kv_heads) * int(gene.turning(width)) // 2 * ANGLE
+        carried += gene.turning_heads(kv_heads) * int(gene.turning(width)) // 2 * ANGLE
     if gene.query == "learned":
         return 0, carried + heads * (head_dim + 2) * EXACT
     if gene.evicts is not None:

@@ -66,6 +66,15 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         return (
             f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
         )
+    if gene.filters is not None:
+        reason = _why_no_filters(gene, gene.filters)
+        if reason is not None:
+            return reason
+    if gene.kv == "ska" and (isinstance(gene.diff, Form) or gene.special == "simplicial"):
+        given = f"diff={gene.diff}" if isinstance(gene.diff, Form) else f"score={gene.score}"
+        return (
+            f"kv=ska has one head of keys, so it takes no {given}, which pairs them (mixer attn); use kv=mha"
+        )
     if gene.query == "learned":
         return _why_no_scan(gene)
     if gene.codes is not None:
@@ -96,6 +105,20 @@ def why_unfit(gene: Attn, width: int) -> str | None:
     )
 
 
+def _why_no_filters(gene: Attn, numbers: int) -> str | None:
+    if numbers % 2 != 0:
+        return f"kv={gene.kv} is no number of conjugate pairs (mixer attn); say an even one"
+    plain = gene.kv_shift == "none" and gene.bias == "none" and not isinstance(gene.diff, Form)
+    if plain and gene.special != "simplicial":
+        return None
+    given = next(
+        f"{name}={getattr(gene, name)}"
+        for name in ("kv_shift", "bias", "diff", "score")
+        if getattr(gene, name) != genes_of(type(gene))[name].default
+    )
+    return f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
+
+
 def _why_no_experts(gene: Attn, heads: int, kv_heads: int, experts: int) -> str | None:
     if heads > experts:
         return f"each token takes heads={heads} of experts={experts} (mixer attn); say fewer heads or more experts"
@@ -116,7 +139,7 @@ def _why_no_experts(gene: Attn, heads: int, kv_heads: int, experts: int) -> str 
 
 
 def _why_no_scan(gene: Attn) -> str | None:
-    if gene.kv in ("own", "shared", "reuse") or gene.latent is not None or gene.codes is not None:
+    if gene.kv in ("own", "shared", "reuse", "ska") or gene.latent is not None or gene.codes is not None:
         return f"query=learned keeps no cache, so it takes no kv={gene.kv} (mixer attn); use mha, mqa or gqa"
     for name, plain in _SCAN_NEEDS.items():
         if getattr(gene, name) != plain:
@@ -138,7 +161,7 @@ def _why_no_codes(gene: Attn) -> str | None:
 
 
 def _why_no_eviction(gene: Attn) -> str | None:
-    if gene.kv == "reuse" or (isinstance(gene.kv, Form) and gene.kv.name != "gqa"):
+    if gene.kv in ("reuse", "ska") or (isinstance(gene.kv, Form) and gene.kv.name != "gqa"):
         return f"sparse={gene.sparse} scores keys and values, so it takes no kv={gene.kv} (mixer attn); use mha or gqa"
     for name, plain in _EVICTION_NEEDS.items():
         if getattr(gene, name) != plain:

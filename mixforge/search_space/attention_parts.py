@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mixforge.kernels import attention, softmax_scan
+from mixforge.kernels import attention, diagonal_ssm, softmax_scan
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Backend
 from mixforge.search_space.part import Part
@@ -14,6 +14,7 @@ from mixforge.search_space.parts.attention_choice import BestBlocks, LikelyBlock
 from mixforge.search_space.parts.attention_codes import CodeAttention
 from mixforge.search_space.parts.attention_eviction import EvictingAttention, TokenScores
 from mixforge.search_space.parts.attention_experts import ExpertOutputs, ExpertQueries, Routing
+from mixforge.search_space.parts.attention_filters import FilteredKeysValues
 from mixforge.search_space.parts.attention_grouped import Grouped
 from mixforge.search_space.parts.attention_heads import (
     Differential,
@@ -38,6 +39,7 @@ from mixforge.search_space.parts.attention_strides import Blocks, Boundaries, St
 from mixforge.search_space.parts.attention_summaries import NativeSparse, Summarised
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.routing import Router
+from mixforge.search_space.parts.state_space import DiagonalScan
 
 if TYPE_CHECKING:
     from mixforge.search_space.mixers.attn import Attn
@@ -165,11 +167,25 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
         )
     if gene.special == "simplicial":
         return Part(TwoKeysValues, width=seen, heads=kv_heads, head_dim=head_dim)
-    shift = Part(TokenShift, width=seen, heads=kv_heads) if gene.kv_shift == "token" else None
-    key, key_norm = (
-        linear_part(gene, seen, kv_heads * head_dim),
-        qk_norm_part(gene, width, kv_heads, backend),
+    key_heads = gene.key_heads(kv_heads)
+    shift, key_shift = (
+        Part(TokenShift, width=seen, heads=each) if gene.kv_shift == "token" else None
+        for each in (kv_heads, key_heads)
     )
+    key = linear_part(gene, seen, key_heads * head_dim)
+    key_norm = qk_norm_part(gene, width, key_heads, backend)
+    if gene.filters is not None:
+        operation = diagonal_ssm.form(backend)
+        given = {"states": gene.filters, "is_complex": True, "operation": operation}
+        return Part(
+            FilteredKeysValues,
+            heads=heads,
+            head_dim=head_dim,
+            width=seen,
+            scan=Part(DiagonalScan, channels=heads * seen, **given),
+            key_norm=key_norm,
+            whole=gene.qk_norm == "rms_all",
+        )
     if gene.kv == "reuse":
         return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
     value = Part(nn.Linear, in_features=seen, out_features=kv_heads * head_dim, bias=gene.bias != "none")
@@ -189,12 +205,13 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
     return Part(
         KeysValues,
         heads=kv_heads,
+        key_heads=key_heads,
         head_dim=head_dim,
         key=key,
         value=value,
         key_norm=key_norm,
         whole=gene.qk_norm == "rms_all",
-        key_shift=shift,
+        key_shift=key_shift,
         value_shift=shift,
         publishes=gene.kv == "own",
     )
@@ -204,7 +221,7 @@ def position_part(gene: Attn, width: int) -> Part:
     if not gene.turns:
         return Part(Nowhere)
     channels = int(gene.turning(width))
-    heads = 1 if gene.latent is not None else gene.sizes(width)[1]
+    heads = gene.turning_heads(gene.sizes(width)[1])
     if gene.pos == "lrpe":
         return Part(LearnedRotary, channels=channels, heads=heads, theta=gene.theta)
     if gene.pos == "carope":

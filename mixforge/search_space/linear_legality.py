@@ -146,6 +146,8 @@ def _why_no_keys(mixer: Linear, size: Sizes) -> str | None:
             return "key=forget takes its keys from decay=channel or both: say one of them"
         if form == "key":
             return "key=forget and forget=key would each follow from the other: give one of them up"
+        if form == "learned":
+            return "key=forget makes keys of decays, and those of forget=learned are the same for all tokens: say another"
         if mixer.in_gate in ("tied", "tempered"):
             return f"key=forget has a gate in its keys already: leave in_gate={mixer.in_gate} out"
         if size.key_heads != size.heads:

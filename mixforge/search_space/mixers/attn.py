@@ -1,27 +1,26 @@
 """Softmax attention: o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s over s <= t, and over s > t - W with a window; and
 what the field does to its keys and values, pattern, positions, scores and outputs.
 
-The equations of the genes stand with their modules: `attention_memory`, `attention_states` and `attention_codes` for
-keys and values, `attention_pattern` for windows and sinks, `attention_strides`, `attention_choice` and
-`attention_eviction` for sparse patterns, `attention_position` for positions, `attention_heads` for norms, queries of
-low rank and differential outputs, `attention_scores` for terms and weights of scores, `attention_mix` for heads that
-mix and `attention_scan` for learned queries, each with its sources.
+The equations of the genes stand with their modules: `attention_memory`, `attention_states`, `attention_filters` and
+`attention_codes` for keys and values, `attention_pattern` for windows and sinks, `attention_strides`,
+`attention_choice` and `attention_eviction` for sparse patterns, `attention_position` for positions, `attention_heads`
+for norms, queries of low rank and differential outputs, `attention_scores` for terms and weights of scores,
+`attention_mix` for heads that mix and `attention_scan` for learned queries, each with its sources.
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; multi-query: Shazeer 2019 (arXiv 1911.02150); grouped
-queries: Ainslie et al. 2023 (arXiv 2305.13245); fewer query heads: Filipek 2025 (arXiv 2510.01817), which is `heads`
-and `head_dim`; query and key norms: Dehghani et al. 2023 (arXiv 2302.05442), over all heads at once as in the
-reference code of OLMo 2; output gate o * sigmoid(W_g x): Qiu et al. 2025 (arXiv 2505.06708), elementwise after the
-attention; norm of each head's output and the other genes of a Pro block: Lin et al. 2025 (arXiv 2503.02130), section
-3.2; one cache for many layers, `kv=own` and `kv=shared`: Sun et al. 2024 (arXiv 2405.05254), equation 3; keys and
-values of what a mixer beside it makes of the same input, `source=context` and `source=both`: Pilault et al. 2023
-(arXiv 2306.09539), whose context states are a state space model's; attention to the stream and the embeddings,
+queries: Ainslie et al. 2023 (arXiv 2305.13245); shared keys: He et al. 2024 (Rodimus, arXiv 2410.06577); fewer query
+heads: Filipek 2025 (arXiv 2510.01817), which is `heads` and `head_dim`; query and key norms: Dehghani et al. 2023
+(arXiv 2302.05442), over all heads at once as in the reference code of OLMo 2; output gate o * sigmoid(W_g x): Qiu et
+al. 2025 (arXiv 2505.06708), elementwise after the attention; norm of each head's output and the other genes of a Pro
+block: Lin et al. 2025 (arXiv 2503.02130), section 3.2; one cache for many layers, `kv=own` and `kv=shared`: Sun et
+al. 2024 (arXiv 2405.05254), equation 3; keys and values of what a mixer beside it makes of the same input,
+`source=context` and `source=both`: Pilault et al. 2023 (arXiv 2306.09539), whose context states are a state space
+model's and, as in the listing of its appendix, seen as tokens are; attention to the stream and the embeddings,
 `reads=embeddings`: Glorioso et al. 2024 (arXiv 2405.16712), figure 2.
 
 Departures: `kv=own` is an attention layer of its own whose keys and values the `kv=shared` layers above read; in the
-paper the shared keys and values belong to no layer. Context states are seen as tokens are: under sparse=chunk those of
-its own block up to a token itself, where the paper's single-head form has those of the block before. Norms have one
-set of weights for all heads, where the reference code of the Pro block has one for each. Cosine attention is
-`qk_norm=l2`, whose learned scale stands for a temperature.
+paper the shared keys and values belong to no layer. Norms have one set of weights for all heads, where the reference
+code of the Pro block has one for each. Cosine attention is `qk_norm=l2`, whose learned scale stands for a temperature.
 """
 
 from __future__ import annotations
@@ -74,18 +73,19 @@ _STATES = 32
 class Attn(Mixer):
     """Softmax attention.
 
-    `kv`: every query head has its keys and values (mha), all share one (mqa), or n do (gqa(n)); they are made of a
-    latent of the given rank, beside channels that turn (mla(rank, rope_dim)); by state spaces that begin anew every n
-    tokens (ssm_chunk(n)); values are made of one key head (reuse); keys are quantised to n codes, which takes no
-    cache (vq(n)); `own` also publishes keys and values to the layers above, and `shared` reads what the nearest `own`
-    below has published. `source`: keys and values are of the token, of the context (what the branches beside it make
-    of it that read no context), or there are two attentions, one to each, and their sum. `query`: made of the token,
-    or learned and the same for all. `query_rank`: queries through so many channels, with a norm. `window`: how far a
-    token sees; stochastic(a, b) takes a or b for each batch of training, and b otherwise; of it every `dilation`-th
-    token. `sink`: a learned logit in the denominator, or the first n tokens beside a window. `meta`: learned keys and
-    values that every token sees. `rotary`: the share of channels that turn. `forget`: decays of each head, whose
-    logarithms are added to the scores (head), or which multiply the weights (mask). `experts`: of so many query
-    heads, each token takes `heads`. `reads`: the stream, or the stream and the embeddings.
+    `kv`: every query head has its keys and values (mha), all share one (mqa), or n do (gqa(n)); all share one head of
+    keys, and have values of their own (ska); they are made of a latent of the given rank, beside channels that turn
+    (mla(rank, rope_dim)); by state spaces that begin anew every n tokens (ssm_chunk(n)), or by one of n numbers for
+    each head and channel (filters(n)); values are made of one key head (reuse); keys are quantised to n codes, which
+    takes no cache (vq(n)); `own` also publishes keys and values to the layers above, and `shared` reads what the
+    nearest `own` below has published. `source`: keys and values are of the token, of the context (what the branches
+    beside it make of it that read no context), or there are two attentions, one to each, and their sum. `query`: made
+    of the token, or learned and the same for all. `query_rank`: queries through so many channels, with a norm.
+    `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of training, and b otherwise; of it
+    every `dilation`-th token. `sink`: a learned logit in the denominator, or the first n tokens beside a window.
+    `meta`: learned keys and values that every token sees. `rotary`: the share of channels that turn. `forget`: decays
+    of each head, whose logarithms are added to the scores (head), or which multiply the weights (mask). `experts`: of
+    so many query heads, each token takes `heads`. `reads`: the stream, or the stream and the embeddings.
     """
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -106,10 +106,11 @@ class Attn(Mixer):
     head_dim: Annotated[int | None, Whole(1, 1024)] = None
     kv: Annotated[
         str | Form,
-        Choice("mha", "mqa", "reuse", "own", "shared"),
+        Choice("mha", "mqa", "ska", "reuse", "own", "shared"),
         Call("gqa", Whole(1, 256)),
         Call("mla", Whole(1, 16384), Whole(0, 1024)),
         Call("ssm_chunk", Whole(2, 65536)),
+        Call("filters", Whole(2, 1024)),
         Call("vq", Whole(2, 65536)),
     ] = "mha"
     source: Annotated[str, Choice("token", "context", "both")] = "token"
@@ -173,6 +174,14 @@ class Attn(Mixer):
             return heads, int(self.kv.arguments[0]) if self.kv.name == "gqa" else heads, head_dim
         return heads, 1 if self.kv in ("mqa", "reuse") else heads, head_dim
 
+    def key_heads(self, kv_heads: int) -> int:
+        """Heads of keys, which may be fewer than those of values."""
+        return 1 if self.kv == "ska" else kv_heads
+
+    def turning_heads(self, kv_heads: int) -> int:
+        """Heads of what turns by its position."""
+        return 1 if self.latent is not None else self.key_heads(kv_heads)
+
     @property
     def norms_input(self) -> bool:
         return self.reads == "embeddings"
@@ -194,6 +203,11 @@ class Attn(Mixer):
         return (
             int(self.kv.arguments[0]) if isinstance(self.kv, Form) and self.kv.name == "ssm_chunk" else None
         )
+
+    @property
+    def filters(self) -> int | None:
+        """Numbers of each channel in the state space that each head has."""
+        return int(self.kv.arguments[0]) if isinstance(self.kv, Form) and self.kv.name == "filters" else None
 
     @property
     def codes(self) -> int | None:
@@ -312,7 +326,7 @@ class Attn(Mixer):
         kv, window = self.kv, self.window
         if isinstance(kv, Form) and kv.name == "gqa":
             kv = "mha" if kv_heads == heads else "mqa" if kv_heads == 1 else kv
-        if kv == "mqa" and heads == 1:
+        if kv in ("mqa", "ska") and heads == 1:
             kv = "mha"
         if isinstance(window, Form) and window.arguments[0] == window.arguments[1]:
             window = int(window.arguments[0])

@@ -15,6 +15,9 @@ e is learned, so that no two states are alike. After the last token of block b, 
                     c^{b+1} = (1 - u) c^b + u norm(gelu(W_c [r c^b; z] + b_c)),  z the last x of each of S stretches
     update=fifo     m = mean of x,  n = sigmoid(W_g [c^b_S; m] + b_g)
                     c^{b+1} = [c^b_2, ..., c^b_S, n m + (1 - n) c^b_S]
+    update=filters(n)
+                    c^{b+1}_j = 2 Re sum_p C_jp h_jp + D_j x,  h = e^(dt_j A_jp) h + x over all tokens so far: what the
+                    j-th of S filters says of the last token, n/2 complex A for each filter and C for each channel
 
 Only q and k between tokens are rotated by position. With one token at a time the states change in `between`, after the
 last token of a block and before the first of the next.
@@ -23,14 +26,16 @@ Sources: update=attend: Hutchins et al. 2022 (arXiv 2203.07852), section 3.1 and
 configuration, and the authors' code (google-research/meliad, transformer_layer.py) for the states' own projections,
 norm and e. update=gru: Zhang et al. 2023 (Cached Transformers, arXiv 2312.12742), gated recurrent cache, in the form of
 the authors' code (GRC_Attention.py). update=fifo: Kashyap 2025 (arXiv 2507.00453), chunked attention beside a gated
-queue of slots.
+queue of slots. update=filters: Pilault et al. 2023 (Block-State Transformers, arXiv 2306.09539), context states of
+several filters, as in the listing of its appendix, with S4D's state spaces (Gu et al. 2022, arXiv 2206.11893).
 
 Departures: with update=attend the states read the tokens of one block, those of the code also the block before;
 positions are rotary, not T5's relative ones; queries and keys have no norm; b_g begins at 1. A gated recurrent cache
 is here one for each sequence, written by whole blocks and read by the blocks after them, where the paper's is one for
 all of a training and is read by the tokens that wrote it; it is as wide as the layer; its first state is learned, its
 norms are RMS, and y has one output projection. Of the queue the paper's abstract says that it is gated and first in,
-first out: the mean and the gate's form are ours; the paper's attention to all tokens is a layer of its own here.
+first out: the mean and the gate's form are ours; the paper's attention to all tokens is a mixer beside this
+one. Filters share their poles over the channels, where S4D has some for each channel.
 """
 
 from __future__ import annotations
@@ -42,13 +47,13 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import attention
 from mixforge.kernels.attention import attended_pairs
-from mixforge.search_space.genes import Choice, GeneValue, Whole
+from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Whole
 from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.block_recurrence import BlockRecurrence
 from mixforge.search_space.parts.norm import norm_part
-from mixforge.search_space.parts.state_vectors import AttendingStates, GatedCache, GatedQueue
+from mixforge.search_space.parts.state_vectors import AttendingStates, FilteredStates, GatedCache, GatedQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class Blockrec(Mixer):
     head_dim: Annotated[int | None, Whole(2, 1024)] = None
     window: Annotated[int, Whole(2, 65_536)] = 16
     states: Annotated[int, Whole(1, 65_536)] = 16
-    update: Annotated[str, Choice("attend", "gru", "fifo")] = "attend"
+    update: Annotated[str | Form, Choice("attend", "gru", "fifo"), Call("filters", Whole(2, 1024))] = "attend"
     local: Annotated[str, Choice("window", "chunk")] = "window"
     fuse: Annotated[str, Choice("concat", "scalar")] = "concat"
 
@@ -76,12 +81,19 @@ class Blockrec(Mixer):
         heads = default_heads(width) if self.heads is None else self.heads
         return heads, max(1, width // heads) if self.head_dim is None else self.head_dim
 
+    @property
+    def numbers(self) -> int:
+        """Numbers that a filter has for each channel; 0 where there are no filters."""
+        return int(self.update.arguments[0]) if isinstance(self.update, Form) else 0
+
     def why_illegal(self, width: int) -> str | None:
         heads, head_dim = self.sizes(width)
         if self.head_dim is None and width % heads != 0:
             return undivided("blockrec", heads, width)
         if head_dim % 2 != 0:
             return f"rotary positions need an even head_dim, not {head_dim} (mixer blockrec)"
+        if self.numbers % 2 != 0:
+            return f"update={self.update} is no number of conjugate pairs (mixer blockrec); say an even one"
         return None
 
     def canonical(self, width: int) -> Self:
@@ -103,13 +115,9 @@ class Blockrec(Mixer):
         # What every token meets, what every state meets to be read, and what one update multiplies.
         side = 4 * width * inner + (1 if scalars else 2) * inner * width
         asked = (4 if self.update == "attend" else 2) * width * inner
-        changing = {"attend": 2 * inner, "gru": 6 * width, "fifo": 2 * width}[self.update] * width
-        vectors = {"attend": 2, "gru": 4, "fifo": 1}[self.update] * width
-        params = side + scalars + asked + changing + vectors + 2 * self.states * width + width
+        changing, changed = self._change_cost(width)
+        params = side + scalars + asked + changing + 2 * self.states * width + width
         blocks = -(-length // self.window)
-        changed = 2 * (1 if self.update == "fifo" else self.states) * changing
-        if self.update == "attend":
-            changed += 4 * inner * self.states * (self.states + self.window)
         slots = 2 * min(length, self.window) * inner * itemsize
         noted, written = self._noted(width, length, itemsize)
         state_bytes = slots + noted + self.states * (width + 2 * inner) * itemsize
@@ -122,6 +130,20 @@ class Blockrec(Mixer):
             state_bytes=state_bytes,
             decode_bytes=params * itemsize + state_bytes + 2 * inner * itemsize + written,
         )
+
+    def _change_cost(self, width: int) -> tuple[int, int]:
+        """Weights of a change of the states, and FLOPs of one."""
+        heads, head_dim = self.sizes(width)
+        inner, states = heads * head_dim, self.states
+        if isinstance(self.update, Form):
+            numbers = states * self.numbers
+            return states + numbers + (numbers + states) * width, 2 * numbers * self.window * width
+        matrices = {"attend": 2 * inner, "gru": 6 * width, "fifo": 2 * width}[self.update] * width
+        vectors = {"attend": 2, "gru": 4, "fifo": 1}[self.update] * width
+        flops = 2 * (1 if self.update == "fifo" else states) * matrices
+        if self.update == "attend":
+            flops += 4 * inner * states * (states + self.window)
+        return matrices + vectors, flops
 
     def _pairs(self, length: int) -> int:
         """Of tokens, masked ones included."""
@@ -137,6 +159,9 @@ class Blockrec(Mixer):
             return min(length, self.window) * entry, entry
         if self.update == "gru":
             return min(self.states, self.window) * width * itemsize, width * itemsize
+        if isinstance(self.update, Form):
+            filtered = (4 * self.states * self.numbers + itemsize) * width
+            return filtered, filtered
         # The sum of a block stays in float32.
         return 4 * width, 4 * width
 
@@ -160,6 +185,8 @@ class Blockrec(Mixer):
         given = {"width": width, "heads": heads, "head_dim": head_dim, "states": self.states, "norm": norm}
         if self.update == "attend":
             return Part(AttendingStates, **given)
+        if isinstance(self.update, Form):
+            return Part(FilteredStates, **given, numbers=self.numbers)
         if self.update == "gru":
             return Part(GatedCache, **given, block=self.window, change_norm=norm)
         return Part(GatedQueue, **given, block=self.window)

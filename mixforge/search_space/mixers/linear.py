@@ -18,7 +18,8 @@ Genes, from the input to the output:
                 of what the branches beside it say that read no context (WuNeng: `parts/linear_points`)
     decay       none is 1; head and layer fixed numbers for each head; scalar one for each token and head, channel
                 one for each key channel too, both S <- Diag(D_t) S Diag(D'_t), for each value channel too
-    forget      how these last three follow from the input, W of rank `forget_rank` by channel (`parts/decay`)
+    forget      how these last three follow from the input, W of rank `forget_rank` by channel, or that they are learned
+                and the same for all tokens (`parts/decay`)
     key         forget takes k_t = 1 - D_t and has no projection of keys; latent makes each key channel a softmax
                 over time and the queries a softmax over the channels
     pos         rope, xpos: rotation before the feature map. lrpe, phase, cosine(M): queries and keys doubled by an
@@ -109,7 +110,7 @@ class Linear(Mixer):
     decay: Annotated[str, Choice("none", "head", "layer", "scalar", "channel", "both")] = "none"
     forget: Annotated[
         str | Form,
-        Choice("softplus", "sigmoid", "key", "bounded", "exp", "capped", "tempered"),
+        Choice("softplus", "sigmoid", "key", "bounded", "exp", "capped", "tempered", "learned"),
         Call("sigmoid", Whole(1, 64)),
     ] = "softplus"
     forget_rank: Annotated[int | str | None, Choice("full"), Whole(1, 1024)] = None
@@ -312,7 +313,7 @@ class Linear(Mixer):
         if divides and isinstance(value_dim, int):
             value_dim = None if value_dim == usual else "double" if value_dim == 2 * usual else value_dim
         forget = "sigmoid" if self.forget == _USUAL_SIGMOID else self.forget
-        ranked = self.by_channel and self.forget_form != "key"
+        ranked = self.by_channel and self.forget_form not in ("key", "learned")
         forget_rank = self.forget_rank if ranked else None
         if forget_rank is not None and self.rank(width) == replace(self, forget_rank=None).rank(width):
             forget_rank = None
@@ -419,7 +420,7 @@ class Linear(Mixer):
 
     def _reads(self) -> list[str]:
         """The projections that a token shift gives inputs of their own."""
-        from_input = self.gated_decay and self.forget_form != "key"
+        from_input = self.gated_decay and self.forget_form not in ("key", "learned")
         writes = (
             self.memories != "none"
             or self.levels != "one"

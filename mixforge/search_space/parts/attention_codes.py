@@ -8,6 +8,9 @@ n_tc counts the tokens up to t of code c, and m_tc is the mean of their values; 
 same attention, as tokens of one code have one weight. A sequence is read in blocks of C tokens: a token sees those of
 its own block one by one, and all before them by their codes, so that work grows in proportion to the length.
 
+With a bias b_{t-s} of distances below R, tokens of the own block and of the one before, which have R tokens or more, are
+seen one by one, and the last R tokens are kept one by one beside the sums.
+
 Gradients pass k^ as if it were k (straight through) where tokens are seen one by one, and stop at keys of earlier
 blocks. In training the squared distance of keys and codes is added to the loss, as that of codes to keys that stand
 still, and times 1e-4 as that of keys to codes that stand still.
@@ -16,10 +19,12 @@ Sources: Lingle 2023 (Transformer-VQ, arXiv 2309.16354) and its public code, for
 coefficient; Liu et al. 2024 (LongVQ, arXiv 2404.11163), with a state space beside.
 
 Departures: codes are weights, which descend on their distance to keys and, through the scores, on the loss of the
-model, where the papers move them by running means of their keys; no biases of the distance in and near the block.
+model, where the papers move them by running means of their keys.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -57,43 +62,22 @@ class CodeAttention(TokenMixer):
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        held = torch.float64 if dtype == torch.float64 else torch.float32
-        heads, codes, channels = self.codebook.shape
-        return {
-            "count": torch.zeros(batch, heads, codes, device=device, dtype=held),
-            "sum": torch.zeros(batch, heads, codes, channels, device=device, dtype=held),
-            **self.memory.initial_state(batch, device, dtype),
-        }
+        empty = no_codes(self.codebook, self.codebook.shape[2], batch, device, dtype)
+        return {**empty, **self.memory.initial_state(batch, device, dtype)}
 
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         q_BHTK, k_BHTK, v_BHTV = self.read(x_BTD, state, at)
-        codes_HCK = self.codebook.to(q_BHTK.dtype)
-        is_of_BHTC = nearest(k_BHTK, codes_HCK)
-        code_BHTK = is_of_BHTC @ codes_HCK
-        # The codes' values, with the gradient of the keys'.
-        near_BHTK = code_BHTK + (k_BHTK - k_BHTK.detach())
-        past = None if state is None else (state["count"], state["sum"])
-        o_BHTV, count_BHC, sum_BHCV = by_blocks(q_BHTK, near_BHTK, v_BHTV, is_of_BHTC, codes_HCK, past)
+        o_BHTV, code_BHTK = over_codes(q_BHTK, k_BHTK, v_BHTV, self.codebook, state)
         y_BTD = self.output(o_BHTV.to(x_BTD.dtype), x_BTD)
-        if state is not None:
-            state["count"].copy_(count_BHC)
-            state["sum"].copy_(sum_BHCV)
-        elif self.training and torch.is_grad_enabled():
-            loss = distance(k_BHTK.detach(), code_BHTK) + COMMITMENT * distance(k_BHTK, code_BHTK.detach())
-            y_BTD = AttachLoss.apply(y_BTD, loss)  # type: ignore[no-untyped-call]
+        if state is None and self.training and torch.is_grad_enabled():
+            y_BTD = AttachLoss.apply(y_BTD, apart(k_BHTK, code_BHTK))  # type: ignore[no-untyped-call]
         return y_BTD, state
 
     def step(self, x_BD: Tensor, state: dict[str, Tensor], at: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         x_BTD = x_BD[:, None]
-        q_BHTK, k_BHTK, v_BHTV = self.read(x_BTD, state, at)
-        codes_HCK = self.codebook.to(q_BHTK.dtype)
-        is_of_BHC1 = nearest(k_BHTK, codes_HCK).transpose(2, 3)
-        state["count"].add_(is_of_BHC1[..., 0])
-        state["sum"].add_(is_of_BHC1 * v_BHTV)
-        scores_BHTC = q_BHTK @ codes_HCK.transpose(1, 2) + state["count"].log()[:, :, None]
-        o_BHTV = scores_BHTC.softmax(3) @ mean_value(state["count"], state["sum"])
+        o_BHTV = over_codes_step(*self.read(x_BTD, state, at), self.codebook, state)
         return self.output(o_BHTV.to(x_BTD.dtype), x_BTD)[:, 0], state
 
     def read(self, x_BTD: Tensor, state: dict[str, Tensor] | None, at: Pass) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,11 +88,60 @@ class CodeAttention(TokenMixer):
         return q_BHTK.to(exact) * self.scale, entries["key"].to(exact), entries["value"].to(exact)
 
 
+def no_codes(
+    codebook: Tensor, channels: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Counts, and sums of values of so many channels, before the first token."""
+    held = torch.float64 if dtype == torch.float64 else torch.float32
+    heads, codes, _ = codebook.shape
+    return {
+        "count": torch.zeros(batch, heads, codes, device=device, dtype=held),
+        "sum": torch.zeros(batch, heads, codes, channels, device=device, dtype=held),
+    }
+
+
+def over_codes(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, codebook: Tensor, state: dict[str, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """A sequence: [B, H, T, V] of queries that are divided by sqrt(K), and the keys' codes.
+
+    All are float32 or better. The state is brought up to date in place.
+    """
+    codes_HCK = codebook.to(q_BHTK.dtype)
+    is_of_BHTC = nearest(k_BHTK, codes_HCK)
+    code_BHTK = is_of_BHTC @ codes_HCK
+    # The codes' values, with the gradient of the keys'.
+    near_BHTK = code_BHTK + (k_BHTK - k_BHTK.detach())
+    past = None if state is None else (state["count"], state["sum"])
+    o_BHTV, count_BHC, sum_BHCV = by_blocks(q_BHTK, near_BHTK, v_BHTV, is_of_BHTC, codes_HCK, past)
+    if state is not None:
+        state["count"].copy_(count_BHC)
+        state["sum"].copy_(sum_BHCV)
+    return o_BHTV, code_BHTK
+
+
+def over_codes_step(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, codebook: Tensor, state: dict[str, Tensor]
+) -> Tensor:
+    """As `over_codes`, of one token."""
+    codes_HCK = codebook.to(q_BHTK.dtype)
+    is_of_BHC1 = nearest(k_BHTK, codes_HCK).transpose(2, 3)
+    state["count"].add_(is_of_BHC1[..., 0])
+    state["sum"].add_(is_of_BHC1 * v_BHTV)
+    scores_BHTC = q_BHTK @ codes_HCK.transpose(1, 2) + state["count"].log()[:, :, None]
+    return scores_BHTC.softmax(3) @ mean_value(state["count"], state["sum"])
+
+
 def nearest(k_BHTK: Tensor, codes_HCK: Tensor) -> Tensor:
     """[B, H, T, C], 1 at the code that is nearest to a key, the first of equally near ones."""
     apart_BHTC = codes_HCK.square().sum(2)[:, None] - 2 * k_BHTK @ codes_HCK.transpose(1, 2)
     code_C = torch.arange(codes_HCK.shape[1], device=k_BHTK.device)
     return (apart_BHTC.argmin(3, keepdim=True) == code_C).to(k_BHTK.dtype)
+
+
+def apart(k_BHTK: Tensor, code_BHTK: Tensor) -> Tensor:
+    """What training adds to the loss."""
+    return distance(k_BHTK.detach(), code_BHTK) + COMMITMENT * distance(k_BHTK, code_BHTK.detach())
 
 
 def distance(k_BHTK: Tensor, code_BHTK: Tensor) -> Tensor:
@@ -140,6 +173,41 @@ def by_blocks(
     o = weights[..., : codes_HCK.shape[1]] @ mean_value(before_BNHC, sum_BNHCV[:, :-1])
     o = o + weights[..., codes_HCK.shape[1] :] @ v
     return o.transpose(1, 2).flatten(2, 3)[:, :, :length], count_BNHC[:, -1], sum_BNHCV[:, -1]
+
+
+def by_blocks_with_bias(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    is_of_BHTC: Tensor,
+    codes_HCK: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    reach: int,
+    bias: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Outputs [B, H, T, V] after a past of tokens that are farther than the bias reaches from any of these."""
+    length, codes = q_BHTK.shape[2], codes_HCK.shape[1]
+    size = block_length(length, max(codes, reach))
+    q, k, v, is_of = (folded(x, size) for x in (q_BHTK, k_BHTK, v_BHTV, is_of_BHTC))
+    count_BNHC = before_last(running(is_of.sum(3), None if past is None else past[0]))
+    sum_BNHCV = before_last(running(is_of.transpose(3, 4) @ v, None if past is None else past[1]))
+    k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], 3) for x in (k, v))
+    far = q @ codes_HCK.transpose(1, 2) + count_BNHC.log()[..., None, :]
+    place = torch.arange(2 * size, device=q.device)
+    distance = place[size:, None] - place
+    near = q @ k.transpose(3, 4) + bias(distance).to(q.dtype)
+    # Before the first block there is none.
+    first = torch.arange(q.shape[1], device=q.device)[:, None, None] == 0
+    hidden = (distance < 0) | (first & (place < size))
+    near = near.masked_fill(hidden[:, None], -torch.inf)
+    weights = torch.cat([far, near], 4).softmax(4)
+    o = weights[..., :codes] @ mean_value(count_BNHC, sum_BNHCV) + weights[..., codes:] @ v
+    return o.transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def before_last(sums: Tensor) -> Tensor:
+    """[B, N, ...] of [B, N + 1, ...]: sums over the blocks before the one before each block."""
+    return torch.cat([sums[:, :1], sums[:, :-2]], 1)
 
 
 def block_length(length: int, codes: int) -> int:

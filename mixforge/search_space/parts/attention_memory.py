@@ -1,6 +1,6 @@
 """What attention keeps of a token, and keys and values made of it.
 
-    heads     k = W_k x, v = W_v x, kept as they are
+    heads     k = W_k x, v = W_v x, kept as they are; the keys of one head for all of them with shared keys
     latent    c = norm(W_c x), r = turned(W_r x), kept; k_h = [r, U_h c], v_h = V_h c
     reuse     k = W_k x, kept before it is turned; v = k + a * (N k)
     shift     k_t = g_t k'_{t-1} + (1 - g_t) k'_t with g_t = sigmoid(w x_t), and values alike
@@ -11,7 +11,8 @@ it. A step over latents never makes keys and values: U is applied to the query a
 `release`), and the latents are the keys and values of all heads.
 
 Sources: DeepSeek-AI 2024 (arXiv 2405.04434), section 2.1, equations 9 to 19; Hu et al. 2024 (arXiv 2412.19255),
-section 3, for values made of keys; Lin et al. 2025 (arXiv 2503.02130), section 3.2, for shifted keys and values.
+section 3, for values made of keys; Lin et al. 2025 (arXiv 2503.02130), section 3.2, for shifted keys and values; He
+et al. 2024 (Rodimus, arXiv 2410.06577), for shared keys.
 
 Departures: the turned channels stand first in keys of latents and in queries, where the reference code has them last.
 The values of `reuse` are made of keys before any norm of the keys, and a starts at 0.1, for at the paper's 0 no
@@ -88,11 +89,12 @@ class TokenShift(nn.Module):
 
 
 class KeysValues(Memory):
-    """Keys and values of `heads` heads; with `publishes`, for layers above as well."""
+    """Values of `heads` heads, and keys of as many or of one; with `publishes`, for layers above as well."""
 
     def __init__(
         self,
         heads: int,
+        key_heads: int,
         head_dim: int,
         key: nn.Module,
         value: nn.Module,
@@ -104,6 +106,7 @@ class KeysValues(Memory):
     ) -> None:
         super().__init__()
         self.heads = heads
+        self.key_heads = key_heads
         self.head_dim = head_dim
         self.whole = whole
         self.publishes = publishes
@@ -114,12 +117,16 @@ class KeysValues(Memory):
         self.value_shift = value_shift
 
     def kept(self) -> dict[str, tuple[int, int]]:
-        return {"key": (self.heads, self.head_dim), "value": (self.heads, self.head_dim)}
+        return {"key": (self.key_heads, self.head_dim), "value": (self.heads, self.head_dim)}
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        names = [] if self.key_shift is None else ["last_key", "last_value"]
-        shape = (batch, self.heads * self.head_dim)
-        return {name: torch.zeros(shape, device=device, dtype=dtype) for name in names}
+        if self.key_shift is None:
+            return {}
+        heads = {"last_key": self.key_heads, "last_value": self.heads}
+        return {
+            name: torch.zeros(batch, count * self.head_dim, device=device, dtype=dtype)
+            for name, count in heads.items()
+        }
 
     def entries(
         self, x_BTD: Tensor, angle: Tensor | None, state: dict[str, Tensor] | None, at: Pass
@@ -133,10 +140,13 @@ class KeysValues(Memory):
         if self.key_shift is not None and self.value_shift is not None:
             k_BTF = self.key_shift(k_BTF, x_BTD, None if state is None else state["last_key"])
             v_BTF = self.value_shift(v_BTF, x_BTD, None if state is None else state["last_value"])
-        return normalised(k_BTF, self.heads, self.key_norm, self.whole), split_heads(v_BTF, self.heads)
+        return normalised(k_BTF, self.key_heads, self.key_norm, self.whole), split_heads(v_BTF, self.heads)
 
     def read(self, entries: dict[str, Tensor], angle: Tensor | None, at: Pass) -> tuple[Tensor, Tensor]:
-        return entries["key"], entries["value"]
+        k_BHSK = entries["key"]
+        if self.key_heads != self.heads:
+            k_BHSK = k_BHSK.expand(-1, self.heads, -1, -1)
+        return k_BHSK, entries["value"]
 
 
 class Borrowed(Memory):

@@ -136,14 +136,14 @@ class BlockRecurrence(TokenMixer):
     def over_blocks(self, x_BTD: Tensor, p_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
         """What the tokens of a sequence from its beginning read of the states, block by block."""
         c_BSD = self.vectors.first.expand(len(p_BHTK), -1, -1)
-        read = []
+        read, noted = [], None
         length = p_BHTK.shape[2]
         for begin in range(0, length, self.window):
             block = slice(begin, begin + self.window)
             asked = self.vectors.ask(c_BSD)
             read.append(attend(p_BHTK[:, :, block], asked[0], asked[1], None))
             if block.stop < length:
-                noted = self.vectors.note(x_BTD[:, block], k_BHTK[:, :, block], v_BHTK[:, :, block])
+                noted = self.vectors.note(x_BTD[:, block], k_BHTK[:, :, block], v_BHTK[:, :, block], noted)
                 c_BSD = self.vectors.after(c_BSD, asked, noted)
         return torch.cat(read, 2)
 

@@ -9,6 +9,7 @@
     key       log sigmoid(k) / 16, or of the mean of k: Lan et al. 2025 (arXiv 2503.01496)
     bounded   log(gamma + (1 - gamma) sigmoid(W x)): Qin et al. 2024 (arXiv 2404.07904)
     exp       -exp(W x + b): Peng et al. 2024 (arXiv 2404.05892)
+    learned   -exp(b), which is the same for all tokens: the same, section 4.1 (Eagle)
     capped    -e^(-1/2) sigmoid(W x + b): Peng et al. 2025 (arXiv 2503.14456), section 4
     tempered  -g tau, g = softplus(W x + b), tau = sigmoid(W' x + b'), and the gate g^tau of the keys: He et al. 2024
               (arXiv 2410.06577)
@@ -219,6 +220,23 @@ class ExpDecay(nn.Module):
         # e^4 forgets everything in float64 too; what is larger only overflows.
         log = -math.exp(-0.5) * torch.sigmoid(logit) if self.capped else -logit.clamp(max=4).exp()
         return (split_heads(log, self.heads).clamp(min=CHANNEL_FLOOR) if self.by_channel else log), None
+
+
+class LearnedDecay(nn.Module):
+    """log D = -exp(b), the same for all tokens: [B, T, H], or [B, T, H, K] and at least -5 with `channels`.
+
+    b starts as that of `ExpDecay`.
+    """
+
+    def __init__(self, heads: int, channels: int | None) -> None:
+        super().__init__()
+        start = torch.linspace(-6.0, -1.0, heads if channels is None else channels)
+        self.rate = nn.Parameter(start if channels is None else start.repeat(heads, 1))
+
+    def forward(self, x_BTD: Tensor, k_BTHK: Tensor) -> tuple[Tensor, Tensor | None]:
+        log = -exact(self.rate).clamp(max=4).exp()
+        log = log.clamp(min=CHANNEL_FLOOR) if log.dim() == 2 else log
+        return log.expand(*x_BTD.shape[:2], *log.shape), None
 
 
 class TemperedDecay(nn.Module):

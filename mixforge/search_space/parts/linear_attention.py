@@ -354,14 +354,16 @@ class LinearAttention(TokenMixer):
             factor = length if factor is None else factor * length
         if factor is not None:
             write_BTHV = write_BTHV * factor[..., None].to(dtype)
+        if self.gated_keys or self.value_decay is not None:
+            group = self.heads // self.key_heads
+            read.q_BTHK = read.q_BTHK.repeat_interleave(group, 2)
+            read.k_BTHK = read.k_BTHK.repeat_interleave(group, 2)
         if self.gated_keys:
             assert read.decay is not None
             factor = gate if self.tempered_keys and gate is not None else -torch.expm1(read.decay)
             if factor.shape[-1] < self.features:
                 factor = torch.cat([factor, factor], -1)
-            group = self.heads // self.key_heads
-            read.q_BTHK = read.q_BTHK.repeat_interleave(group, 2)
-            read.k_BTHK = read.k_BTHK.repeat_interleave(group, 2) * factor.to(dtype)
+            read.k_BTHK = read.k_BTHK * factor.to(dtype)
         read.write_BTHV = write_BTHV
         if self.removal is not None:
             read.k_BTHK, read.strength = self.removal(inputs.write, read.k_BTHK)

@@ -17,6 +17,7 @@ from mixforge.search_space.parts.decay import (
     HeadDecay,
     KeyDecay,
     LayerDecay,
+    LearnedDecay,
     SigmoidChannelDecay,
     SigmoidDecay,
     SoftplusChannelDecay,
@@ -139,11 +140,12 @@ def decay_piece(
     place: tuple[int, int],
     cap: float | None = None,
 ) -> Piece:
-    """A decay that follows from the input: one for each head, or for each of its `channels`."""
+    """A decay that is not fixed: one for each head, or for each of its `channels`."""
     count = heads if channels is None else heads * channels
     rates = 2 * count if forget == "tempered" else count
-    matrix = 0 if forget == "key" else width * rates
-    if rank is not None and channels is not None and forget != "key":
+    follows = forget not in ("key", "learned")
+    matrix = width * rates if follows else 0
+    if rank is not None and channels is not None and follows:
         matrix = rank * (width + rates)
     vectors = {"key": 0, "softplus": count + heads}.get(forget, rates)
     return Piece(
@@ -167,6 +169,8 @@ def _decay_part(
     match forget:
         case "key":
             return Part(KeyDecay, heads=heads, by_channel=channels is not None)
+        case "learned":
+            return Part(LearnedDecay, heads=heads, channels=channels)
         case "softplus":
             softplus_decay = SoftplusDecay if channels is None else SoftplusChannelDecay
             return Part(softplus_decay, width=width, heads=heads, **by_rank)

@@ -19,6 +19,7 @@ equations.
   mlstm     Beck et al. 2024 (arXiv 2405.04517), section 2.3, in the block of Beck et al. 2025 (arXiv 2503.13427): no
             convolution, keys half as wide as values. The recurrence is run as e^-m S, whose decay and gate are
             at most 1.
+  rwkv5     Peng et al. 2024 (arXiv 2404.05892), Eagle. log D >= -5.
   rwkv6     Peng et al. 2024 (arXiv 2404.05892), Finch. One rank, 32, for all shifts; log D_t >= -5.
   rwkv7     Peng et al. 2025 (arXiv 2503.14456), Goose. The first of its layers has values=own, the others values=shared.
             Ranks are 64 for decays and rates, 32 for the shared values and 128 for the gate; the group norm's epsilon
@@ -94,6 +95,14 @@ POINTS: Mapping[str, Mapping[str, GeneValue]] = {
         "out_norm": "group",
         "out_gate": "sigmoid",
         "key_dim": "half",
+    },
+    "rwkv5": {
+        "decay": "channel",
+        "forget": "learned",
+        "skip": "bonus",
+        "shift": "lerp",
+        "conv": "none",
+        "out_norm": "group",
     },
     "rwkv6": {
         "decay": "channel",

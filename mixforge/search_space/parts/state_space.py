@@ -1,9 +1,9 @@
-"""The state-space part of a block: N numbers for each of its F channels, selective (S6) or fixed (S4D).
+"""The state-space part of a block: N numbers for each of its F channels, selective (S6) or fixed (S4D, moving averages).
 
 Each scan reads u_BTF, [B, T, F], and gives y_BTF, what the block's gate is to add (None but for a fixed point) and
 its state after, under the names of `initial_state`. Steps write into the state that they are given.
 
-Sources: see `mixers.ssm`.
+Sources: see `mixers.ssm`, and for moving averages `mixers.gau`.
 """
 
 from __future__ import annotations
@@ -95,33 +95,16 @@ class SelectiveScan(StateSpace):
         return y_BF, None
 
 
-class DiagonalScan(StateSpace):
-    """S4D: a = exp(dt A) does not depend on the input; A is real, or N/2 pairs of conjugate complex numbers."""
+class FixedScan(StateSpace):
+    """h_t = a h_{t-1} + u_t and y_t = Re c . h_t + skip u_t, where nothing follows from the input. Abstract."""
 
-    def __init__(
-        self,
-        channels: int,
-        states: int,
-        is_complex: bool,
-        operation: Callable[..., tuple[Tensor, Tensor | None]],
-    ) -> None:
-        super().__init__()
-        self.operation = operation
-        self.is_complex = is_complex
-        poles = states // 2 if is_complex else states
-        dt = torch.empty(channels).uniform_(math.log(0.001), math.log(0.1))
-        self.step_size = nn.Parameter(dt)
-        if is_complex:
-            self.rate = nn.Parameter(torch.full((channels, poles), math.log(0.5)))
-            self.frequency = nn.Parameter((math.pi * torch.arange(poles)).repeat(channels, 1))
-            self.weight = nn.Parameter(torch.randn(channels, poles, 2) / math.sqrt(2))
-        else:
-            self.rate = nn.Parameter(torch.log(torch.arange(1.0, poles + 1)).repeat(channels, 1))
-            self.weight = nn.Parameter(torch.randn(channels, poles, 1))
-        self.skip = nn.Parameter(torch.randn(channels))
+    skip: nn.Parameter
+    shape: tuple[int, int, int]
+    """Of what is kept of a sequence: channels, numbers, planes."""
+    operation: Callable[..., tuple[Tensor, Tensor | None]]
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"hidden": zero_state(batch, self.weight.shape, device, dtype)}
+        return {"hidden": zero_state(batch, self.shape, device, dtype)}
 
     def forward(
         self, u_BTF: Tensor, state: dict[str, Tensor] | None
@@ -137,6 +120,37 @@ class DiagonalScan(StateSpace):
         return y_BF + self.skip * u_BF, None
 
     def discrete(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """log |a| and the angle of a [F, P], and c [F, P, planes]; no angle and one plane where all is real."""
+        raise NotImplementedError
+
+
+class DiagonalScan(FixedScan):
+    """S4D: a = exp(dt A) does not depend on the input; A is real, or N/2 pairs of conjugate complex numbers."""
+
+    def __init__(
+        self,
+        channels: int,
+        states: int,
+        is_complex: bool,
+        operation: Callable[..., tuple[Tensor, Tensor | None]],
+    ) -> None:
+        super().__init__()
+        self.operation = operation
+        self.is_complex = is_complex
+        poles = states // 2 if is_complex else states
+        self.shape = (channels, poles, 2 if is_complex else 1)
+        dt = torch.empty(channels).uniform_(math.log(0.001), math.log(0.1))
+        self.step_size = nn.Parameter(dt)
+        if is_complex:
+            self.rate = nn.Parameter(torch.full((channels, poles), math.log(0.5)))
+            self.frequency = nn.Parameter((math.pi * torch.arange(poles)).repeat(channels, 1))
+            self.weight = nn.Parameter(torch.randn(channels, poles, 2) / math.sqrt(2))
+        else:
+            self.rate = nn.Parameter(torch.log(torch.arange(1.0, poles + 1)).repeat(channels, 1))
+            self.weight = nn.Parameter(torch.randn(channels, poles, 1))
+        self.skip = nn.Parameter(torch.randn(channels))
+
+    def discrete(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """dt Re A and dt Im A [F, P], and C (exp(dt A) - 1) / A [F, P, planes], which is C B for B = 1."""
         dt_F1 = exact(self.step_size).exp()[:, None]
         real = -exact(self.rate).exp()
@@ -150,6 +164,33 @@ class DiagonalScan(StateSpace):
         # A pair of conjugates gives twice the real part of one.
         (a, b), (c, d) = (2 * exact(self.weight)).unbind(-1), held.unbind(-1)
         return dt_F1 * real, angle, torch.stack([a * c - b * d, a * d + b * c], -1)
+
+
+class MovingAverage(FixedScan):
+    """The damped moving averages of arXiv 2209.10655, equation 4, of `states` expansions b u of each channel:
+
+    h_t = p b u_t + (1 - p d) h_{t-1},  y_t = e . h_t / sqrt(N) + w u_t,  p and d between 0 and 1
+
+    First values are those of the paper's code.
+    """
+
+    def __init__(
+        self, channels: int, states: int, operation: Callable[..., tuple[Tensor, Tensor | None]]
+    ) -> None:
+        super().__init__()
+        self.operation = operation
+        self.shape = (channels, states, 1)
+        self.average = nn.Parameter(0.2 * torch.randn(channels, states))
+        self.damping = nn.Parameter(0.2 * torch.randn(channels, states))
+        sign = 1.0 - 2 * (torch.arange(states) % 2)
+        self.expansion = nn.Parameter(sign + 0.02 * torch.randn(channels, states))
+        self.weight = nn.Parameter(torch.randn(channels, states))
+        self.skip = nn.Parameter(torch.randn(channels))
+
+    def discrete(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        p_FP, d_FP = torch.sigmoid(exact(self.average)), torch.sigmoid(exact(self.damping))
+        c_FP = p_FP * exact(self.expansion) * exact(self.weight) / math.sqrt(self.shape[1])
+        return torch.log1p(-p_FP * d_FP), None, c_FP[..., None]
 
 
 def zero_state(

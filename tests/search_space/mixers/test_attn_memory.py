@@ -70,6 +70,25 @@ def test_queries_of_low_rank_go_through_a_norm() -> None:
     agree(Attn(heads=4, head_dim=8, kv="mqa", query_rank=5), expected)
 
 
+def test_heads_that_share_keys_have_values_of_their_own() -> None:
+    """Shared-key attention (arXiv 2410.06577): softmax_s(q_h . k_s) v_hs, one k for all h, here in a window."""
+
+    def expected(x_TD: Tensor, w: dict[str, Tensor]) -> Tensor:
+        q_THK = rope(split(x_TD @ w["queries.query.weight"].T, 4), 6)
+        k_THK = rope(split(x_TD @ w["memory.key.weight"].T, 1), 6).expand(-1, 4, -1)
+        v_THK = split(x_TD @ w["memory.value.weight"].T, 4)
+        return attention(q_THK, k_THK, v_THK, sees=lambda t, s: 0 <= t - s < 7) @ w["output.out.weight"].T
+
+    mixer = Attn(heads=4, kv="ska", window=7)
+    agree(mixer, expected)
+    # Five of eight entries.
+    assert 8 * mixer.cost(WIDTH, 99).state_bytes == 5 * Attn(heads=4, window=7).cost(WIDTH, 99).state_bytes
+    assert Attn(heads=1, kv="ska").canonical(WIDTH).kv == "mha"
+    reason = Attn(heads=4, kv="ska", diff=Form("shared", (2,))).why_illegal(WIDTH)
+    assert reason is not None
+    assert "kv=ska has one head of keys, so it takes no diff=shared(2)" in reason
+
+
 def test_reused_keys_give_the_values() -> None:
     """MFA-KR: V = (I + diag(a) N) K, keys being turned after that."""
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.blockrec import Blockrec
+from mixforge.search_space.notation import parse
+from mixforge.search_space.parts.beside import Beside
 from mixforge.search_space.parts.block_recurrence import BlockRecurrence
 from mixforge.search_space.parts.layer import Pass
-from mixforge.search_space.parts.state_vectors import AttendingStates, GatedCache, GatedQueue
+from mixforge.search_space.parts.state_vectors import AttendingStates, FilteredStates, GatedCache, GatedQueue
 
 Change = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 WIDTH, HEADS, DIM, WINDOW, STATES = 12, 3, 4, 5, 3
@@ -145,23 +148,103 @@ def test_a_gated_recurrent_cache_is_that_of_the_cached_transformer(states: int) 
     torch.testing.assert_close(y_BTD[0], read_in_chunks(module, x_TD, change))
 
 
-@torch.no_grad()
-def test_a_gated_queue_takes_the_mean_of_a_chunk_and_drops_the_oldest() -> None:
-    torch.manual_seed(0)
-    mixer = Blockrec(HEADS, DIM, WINDOW, STATES, **Blockrec.aliases["gated_fifo"])  # type: ignore[arg-type]
-    module: BlockRecurrence = mixer.build(WIDTH, "torch").build().double()
-    queue = module.vectors
+def queued(queue: nn.Module) -> Change:
     assert isinstance(queue, GatedQueue)
-    queue.norm.weight.normal_()  # type: ignore[operator,union-attr]
 
     def change(slots: list[Tensor], chunk: list[Tensor]) -> list[Tensor]:
         mean = torch.stack(chunk).mean(0)
         gate = torch.sigmoid(queue.gate.weight @ torch.cat([slots[-1], mean]) + queue.gate.bias)
         return [*slots[1:], gate * mean + (1 - gate) * slots[-1]]
 
+    return change
+
+
+@torch.no_grad()
+def test_a_gated_queue_takes_the_mean_of_a_chunk_and_drops_the_oldest() -> None:
+    torch.manual_seed(0)
+    mixer = Blockrec(HEADS, DIM, WINDOW, STATES, **Blockrec.aliases["gated_fifo"])  # type: ignore[arg-type]
+    module: BlockRecurrence = mixer.build(WIDTH, "torch").build().double()
+    module.vectors.norm.weight.normal_()  # type: ignore[operator,union-attr]
     x_TD = torch.randn(23, WIDTH, dtype=torch.float64)
     y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(23), 0))
-    torch.testing.assert_close(y_BTD[0], read_in_chunks(module, x_TD, change))
+    torch.testing.assert_close(y_BTD[0], read_in_chunks(module, x_TD, queued(module.vectors)))
+
+
+@torch.no_grad()
+def test_attention_to_all_tokens_is_read_beside_a_chunk_and_a_queue() -> None:
+    """The three paths of arXiv 2507.00453: in one block, each with a matrix of its outputs, of which there is one sum."""
+    heads = f"heads={HEADS}, head_dim={DIM}"
+    text = f"beside(attn({heads}), gated_fifo({heads}, window={WINDOW}, states={STATES}))"
+    model = parse(f"lm({text}, width={WIDTH}, vocab=11)").build(dtype=torch.float64)
+    block = model.stack.units[0].mixer  # type: ignore[union-attr,index]
+    assert isinstance(block, Beside)
+    (near,) = [each for each in block.branches if isinstance(each, BlockRecurrence)]
+    (far,) = [each for each in block.branches if each is not near]
+    x_TD = torch.randn(23, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    w = dict(far.named_parameters())
+    query, key, value = (
+        [(w[name] @ x).reshape(HEADS, DIM) for x in x_TD]
+        for name in ("queries.query.weight", "memory.key.weight", "memory.value.weight")
+    )
+    expected = []
+    for t in range(23):
+        said = [
+            attended(
+                turned(query[t][h], t),
+                [turned(key[s][h], s) for s in range(t + 1)],
+                [value[s][h] for s in range(t + 1)],
+            )
+            for h in range(HEADS)
+        ]
+        expected.append(w["output.out.weight"] @ torch.cat(said))
+    both_TD = torch.stack(expected) + read_in_chunks(near, x_TD, queued(near.vectors))
+    y_BTD, _ = block(x_TD[None], None, Pass(torch.arange(23), 0))
+    torch.testing.assert_close(y_BTD[0], both_TD)
+
+
+@torch.no_grad()
+def test_filters_say_what_they_are_after_the_last_token_of_a_block() -> None:
+    """The context states of several filters of arXiv 2306.09539: S state spaces over all tokens, read once a window."""
+    torch.manual_seed(0)
+    mixer = Blockrec(HEADS, DIM, WINDOW, STATES, Form("filters", (4,)), "chunk")
+    module: BlockRecurrence = mixer.build(WIDTH, "torch").build().double()
+    filters = module.vectors
+    assert isinstance(filters, FilteredStates)
+    for weight in filters.parameters():
+        weight.add_(0.2 * torch.randn_like(weight))
+    x_TD = torch.randn(18, WIDTH, dtype=torch.float64)
+    tokens = [parts(module.project.weight, x) for x in x_TD]
+    hidden = torch.zeros(STATES, 2, WIDTH, dtype=torch.complex128)
+    a = torch.complex(-filters.rate.exp(), filters.frequency)
+    step = torch.exp(a * filters.step_size.exp()[:, None])
+    c, expected = list(filters.first), []
+    for t, x in enumerate(x_TD):
+        if t % WINDOW == 0:
+            asked = [
+                parts(filters.project.weight, normed(vector + identity, filters.norm))
+                for vector, identity in zip(c, filters.identity, strict=True)
+            ]
+        seen = range(t - t % WINDOW, t + 1)
+        heads = []
+        for h in range(HEADS):
+            keys = [turned(tokens[s][0][h], s) for s in seen]
+            own = attended(turned(tokens[t][2][h], t), keys, [tokens[s][1][h] for s in seen])
+            state = attended(tokens[t][3][h], [each[0][h] for each in asked], [each[1][h] for each in asked])
+            heads.append(torch.cat([own, state]))
+        expected.append(module.out.weight @ torch.cat(heads))
+        c = []
+        for j in range(STATES):
+            for p in range(2):
+                hidden[j, p] = step[j, p] * hidden[j, p] + (step[j, p] - 1) / a[j, p] * x
+            weight = torch.complex(filters.weight[0, j], filters.weight[1, j])
+            c.append(2 * (weight * hidden[j]).sum(0).real + filters.skip[j] * x)
+    y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(18), 0))
+    torch.testing.assert_close(y_BTD[0], torch.stack(expected))
+
+
+def test_what_is_no_pair_is_refused() -> None:
+    reason = Blockrec(update=Form("filters", (3,))).why_illegal(16)
+    assert reason == "update=filters(3) is no number of conjugate pairs (mixer blockrec); say an even one"
 
 
 def test_an_odd_head_is_refused() -> None:

@@ -111,6 +111,25 @@ def mlstm(w: Weights, x: Tensor, cap: Callable[[Tensor], Tensor] = lambda logit:
     return gated(rows, w, x, sigmoid)
 
 
+def rwkv5(w: Weights, x: Tensor) -> Tensor:
+    """lerp, then o = (S_{t-1} + diag(u) k v^T)^T r, S = diag(w) S_{t-1} + k v^T, w = exp(-exp(omega)) by channel."""
+    back = torch.cat([zeros(1, WIDTH), x[:-1]]) - x
+    inputs = [x + share * back for share in w["shift.share"]]
+    r, k, v = (
+        by_heads(each @ weight.T)
+        for each, weight in zip(inputs[:3], w["mixed.weight"].split(WIDTH), strict=True)
+    )
+    state, rows = zeros(HEADS, DIM, DIM), []
+    for t in range(LENGTH):
+        heads = []
+        for h in range(HEADS):
+            kv = torch.outer(k[t, h], v[t, h])
+            heads.append(r[t, h] @ (state[h] + torch.diag(w["bonus.weight"][h]) @ kv))
+            state[h] = torch.diag(torch.exp(-torch.exp(w["decay.rate"][h]))) @ state[h] + kv
+        rows.append(grouped(torch.stack(heads), w).flatten())
+    return gated(rows, w, inputs[3], silu)
+
+
 def rwkv6(w: Weights, x: Tensor) -> Tensor:
     """ddlerp, then o = (S_{t-1} + diag(u) k v^T)^T r, S = diag(w) S_{t-1} + k v^T, w = exp(-exp(d))."""
     back = torch.cat([zeros(1, WIDTH), x[:-1]]) - x
@@ -185,7 +204,7 @@ def rodimus(w: Weights, x: Tensor) -> Tensor:
     return torch.stack(outputs) @ w["output.out.weight"].T
 
 
-MORE = [gret, lightning, hgrn2, mlstm, rwkv6, gateloop, latte, rodimus]
+MORE = [gret, lightning, hgrn2, mlstm, rwkv5, rwkv6, gateloop, latte, rodimus]
 
 
 def output(mixer: Linear, x: Tensor) -> tuple[Tensor, Weights, torch.nn.Module]:
@@ -270,7 +289,7 @@ def test_retnet_with_the_frequencies_of_its_code_and_group_norm() -> None:
 
 
 @torch.no_grad()
-def test_agalite_gates_keys_and_values() -> None:
+def test_galite_gates_keys_and_values() -> None:
     """C = ((1-beta) (1-gamma)^T) * C + (beta v) (gamma psi(k))^T and s = (1-gamma) s + gamma psi(k)."""
     mixer = Linear(
         decay="both",
@@ -306,6 +325,17 @@ def test_agalite_gates_keys_and_values() -> None:
             heads.append(memory[h] @ query / (total[h] @ query + 1e-6))
         rows.append(torch.cat(heads))
     torch.testing.assert_close(y, torch.stack(rows) @ w["output.out.weight"].T, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_heads_with_decays_of_both_kinds_may_share_a_key() -> None:
+    genes = {"decay": "both", "heads": HEADS, "key_dim": DIM, "value_dim": DIM, "conv": "none"}
+    shared, w = built(Linear(**genes, key_heads=1))  # type: ignore[arg-type]
+    own, _ = built(Linear(**genes))  # type: ignore[arg-type]
+    q, k, v = w["mixed.weight"].split([DIM, DIM, HEADS * DIM])
+    own.load_state_dict({**w, "mixed.weight": torch.cat([*[q] * HEADS, *[k] * HEADS, v])})
+    x_BTD, at = sequence()[None], Pass(torch.arange(LENGTH), 0)
+    torch.testing.assert_close(shared(x_BTD, None, at)[0], own(x_BTD, None, at)[0], rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
