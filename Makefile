@@ -1,7 +1,8 @@
 # make search   set up everything, run the laptop campaign, export the winner (15 minutes on two cores)
-# make test     set up everything, then lint, types, imports, tests and the documentation's examples
+# make test     set up everything, then lint, types, imports, tests, kernels interpreted, the documentation's examples
 # make kernels  compile every kernel for every target, without a GPU, under both Triton versions (Linux)
 # make oracle   compare with fla-core's recurrences and transformers' models, each in an environment of its own (Linux)
+# make check    all three, arranged for two cores
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,7 +11,16 @@ OLDER  := .venv-triton36
 ORACLE := .venv-oracle
 HF     := .venv-transformers
 
-.PHONY: search test kernels oracle setup bench clean
+TEST_STEPS   := lint types imports examples tests interpreted
+KERNEL_STEPS := compiled older
+ORACLE_STEPS := fla transformers
+STEPS        := $(TEST_STEPS) $(ORACLE_STEPS) $(KERNEL_STEPS)
+# Those of two processes. Each of the others is one process.
+PAIRS        := tests interpreted compiled
+PYTEST       := $(BIN)/python -m pytest
+BESIDE       := $(MAKE) --jobs 2 --output-sync=target
+
+.PHONY: search test kernels oracle setup environments check bench clean $(STEPS)
 
 search: $(VENV)/.ready
 	$(BIN)/mixforge search examples/laptop.toml
@@ -19,23 +29,51 @@ search: $(VENV)/.ready
 	$(BIN)/mixforge export best $(RUN)/winner --campaign laptop
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
-test: $(VENV)/.ready-dev
+test: $(TEST_STEPS)
+kernels: $(KERNEL_STEPS)
+oracle: $(ORACLE_STEPS)
+
+check:
+	$(BESIDE) environments
+	$(BESIDE) $(filter-out $(PAIRS),$(STEPS))
+	$(MAKE) $(PAIRS)
+
+lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-kernels: $(VENV)/.ready-dev $(OLDER)/.ready
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.ready-dev
+	$(BIN)/lint-imports
+
+tests: $(VENV)/.ready-dev
+	$(PYTEST) -n 2 --dist worksteal --ignore tests/test_docs.py
+
+# Where there is no Triton nothing is collected, which is status 5.
+interpreted: $(VENV)/.ready-dev
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist worksteal tests/kernels/interpreted || \
+	  { [ $$? -eq 5 ] && ! $(BIN)/python -c 'import triton' 2> /dev/null; }
+
+# One page after the other, for they tell of one campaign.
+examples: $(VENV)/.ready-dev
+	$(PYTEST) tests/test_docs.py
+
+compiled: $(VENV)/.ready-dev
 	$(BIN)/python -m mixforge.kernels.ahead_of_time
+
+older: $(VENV)/.ready-dev $(OLDER)/.ready
 	$(OLDER)/bin/python -m mixforge.kernels.ahead_of_time --targets sm_90 --only delta
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDER)/bin/python -m pytest tests/kernels/interpreted -k 13 \
+	TRITON_INTERPRET=1 $(OLDER)/bin/python -m pytest tests/kernels/interpreted -k 13 \
 	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
-oracle: $(VENV)/.ready-dev $(ORACLE)/.ready $(HF)/.ready
+fla: $(VENV)/.ready-dev $(ORACLE)/.ready
 	$(ORACLE)/bin/python -m pytest tests/oracle
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(ORACLE)/bin/python -m pytest tests/oracle
-	$(HF)/bin/python -m pytest -n 2 tests/oracle_transformers
+	TRITON_INTERPRET=1 $(ORACLE)/bin/python -m pytest tests/oracle
+
+transformers: $(VENV)/.ready-dev $(HF)/.ready
+	$(HF)/bin/python -m pytest tests/oracle_transformers
 
 bench: $(VENV)/.ready-dev
 	# Status 2: what it measures is not here, such as a GPU.
@@ -45,35 +83,37 @@ bench: $(VENV)/.ready-dev
 
 setup: $(VENV)/.ready
 
+environments: $(VENV)/.ready-dev $(OLDER)/.ready $(ORACLE)/.ready $(HF)/.ready
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Mixforge needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.ready: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.ready-dev: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.ready
 
 # An environment with a few packages of its own, that finds all others in the main one.
 define layer
 	$(BIN)/python -m venv --clear $(1)
-	$(1)/bin/python -m pip install --quiet --no-deps $(2)
+	$(1)/bin/python -m pip install --quiet --no-compile --no-deps $(2)
 	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
 	  > "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/layer.pth"
 	@touch $(1)/.ready
 endef
 
-$(OLDER)/.ready: tests/kernels/triton36.txt | $(VENV)/.ready-dev
+$(OLDER)/.ready: tests/kernels/triton36.txt | $(BIN)/python
 	$(call layer,$(OLDER),--requirement tests/kernels/triton36.txt)
 
-$(ORACLE)/.ready: tests/oracle/requirements.txt | $(VENV)/.ready-dev
+$(ORACLE)/.ready: tests/oracle/requirements.txt | $(BIN)/python
 	$(call layer,$(ORACLE),--requirement tests/oracle/requirements.txt)
 
-$(HF)/.ready: tests/oracle_transformers/requirements.txt | $(VENV)/.ready-dev
+$(HF)/.ready: tests/oracle_transformers/requirements.txt | $(BIN)/python
 	$(call layer,$(HF),--requirement tests/oracle_transformers/requirements.txt)
 
 clean:

@@ -56,6 +56,7 @@ class Row:
     """The variant of the kernel that it is for; empty for all."""
 
 
+# Those for the interpreter cut few columns into several blocks; more of them take the blocks of a device.
 TABLE: tuple[Row, ...] = (
     # chunked_linear; float32 operands, as three products of TF32, take twice the room
     Row("linear_gram", Config({"BK": 32}), itemsize=2, variant="channel"),
@@ -94,11 +95,11 @@ TABLE: tuple[Row, ...] = (
     Row("linear_decode", Config(warps=4), key=64, value=64),
     Row("linear_decode", Config(warps=8)),
     # gated_scan
-    Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu"),
+    Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu", key=16),
     Row("scan_forward", Config({"BLOCK_T": 32, "BLOCK_D": 32}, warps=1), key=64, value=1),
     Row("scan_forward", Config({"BLOCK_T": 32, "BLOCK_D": 64}, warps=1), value=1),
     Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 32}, warps=1)),
-    Row("scan_backward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu"),
+    Row("scan_backward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu", key=16),
     Row("scan_backward", Config({"BLOCK_T": 32, "BLOCK_D": 32}, warps=1), value=1),
     Row("scan_backward", Config({"BLOCK_T": 16, "BLOCK_D": 32}, warps=1)),
     Row("scan_step", Config({"BLOCK_D": 256}, warps=2)),
@@ -114,15 +115,15 @@ TABLE: tuple[Row, ...] = (
     Row("norm_backward", Config({"BLOCK_R": 1}, warps=8), key=4096),
     Row("norm_backward", Config({"BLOCK_R": 1}, warps=16)),
     # short_conv
-    Row("conv_forward", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
+    Row("conv_forward", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu", key=16),
     Row("conv_forward", Config({"BLOCK_T": 16, "BLOCK_D": 64})),
-    Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
+    Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu", key=16),
     Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 64})),
-    Row("conv_input_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu"),
+    Row("conv_input_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu", key=16),
     Row("conv_input_gradient", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
     Row("conv_step", Config({"BLOCK_D": 256}, warps=2)),
     # selective_scan: the key dim is the states of a channel, the value dim the channels
-    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 4}), generation="cpu"),
+    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 4}), generation="cpu", value=16),
     Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 8}), key=16),
     Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 2}), key=64),
     Row("selective_step", Config({"BLOCK_D": 32}), key=16),

@@ -17,7 +17,7 @@ from mixforge.kernels.ahead_of_time import budgets  # noqa: E402
 from mixforge.kernels.ahead_of_time.__main__ import main  # noqa: E402
 from mixforge.kernels.ahead_of_time.budgets import Figures, StackBudget, over_budget  # noqa: E402
 from mixforge.kernels.ahead_of_time.cases import CASES  # noqa: E402
-from mixforge.kernels.ahead_of_time.compiling import TARGETS, Unit, compile_unit, unit  # noqa: E402
+from mixforge.kernels.ahead_of_time.compiling import TARGETS, Unit, compile_units, unit  # noqa: E402
 from mixforge.kernels.ahead_of_time.judging import Wanted, distinct, judge  # noqa: E402
 from mixforge.kernels.ahead_of_time.recording import record  # noqa: E402
 from mixforge.kernels.ahead_of_time.tables import figures_page, terminal, write_between  # noqa: E402
@@ -97,21 +97,20 @@ def test_what_is_inside_its_budget_passes(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_real_kernel_is_compiled_and_judged(target: str) -> None:
+def test_real_kernels_are_compiled_and_judged(target: str) -> None:
     fits = written(target, product, *arguments(), config=Config({"B": 64}), PRECISION="tf32")
-    found = compile_unit(unit(fits, target))
+    empty = written(target, nothing, arguments()[0], config=Config())
+    wide = written(target, product, *arguments(), config=Config({"B": 128}, 8, 6), PRECISION="tf32")
+    found, stub, large = compile_units([unit(each, target) for each in (fits, empty, wide)])
     assert found.wants_matrix
     assert found.matrix_instructions > 0
     assert found.registers > 16
     assert found.shared_bytes > 0
     assert (found.tensor_columns > 0) == (target == "sm_100")
     assert over_budget("product", target, found) == []
-
-    stub = compile_unit(unit(written(target, nothing, arguments()[0], config=Config()), target))
     assert [said for said in over_budget("nothing", target, stub) if "the compiler dropped it" in said]
-
-    wide = written(target, product, *arguments(), config=Config({"B": 128}, 8, 6), PRECISION="tf32")
-    said = " ".join(over_budget("product", target, compile_unit(unit(wide, target))))
+    assert stub.matrix_instructions == 0
+    said = " ".join(over_budget("product", target, large))
     assert re.search(r"product on \w+ uses \d+ bytes of shared memory", said)
 
 
@@ -171,18 +170,22 @@ def test_meta_tensors_ask_for_the_same_as_real_ones() -> None:
     assert units[0].key == units[1].key
 
 
-def test_what_does_not_compile_is_named() -> None:
+def test_what_does_not_compile_is_named_and_takes_nothing_along() -> None:
     missing = Unit(
         "mixforge.kernels.nowhere", "product", "sm_90", {}, {}, {}, {"num_warps": 4, "num_stages": 2}
     )
+    fine = distinct([record(CASES[-1], "sm_90")])[0]
     told: list[str] = []
-    (judged,) = judge([Wanted(missing, "a case")], told.append, workers=1)
+    judged, other = judge([Wanted(missing, "a case"), fine], told.append, workers=1)
     (failure,) = judged.failures
     assert failure.startswith("product on sm_90 does not compile (a case): ModuleNotFoundError: ")
     assert judged.figures is None
-    assert told == ["1/1 product sm_90 failed"]
+    assert told[0] == "1/2 product sm_90 failed"
     assert "product" in terminal([judged])
     assert "does not compile" in figures_page([judged], ["sm_90"])
+    assert other.kernel == "norm_forward"
+    assert other.figures is not None
+    assert other.failures == ()
 
 
 def test_every_case_launches_and_no_length_is_compiled_for() -> None:

@@ -6,6 +6,7 @@ Without fla-core nothing here is collected. With TRITON_INTERPRET=1 the Triton f
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -20,3 +21,8 @@ else:
         # It says that there is no GPU.
         warnings.simplefilter("ignore")
         import fla.ops  # noqa: F401
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()

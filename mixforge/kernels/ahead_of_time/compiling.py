@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -25,6 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mixforge.kernels.ahead_of_time.budgets import Figures
+from mixforge.kernels.ahead_of_time.reading import read_gcn, read_sass
 from mixforge.kernels.launch import Launch
 
 TARGETS: dict[str, Any] = {
@@ -39,9 +37,6 @@ _TILE_OPERATION = re.compile(
 )
 # Operands of 16 bits, or float32 that may be cut to TF32.
 _MATRIX_DOT = re.compile(r"\btt\.dot\b.*(?:x(?:bf16|f16)> \*|inputPrecision = tf32)")
-_SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-_SASS_MATRIX = re.compile(r"[A-Z0-9]+MMA\b")
-_GCN_LINE = re.compile(r"^\t([a-z]+_\w+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +94,19 @@ def unit(launch: Launch, target: str) -> Unit:
     )
 
 
-def compile_unit(wanted: Unit) -> Figures:
-    """Compile without a cache, and read the figures."""
+def compile_units(wanted: Sequence[Unit]) -> list[Figures]:
+    """Compile for one target without a cache, and read the figures."""
+    target = TARGETS[wanted[0].target]
+    made = [_compiled(one, target) for one in wanted]
+    if target.backend == "hip":
+        read = [read_gcn(compiled.asm["amdgcn"]) for compiled, _ in made]
+    else:
+        read = read_sass([compiled.asm["cubin"] for compiled, _ in made], target.arch)
+    return [_figures(*one, found) for one, found in zip(made, read, strict=True)]
+
+
+def _compiled(wanted: Unit, target: Any) -> tuple[Any, float]:
+    """What Triton made of it, and the seconds that it took."""
     kernel = getattr(import_module(wanted.module), wanted.kernel)
     source = ASTSource(kernel, wanted.signature, wanted.constants, wanted.attributes)
     with (
@@ -112,17 +118,19 @@ def compile_unit(wanted: Unit) -> Figures:
         triton.knobs.compilation.always_compile = True
         start = time.perf_counter()
         with _first_error():
-            compiled = triton.compile(source, target=TARGETS[wanted.target], options=dict(wanted.options))
-        seconds = time.perf_counter() - start
+            compiled = triton.compile(source, target=target, options=dict(wanted.options))
+        return compiled, time.perf_counter() - start
+
+
+def _figures(compiled: Any, seconds: float, read: Mapping[str, int]) -> Figures:
     middle = compiled.asm["ttir"]
-    read = _read_gcn if "amdgcn" in compiled.asm else _read_sass
     return Figures(
         shared_bytes=compiled.metadata.shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0),
         least_instructions=len(_TILE_OPERATION.findall(middle)),
         wants_matrix=_MATRIX_DOT.search(middle) is not None,
         compile_s=seconds,
-        **read(compiled.asm),
+        **read,
     )
 
 
@@ -141,49 +149,3 @@ def _first_error() -> Generator[None]:
         finally:
             os.dup2(before, 2)
             os.close(before)
-
-
-def _read_sass(assembly: Mapping[str, Any]) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(assembly["cubin"])
-        usage = _tool("cuobjdump", "--dump-resource-usage", str(file))
-        names = _SASS_LINE.findall(_tool("nvdisasm", "-ndf", "-c", str(file)))
-    return {
-        "registers": _number(r"REG:(\d+)", usage),
-        "stack_bytes": _number(r"STACK:(\d+)", usage),
-        "spills": sum(name.startswith(("LDL", "STL")) for name in names),
-        # A kernel is filled up with NOPs.
-        "instructions": sum(name != "NOP" for name in names),
-        "matrix_instructions": sum(_SASS_MATRIX.match(name) is not None for name in names),
-    }
-
-
-def _read_gcn(assembly: Mapping[str, Any]) -> dict[str, int]:
-    text = assembly["amdgcn"]
-    names = _GCN_LINE.findall(text)
-    return {
-        "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
-        "stack_bytes": _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
-        "instructions": sum(name != "s_nop" for name in names),
-        "matrix_instructions": sum("mfma" in name for name in names),
-    }
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise LookupError(f"no {pattern} in what the compiler says of a kernel: {text[:200]!r}")
-    return int(found[1])
-
-
-def _tool(name: str, *words: str) -> str:
-    done = subprocess.run([_tools()[name], *words], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-@cache
-def _tools() -> dict[str, str]:
-    """The paths of NVIDIA's tools that come with Triton."""
-    return {"cuobjdump": triton.knobs.nvidia.cuobjdump.path, "nvdisasm": triton.knobs.nvidia.nvdisasm.path}

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from mixforge.kernels.ahead_of_time.budgets import Figures, over_budget
-from mixforge.kernels.ahead_of_time.compiling import Unit, compile_unit, unit
+from mixforge.kernels.ahead_of_time.compiling import Unit, compile_units, unit
 from mixforge.kernels.ahead_of_time.recording import Recorded
 
 WORKERS = 2
+GROUP = 8
+"""How many are compiled in one go. They share a start of the disassembler."""
 
 Made = Figures | BaseException
 
@@ -87,21 +89,35 @@ def _judged(one: Wanted, made: Made) -> Judged:
 def _compiled(units: Sequence[Unit], workers: int) -> Iterator[tuple[int, Made]]:
     """Figures or the error of each unit, as they are made.
 
-    A compiler that aborts takes its whole pool along, so what was in it is then compiled in pools of one.
+    One that does not compile takes along what was compiled with it, and a compiler that aborts its whole pool, so these
+    are then compiled alone.
     """
-    lost = []
-    for number, made in _pooled(dict(enumerate(units)), workers):
-        if isinstance(made, BrokenProcessPool):
-            lost.append(number)
+    lost: list[int] = []
+    for numbers, made in _pooled(units, _groups(units), workers):
+        if not isinstance(made, BaseException):
+            yield from zip(numbers, made, strict=True)
+        elif len(numbers) == 1 and not isinstance(made, BrokenProcessPool):
+            yield numbers[0], made
         else:
-            yield number, made
+            lost += numbers
     for number in lost:
-        yield from _pooled({number: units[number]}, 1)
+        for _, made in _pooled(units, [[number]], 1):
+            yield number, made if isinstance(made, BaseException) else made[0]
 
 
-def _pooled(units: dict[int, Unit], workers: int) -> Iterator[tuple[int, Made]]:
+def _groups(units: Sequence[Unit]) -> list[list[int]]:
+    """The numbers of units that are compiled together, which are of one target."""
+    targets: dict[str, list[int]] = {}
+    for number, one in enumerate(units):
+        targets.setdefault(one.target, []).append(number)
+    return [each[start : start + GROUP] for each in targets.values() for start in range(0, len(each), GROUP)]
+
+
+def _pooled(
+    units: Sequence[Unit], groups: Sequence[list[int]], workers: int
+) -> Iterator[tuple[list[int], list[Figures] | BaseException]]:
     # Spawned, because a fork of a process that has started threads may hang.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        numbers = {pool.submit(compile_unit, one): number for number, one in units.items()}
+        numbers = {pool.submit(compile_units, [units[number] for number in group]): group for group in groups}
         for future in as_completed(numbers):
             yield numbers[future], future.exception() or future.result()

@@ -1,14 +1,24 @@
-"""Kernels under Triton's interpreter, which must be set before Triton is imported: `test_interpreted` starts it."""
+"""Kernels under Triton's interpreter, run by `make interpreted`.
+
+It must be asked for before Triton is imported: without TRITON_INTERPRET=1, or without Triton, nothing here is collected.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Generator
 
 import pytest
 import torch
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    import quick_interpreter
+
+    quick_interpreter.install()
+    collect_ignore_glob = []
+else:
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
