@@ -2,7 +2,6 @@
 # make test     set up everything, then lint, types, imports, tests, kernels interpreted, the documentation's examples
 # make kernels  compile every kernel for every target, without a GPU, under both Triton versions (Linux)
 # make oracle   compare with fla-core's recurrences and transformers' models, each in an environment of its own (Linux)
-# make check    all three, arranged for two cores
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,16 +10,12 @@ OLDER  := .venv-triton36
 ORACLE := .venv-oracle
 HF     := .venv-transformers
 
-TEST_STEPS   := lint types imports examples tests interpreted
-KERNEL_STEPS := compiled older
-ORACLE_STEPS := fla transformers
-STEPS        := $(TEST_STEPS) $(ORACLE_STEPS) $(KERNEL_STEPS)
-# Those of two processes. Each of the others is one process.
-PAIRS        := tests interpreted compiled
-PYTEST       := $(BIN)/python -m pytest
-BESIDE       := $(MAKE) --jobs 2 --output-sync=target
+PYTEST := $(BIN)/python -m pytest
+# Two steps of one process each beside one another, where make can keep what they print apart.
+BESIDE := $(MAKE) $(if $(filter output-sync,$(.FEATURES)),--jobs 2 --output-sync=target)
+STEPS  := lint types imports examples tests interpreted compiled older fla transformers
 
-.PHONY: search test kernels oracle setup environments check bench clean $(STEPS)
+.PHONY: search test kernels oracle setup bench clean $(STEPS)
 
 search: $(VENV)/.ready
 	$(BIN)/mixforge search examples/laptop.toml
@@ -29,14 +24,13 @@ search: $(VENV)/.ready
 	$(BIN)/mixforge export best $(RUN)/winner --campaign laptop
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
-test: $(TEST_STEPS)
-kernels: $(KERNEL_STEPS)
-oracle: $(ORACLE_STEPS)
+test:
+	$(BESIDE) types lint imports examples
+	$(MAKE) tests interpreted
 
-check:
-	$(BESIDE) environments
-	$(BESIDE) $(filter-out $(PAIRS),$(STEPS))
-	$(MAKE) $(PAIRS)
+kernels: older compiled
+
+oracle: fla transformers
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -82,8 +76,6 @@ bench: $(VENV)/.ready-dev
 	[ ! -x $(HF)/bin/python ] || OMP_NUM_THREADS=1 $(HF)/bin/python benchmarks/presets.py
 
 setup: $(VENV)/.ready
-
-environments: $(VENV)/.ready-dev $(OLDER)/.ready $(ORACLE)/.ready $(HF)/.ready
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
