@@ -22,17 +22,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels import gated_scan
-from mixforge.search_space.genes import Whole, replace
-from mixforge.search_space.heads import default_heads, shared_heads, undivided
-from mixforge.search_space.mixer import Backend, Cost, Mixer
+from mixforge.search_space.genes import Whole
+from mixforge.search_space.headed import HeadedMixer
+from mixforge.search_space.mixer import Backend, Cost
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
@@ -42,7 +41,7 @@ MOST_WRITTEN = 1 - 2.0**-20
 
 
 @dataclass(frozen=True, slots=True)
-class Agalite(Mixer):
+class Agalite(HeadedMixer):
     """Approximate gated linear attention. Genes: heads and their channels, numbers of the outer products, cosines."""
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -51,29 +50,6 @@ class Agalite(Mixer):
     head_dim: Annotated[int | None, Whole(1, 1024)] = None
     features: Annotated[int, Whole(1, 16)] = 4
     cosines: Annotated[int, Whole(1, 64)] = 4
-
-    def sizes(self, width: int) -> tuple[int, int]:
-        """Heads and channels of a head."""
-        heads = default_heads(width) if self.heads is None else self.heads
-        return heads, max(1, width // heads) if self.head_dim is None else self.head_dim
-
-    def why_illegal(self, width: int) -> str | None:
-        heads, _ = self.sizes(width)
-        if self.head_dim is None and width % heads != 0:
-            return undivided("agalite", heads, width)
-        return None
-
-    def canonical(self, width: int) -> Self:
-        heads, head_dim = self.sizes(width)
-        return replace(
-            self,
-            heads=None if heads == default_heads(width) else heads,
-            head_dim=None if width % heads == 0 and head_dim == max(1, width // heads) else head_dim,
-        )
-
-    def narrow(self, width: int, share: Fraction) -> Self:
-        heads, head_dim = self.sizes(width)
-        return replace(self, heads=shared_heads("agalite", heads, share), head_dim=head_dim).canonical(width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         heads, head_dim = self.sizes(width)

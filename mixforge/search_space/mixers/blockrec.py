@@ -41,15 +41,14 @@ one. Filters share their poles over the channels, where S4D has some for each ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Annotated, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from mixforge.kernels import attention
 from mixforge.kernels.attention import attended_pairs
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Whole
-from mixforge.search_space.heads import default_heads, shared_heads, undivided
-from mixforge.search_space.mixer import Backend, Cost, Mixer
+from mixforge.search_space.headed import HeadedMixer
+from mixforge.search_space.mixer import Backend, Cost
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.block_recurrence import BlockRecurrence
 from mixforge.search_space.parts.norm import norm_part
@@ -57,7 +56,7 @@ from mixforge.search_space.parts.state_vectors import AttendingStates, FilteredS
 
 
 @dataclass(frozen=True, slots=True)
-class Blockrec(Mixer):
+class Blockrec(HeadedMixer):
     """Genes: heads and their size, tokens of a block (which is the window too), state vectors and how they are updated,
     which tokens a token sees, and how what it reads of them and of states comes together.
     """
@@ -76,37 +75,21 @@ class Blockrec(Mixer):
     local: Annotated[str, Choice("window", "chunk")] = "window"
     fuse: Annotated[str, Choice("concat", "scalar")] = "concat"
 
-    def sizes(self, width: int) -> tuple[int, int]:
-        """Heads and channels of a head."""
-        heads = default_heads(width) if self.heads is None else self.heads
-        return heads, max(1, width // heads) if self.head_dim is None else self.head_dim
-
     @property
     def numbers(self) -> int:
         """Numbers that a filter has for each channel; 0 where there are no filters."""
         return int(self.update.arguments[0]) if isinstance(self.update, Form) else 0
 
     def why_illegal(self, width: int) -> str | None:
-        heads, head_dim = self.sizes(width)
-        if self.head_dim is None and width % heads != 0:
-            return undivided("blockrec", heads, width)
+        undivided = HeadedMixer.why_illegal(self, width)
+        if undivided is not None:
+            return undivided
+        _, head_dim = self.sizes(width)
         if head_dim % 2 != 0:
             return f"rotary positions need an even head_dim, not {head_dim} (mixer blockrec)"
         if self.numbers % 2 != 0:
             return f"update={self.update} is no number of conjugate pairs (mixer blockrec); say an even one"
         return None
-
-    def canonical(self, width: int) -> Self:
-        heads, head_dim = self.sizes(width)
-        return replace(
-            self,
-            heads=None if heads == default_heads(width) else heads,
-            head_dim=None if width % heads == 0 and head_dim == max(1, width // heads) else head_dim,
-        )
-
-    def narrow(self, width: int, share: Fraction) -> Self:
-        heads, head_dim = self.sizes(width)
-        return replace(self, heads=shared_heads("blockrec", heads, share), head_dim=head_dim).canonical(width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         heads, head_dim = self.sizes(width)

@@ -20,16 +20,15 @@ matrix=random are constants, which count as no weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.search_space.genes import Choice, Whole, replace
-from mixforge.search_space.heads import default_heads, shared_heads, undivided
-from mixforge.search_space.mixer import Backend, Cost, Mixer
+from mixforge.search_space.genes import Choice, Whole
+from mixforge.search_space.headed import HeadedMixer
+from mixforge.search_space.mixer import Backend, Cost
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.banded import banded_flops, mix_banded
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
@@ -39,7 +38,7 @@ LARGEST_MATRIX = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Static(Mixer):
+class Static(HeadedMixer):
     """Static mixing. Genes: the matrix, the tokens that it reaches, heads (matrices), and channels of a head."""
 
     kind: ClassVar[Literal["token", "channel"]] = "token"
@@ -49,34 +48,13 @@ class Static(Mixer):
     heads: Annotated[int | None, Whole(1, 1024)] = None
     head_dim: Annotated[int | None, Whole(1, 1024)] = None
 
-    def sizes(self, width: int) -> tuple[int, int]:
-        """Heads and channels of a head."""
-        heads = default_heads(width) if self.heads is None else self.heads
-        return heads, max(1, width // heads) if self.head_dim is None else self.head_dim
-
     def why_illegal(self, width: int) -> str | None:
-        heads, _ = self.sizes(width)
-        if self.head_dim is None and width % heads != 0:
-            return undivided("static", heads, width)
         if self.matrix != "toeplitz" and self.window > LARGEST_MATRIX:
             return (
                 f"matrix={self.matrix} has {self.window} x {self.window} entries for each head (mixer static); "
                 f"say a window of at most {LARGEST_MATRIX}, or matrix=toeplitz"
             )
-        return None
-
-    def canonical(self, width: int) -> Self:
-        heads, head_dim = self.sizes(width)
-        follows = width % heads == 0 and head_dim == width // heads
-        return replace(
-            self,
-            heads=None if heads == default_heads(width) else heads,
-            head_dim=None if follows else head_dim,
-        )
-
-    def narrow(self, width: int, share: Fraction) -> Self:
-        heads, head_dim = self.sizes(width)
-        return replace(self, heads=shared_heads("static", heads, share), head_dim=head_dim).canonical(width)
+        return HeadedMixer.why_illegal(self, width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         heads, head_dim = self.sizes(width)
