@@ -3,7 +3,7 @@
     lm(6 * (gdn + swiglu) + attn(window=1024, kv=gqa(2)) + swiglu, width=512)
 
 Nearly every text that a search reads is of this kind. `plain` makes the tree that Python's own reader and the walk
-over its nodes make (see `syntax`), in a quarter of their time, but for the places, and answers None for any other text,
+over its nodes make (see `syntax`), in a third of their time, but for the places, and answers None for any other text,
 a faulty one included: what is wrong with a text, and where, is said in one place.
 """
 
