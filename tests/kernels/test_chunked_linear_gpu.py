@@ -15,8 +15,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DECAYS = ("none", "head", "scalar", "channel")
-# The torch form multiplies in float32 whatever the dtype; the kernels' operands are rounded to it, some of them twice.
-LEAST = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The gradient of a decay is a difference of sums of rounded products.
+TIMES_OF_DECAY = 3.0
 
 
 def draw(decay: str, rule: str, length: int, dim: int, dtype: torch.dtype) -> list[Tensor | None]:
@@ -32,7 +33,7 @@ def draw(decay: str, rule: str, length: int, dim: int, dtype: torch.dtype) -> li
     return [q, k, v, g, beta, state]
 
 
-@pytest.mark.parametrize("dtype", LEAST, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", ["add", "delta"])
 @pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 16), (200, 128), (1000, 100)])
@@ -41,7 +42,7 @@ def test_as_good_as_torch(rule: str, decay: str, length: int, dim: int, dtype: t
 
     inputs = draw(decay, rule, length, dim, dtype)
     forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
-    assert_as_good(*forms, inputs, LEAST[dtype])
+    assert_as_good(*forms, inputs, gradient_3=TIMES_OF_DECAY)
 
 
 @pytest.mark.parametrize("preset", ["gdn", "kda", "mamba2", "rglru", "attn(window=16)"])

@@ -23,6 +23,6 @@ else:
         import fla.ops  # noqa: F401
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import quick_interpreter
+    import interpreting
 
-    quick_interpreter.install()
+    interpreting.install()

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    import quick_interpreter
+    import interpreting
 
-    quick_interpreter.install()
+    interpreting.install()
     collect_ignore_glob = []
 else:
     collect_ignore_glob = ["test_*.py"]

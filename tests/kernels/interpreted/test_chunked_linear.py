@@ -50,7 +50,7 @@ def draw(
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("length", [1, 13, 63, 64, 65])
+@pytest.mark.parametrize("length", [1, 13, 63, 64, 65, 200])
 def test_equals_the_recurrence(decay: str, rule: str, length: int) -> None:
     assert_agree(run, chunked_linear_reference, draw(decay, rule, length), RATIO, gradient_3=OF_DECAY)
 
