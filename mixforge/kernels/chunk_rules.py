@@ -146,8 +146,8 @@ class DeltaRule(Rule):
         for chunk, (read, write, solve, x_c, y_c, before_c, after_c) in enumerate(parts):
             torch.baddbmm(x_c, read, before_c, alpha=-1, out=x_c)
             torch.bmm(solve, x_c, out=y_c)
-            torch.bmm(write, y_c, out=after_c)
-            add_kept(keeps[chunk], each[chunk], each[chunk + 1])
+            keep_state(keeps[chunk], each[chunk], each[chunk + 1])
+            add_product(after_c, write, y_c)
         o.copy_(add_product(torch.bmm(q_, before), inner, y_).view_as(x))
         return each[-1], (y_, inner, inverse, states)
 
@@ -195,8 +195,8 @@ class DeltaRule(Rule):
             torch.baddbmm(dy_c, write, after_c, out=dy_c)
             torch.bmm(solve, dy_c, out=dv_c)
             torch.mul(*found[chunk][:2], out=found[chunk][2])
-            torch.bmm(read, scaled_c, out=before_c)
-            add_kept(keeps[chunk], each[chunk + 1], each[chunk])
+            keep_state(keeps[chunk], each[chunk + 1], each[chunk])
+            add_product(before_c, read, scaled_c)
         if scaled is not down:
             torch.neg(dv, out=down_of_k)
         into_v.copy_(dv)
@@ -281,6 +281,14 @@ def add_kept(keep: Tensor | None, state: Tensor, total: Tensor) -> None:
         total += state
     else:
         total.addcmul_(state, keep)
+
+
+def keep_state(keep: Tensor | None, state: Tensor, kept: Tensor) -> None:
+    """Fill `kept` with keep * state; no factor is one."""
+    if keep is None:
+        kept.copy_(state)
+    else:
+        torch.mul(state, keep, out=kept)
 
 
 def matrices(x: Tensor) -> Tensor:
