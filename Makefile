@@ -12,7 +12,7 @@ HF     := .venv-transformers
 
 PYTEST := $(BIN)/python -m pytest
 # Two steps of one process each beside one another, where make can keep what they print apart.
-BESIDE := $(MAKE) $(if $(filter output-sync,$(.FEATURES)),--jobs 2 --output-sync=target)
+BESIDE := --no-print-directory $(if $(filter output-sync,$(.FEATURES)),--jobs 2 --output-sync=target)
 STEPS  := lint types imports examples tests interpreted compiled older fla transformers
 
 .PHONY: search test kernels oracle setup bench clean $(STEPS)
@@ -24,9 +24,9 @@ search: $(VENV)/.ready
 	$(BIN)/mixforge export best $(RUN)/winner --campaign laptop
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
-test:
-	$(BESIDE) types lint imports examples
-	$(MAKE) tests interpreted
+test: $(VENV)/.ready-dev
+	$(MAKE) $(BESIDE) types lint imports examples
+	$(MAKE) --no-print-directory tests interpreted
 
 kernels: older compiled
 

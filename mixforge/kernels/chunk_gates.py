@@ -54,8 +54,15 @@ class Gates(ABC):
         """What enters a gram as Y. Fills and returns `out`, which may be x."""
 
     @abstractmethod
+    def scale_(self, products: Tensor) -> Tensor:
+        """The products of rows and columns, [C * B * G, R * L, L], made grams in place, up to their diagonals."""
+
     def mask_(self, products: Tensor) -> Tensor:
-        """The products of rows and columns, [C * B * G, R * L, L], made grams in place."""
+        """As `scale_`, with zeros above the diagonal."""
+        # No product with zeros: what is above the diagonal may be infinite, where later tokens are not to be read.
+        size = products.shape[2]
+        self.scale_(products).view(-1, size, size).tril_()
+        return products
 
     @abstractmethod
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -90,10 +97,7 @@ class PlainGates(Gates):
     def columns(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
 
-    def mask_(self, products: Tensor) -> Tensor:
-        # A product with ones takes a fourth of the time of `tril_` where there are 16 rows.
-        size = products.shape[2]
-        products.view(-1, size, size).mul_(products.new_ones(size, size).tril_())
+    def scale_(self, products: Tensor) -> Tensor:
         return products
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -143,10 +147,14 @@ class ScalarGates(Gates):
     def columns(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
 
-    def mask_(self, products: Tensor) -> Tensor:
+    def scale_(self, products: Tensor) -> Tensor:
         chunks, _, heads, _, size, _ = self.pairs.shape
         products.view(chunks, -1, heads, products.shape[1] // size, size, size).mul_(self.pairs)
         return products
+
+    def mask_(self, products: Tensor) -> Tensor:
+        # The pairs are zeros there.
+        return self.scale_(products)
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mul(x, self.read, out=out)
@@ -199,10 +207,7 @@ class ChannelGates(Gates):
     def columns(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.mul(x, self.right, out=out)
 
-    def mask_(self, products: Tensor) -> Tensor:
-        # No product with ones: what is above the diagonal may be infinite.
-        size = products.shape[2]
-        products.view(-1, size, size).tril_()
+    def scale_(self, products: Tensor) -> Tensor:
         return products
 
     def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -129,7 +129,7 @@ class DeltaRule(Rule):
         w, x = torch.mul(k, beta, out=space(k)), space(v).copy_(v)
         q, k, w = gates.rows(q, space(q)), gates.rows(k, space(k)), gates.columns(w, w)
         q_, k_, w_, x_ = matrices(q), matrices(k), matrices(w), matrices(x)
-        inner, keys = gates.mask_(torch.bmm(q_, w_.mT)), gates.mask_(torch.bmm(k_, w_.mT))
+        inner, keys = gates.mask_(torch.bmm(q_, w_.mT)), gates.scale_(torch.bmm(k_, w_.mT))
         unit = torch.eye(q.shape[4], dtype=q.dtype, device=q.device)
         # The solver reads what is below the diagonal, and takes the diagonal for ones. From the right, where the
         # rows of a tensor are LAPACK's columns, it takes a third of the time that it takes from the left.

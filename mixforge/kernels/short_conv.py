@@ -77,6 +77,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BDS: Tensor, weight_DW: Tensor, bias_D: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_BDS, weight_DW)
+        ctx.bias_dtype = None if bias_D is None else bias_D.dtype
         y_BD1T = F.conv2d(x_BDS[:, :, None], weight_DW[:, None, None], bias_D, groups=len(weight_DW))
         return y_BD1T.squeeze(2).transpose(1, 2)
 
@@ -85,11 +86,14 @@ class Convolution(torch.autograd.Function):
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_BDS, weight_DW = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        dx_BDS = dweight_DW = None
+        dx_BDS = dweight_DW = dbias_D = None
         if of_x:
-            dy_BDT, row = dy_BTD.transpose(1, 2), (x_BDS[:, :, None], weight_DW[:, None, None])
+            # They differ in dtype from what was given where autocast is on.
+            row = (x_BDS.to(dy_BTD.dtype)[:, :, None], weight_DW.to(dy_BTD.dtype)[:, None, None])
+            dy_BDT = dy_BTD.transpose(1, 2)
             how = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], len(weight_DW), [True, False, False])
-            dx_BDS = torch.ops.aten.convolution_backward(dy_BDT[:, :, None], *row, *how)[0].squeeze(2)
+            dx_BD1S = torch.ops.aten.convolution_backward(dy_BDT[:, :, None], *row, *how)[0]
+            dx_BDS = dx_BD1S.squeeze(2).to(x_BDS.dtype)
         if of_weight:
             wide = torch.promote_types(dy_BTD.dtype, torch.float32)
             x_BSD, dy = x_BDS.transpose(1, 2).to(wide), dy_BTD.to(wide)
@@ -99,7 +103,9 @@ class Convolution(torch.autograd.Function):
                 torch.mul(x_BSD[:, tap : tap + length], dy, out=product)
                 dweight_DW[:, tap] = product.sum((0, 1))
             dweight_DW = dweight_DW.to(weight_DW.dtype)
-        return dx_BDS, dweight_DW, dy_BTD.sum((0, 1)) if of_bias else None
+        if of_bias:
+            dbias_D = dy_BTD.sum((0, 1)).to(ctx.bias_dtype)
+        return dx_BDS, dweight_DW, dbias_D
 
 
 def check_conv(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -64,6 +65,42 @@ def test_a_state_carries_a_sequence_across_pieces() -> None:
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), expected)
     torch.testing.assert_close(state, final)
+
+
+@pytest.mark.parametrize(
+    "wanted", [parts for n in (1, 2, 3) for parts in itertools.combinations(range(3), n)]
+)
+def test_gradients_of_what_is_asked_for(wanted: tuple[int, ...]) -> None:
+    gradients = []
+    for operation in FORMS.values():
+        x, weight, bias, _ = draw(20, 4)
+        leaves = [(x, weight, bias)[part].requires_grad_() for part in wanted]
+        y, _ = operation(x, weight, bias, "none", None)
+        # A gradient that is one number for all of y.
+        gradients.append(torch.autograd.grad(y.sum(), leaves))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_without_a_bias() -> None:
+    gradients = []
+    for operation in FORMS.values():
+        x, weight, _, _ = (leaf.requires_grad_() for leaf in draw(20, 4))
+        y, _ = operation(x, weight, None, "silu", None)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, weight]))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_keep_their_dtypes_under_autocast() -> None:
+    leaves = [leaf.requires_grad_() for leaf in draw(20, 4, dtype=torch.float32)[:3]]
+    plain = torch.autograd.grad(FORMS["torch"](*leaves, "none", None)[0].sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = FORMS["torch"](*leaves, "none", None)
+    assert y.dtype == torch.bfloat16
+    for leaf, found, expected in zip(leaves, torch.autograd.grad(y.sum(), leaves), plain, strict=True):
+        assert found.dtype == leaf.dtype
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_gradients_of_both_forms_agree() -> None:

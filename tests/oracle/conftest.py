@@ -21,8 +21,7 @@ else:
         # It says that there is no GPU.
         warnings.simplefilter("ignore")
         import fla.ops  # noqa: F401
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreting
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import interpreting
-
-    interpreting.install()
+        interpreting.install()

@@ -10,6 +10,9 @@ import pytest
 from mixforge.evaluator.evaluation import Outcome
 from mixforge.orchestrator.campaign import Campaign
 
+# Ray starts and stops processes several times in a test, which takes long on a busy machine.
+pytestmark = pytest.mark.timeout(360)
+
 
 @pytest.fixture
 def small(stub):

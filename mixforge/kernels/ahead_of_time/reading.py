@@ -35,7 +35,8 @@ def read_sass(cubins: Sequence[bytes], capability: int) -> list[dict[str, int]]:
         for cubin in cubins:
             file.write_bytes(cubin)
             usages.append(_tool("cuobjdump", "--dump-resource-usage", str(file)))
-    assert len(names) * _SASS_BYTES == sum(map(len, codes)), "an instruction was not read"
+    if len(names) * _SASS_BYTES != sum(map(len, codes)):
+        raise LookupError(f"nvdisasm names {len(names)} instructions in {sum(map(len, codes))} bytes of code")
     found, start = [], 0
     for code, usage in zip(codes, usages, strict=True):
         end = start + len(code) // _SASS_BYTES

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.norm import unit_norm
+from mixforge.search_space.parts.decay import exact
 from mixforge.search_space.parts.first_state import CarriedState, NoisyState
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.memories import Memories
@@ -426,12 +427,12 @@ class LinearAttention(TokenMixer):
     def finish(self, o_BTHV: Tensor, read: Reads, inputs: Inputs) -> Tensor:
         """Normaliser, skip, norm, gate and output projection."""
         if self.normalised:
-            o_BTHV, total = torch.split(o_BTHV, [self.value_dim, 1], -1)
+            o_BTHV, total = torch.split(exact(o_BTHV), [self.value_dim, 1], -1)
             if self.floor:
                 least = total.new_ones(()) if read.floor_BTH is None else read.floor_BTH[..., None]
-                total = torch.maximum(total.abs(), least.to(total.dtype))
+                total = torch.maximum(total.abs(), least)
             # Not a quotient, whose adjoint divides three times.
-            o_BTHV = o_BTHV * (total + 1e-6).reciprocal()
+            o_BTHV = (o_BTHV * (total + 1e-6).reciprocal()).to(read.v_BTHV.dtype)
         if self.skip is not None:
             o_BTHV = o_BTHV + self.skip(read.v_BTHV)
         late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)

@@ -218,6 +218,19 @@ def test_feature_maps_with_the_denominator(phi: str) -> None:
     torch.testing.assert_close(y_BTD[0], torch.stack(rows) @ w["output.out.weight"].T, rtol=1e-9, atol=1e-9)
 
 
+def test_the_denominator_is_divided_by_in_float32() -> None:
+    """Features that nearly nothing has in common leave totals whose squares are nothing in float16."""
+    torch.manual_seed(0)
+    module = Linear(phi="relu", norm="denominator", conv="none", heads=16).build(64, "torch").build().half()
+    x = torch.randn(2, 64, 64).half().requires_grad_()
+    y, _ = module(x, None, Pass(torch.arange(64), 0))
+    y.float().square().sum().backward()
+    assert y.isfinite().all()
+    for given in (x, *module.parameters()):
+        assert given.grad is not None
+        assert given.grad.isfinite().all()
+
+
 @torch.no_grad()
 def test_beta_reaches_two_and_then_reflects() -> None:
     """With beta = 2 a step is the Householder reflection I - 2 k k^T, whose eigenvalue along k is -1."""
