@@ -108,14 +108,15 @@ def why_unfit(gene: Attn, width: int) -> str | None:
 def _why_no_filters(gene: Attn, numbers: int) -> str | None:
     if numbers % 2 != 0:
         return f"kv={gene.kv} is no number of conjugate pairs (mixer attn); say an even one"
-    plain = gene.kv_shift == "none" and gene.bias == "none" and not isinstance(gene.diff, Form)
-    if plain and gene.special != "simplicial":
+    refused = {
+        "kv_shift": gene.kv_shift != "none",
+        "bias": gene.bias != "none",
+        "diff": isinstance(gene.diff, Form),
+        "score": gene.special == "simplicial",
+    }
+    given = next((f"{name}={getattr(gene, name)}" for name, is_given in refused.items() if is_given), None)
+    if given is None:
         return None
-    given = next(
-        f"{name}={getattr(gene, name)}"
-        for name in ("kv_shift", "bias", "diff", "score")
-        if getattr(gene, name) != genes_of(type(gene))[name].default
-    )
     return f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
 
 

@@ -8,11 +8,15 @@ For each head, with q, k, v, b, g and p, p', p'' affine in x_t:
     v^i_t = (1 - beta) v^i_{t-1} + cos(w_i t) beta v,  s_t = (1 - gamma) s_{t-1} + gamma psi_k
     o_t = sum_i v^i_t (k^i_t . psi_q) / (2 R s_t . psi_q + 1e-5),  y = W_o o + b_o
 
-Products of cosines of two times sum up to little where the times differ, so that the sum over i is near the matrix
-sum_s (beta v)_s (gamma psi_k)_s^T under its gates: R (E + 1) K numbers in the place of E K^2.
+The sum over i is near the matrix sum_s (beta v)_s (gamma psi_k)_s^T under its gates, with R (E + 1) K numbers in the
+place of E K^2, as far as products of the cosines of two times sum up to little: averaged over t, to 1/R of what they
+sum up to at equal times, with either sign, but to all of it where the times differ by a multiple of R - 1, which the
+gates have to end. As w runs from -pi to pi and a cosine is even, half of the vectors are copies of the others, here
+as there.
 
 Source: Pramanik et al. 2023 (arXiv 2310.15719), AGaLiTe, in the form of its public code, which counts t from 2. The exact
-matrix, GaLiTe, is a point of `linear`: decay=both, in_gate=tied, phi=outer(E).
+matrix, GaLiTe, is nearly a point of `linear`: decay=both, in_gate=tied, phi=outer(E), whose features are multiplied by
+features of themselves, not of the input.
 
 Departures: gamma is at most 1 - 2^-20, so that its gate has a logarithm.
 """

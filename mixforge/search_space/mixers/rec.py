@@ -54,6 +54,9 @@ from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.recurrence import LinearRecurrence
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 
+MOST_HEADS = 256
+WIDEST_HEAD = 16_384
+
 
 @dataclass(frozen=True, slots=True)
 class Rec(Mixer):
@@ -70,8 +73,8 @@ class Rec(Mixer):
     }
 
     cell: Annotated[str, Choice("hgrn", "lru", "mingru", "minlstm", "qrnn", "rglru")] = "hgrn"
-    heads: Annotated[int | None, Whole(1, 256)] = None
-    head_dim: Annotated[int | None, Whole(1, 16384)] = None
+    heads: Annotated[int | None, Whole(1, MOST_HEADS)] = None
+    head_dim: Annotated[int | None, Whole(1, WIDEST_HEAD)] = None
     conv: Annotated[str | int | None, Choice("none"), Whole(2, 8)] = None
     gate: Annotated[str | None, Choice("none", "gelu", "sigmoid", "silu", "gelu_tanh")] = None
     phase: Annotated[str, Choice("learned", "none")] = "learned"
@@ -109,12 +112,7 @@ class Rec(Mixer):
     def canonical(self, width: int) -> Self:
         heads, head_dim = self.sizes(width)
         if self.cell != "rglru":
-            # Only the number of channels counts.
-            heads, head_dim = (
-                (default_heads(width), width // default_heads(width))
-                if (heads * head_dim == width)
-                else (1, heads * head_dim)
-            )
+            heads, head_dim = fewest_heads(heads * head_dim, width)
         follows = width % heads == 0 and head_dim == width // heads
         return replace(
             self,
@@ -231,3 +229,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "silu": silu,
 }
 _CELLS = {"lru": LruCell, "mingru": MinGruCell, "minlstm": MinLstmCell, "qrnn": QrnnCell}
+
+
+def fewest_heads(channels: int, width: int) -> tuple[int, int]:
+    """Heads and their channels where only the number of channels counts: the usual ones, or else the fewest.
+
+    Numbers that the genes do not hold are given where there are no others.
+    """
+    usual = default_heads(width)
+    if channels == width:
+        return usual, width // usual
+    few = (*range(-(-channels // WIDEST_HEAD), MOST_HEADS + 1), usual)
+    heads = next((h for h in few if channels % h == 0 and channels // h <= WIDEST_HEAD), 1)
+    return heads, channels // heads

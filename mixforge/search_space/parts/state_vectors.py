@@ -190,18 +190,19 @@ class FilteredStates(StateVectors):
         self.step_size = nn.Parameter(torch.empty(states).uniform_(math.log(0.001), math.log(0.1)))
         self.rate = nn.Parameter(torch.full((states, pairs), math.log(0.5)))
         self.frequency = nn.Parameter((math.pi * torch.arange(pairs)).repeat(states, 1))
-        # [plane, filter, pair, channel]
-        self.weight = nn.Parameter(torch.randn(2, states, pairs, width) / math.sqrt(2))
-        self.skip = nn.Parameter(torch.randn(states, width))
+        # Channels first, for no weight is summed over them (`scaling.rate_factors`).
+        self.weight = nn.Parameter(torch.randn(width, states, pairs, 2) / math.sqrt(2))
+        self.skip = nn.Parameter(torch.randn(width, states))
+        self.planes = (2, states, pairs)
 
     def initial_state(
         self, batch: int, slots: int, device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
         held = torch.float64 if dtype == torch.float64 else torch.float32
-        shape = (batch, *self.weight.shape)
+        width = len(self.weight)
         return {
-            "hidden": torch.zeros(shape, device=device, dtype=held),
-            "last": torch.zeros(batch, shape[-1], device=device, dtype=dtype),
+            "hidden": torch.zeros(batch, *self.planes, width, device=device, dtype=held),
+            "last": torch.zeros(batch, width, device=device, dtype=dtype),
         }
 
     def note(
@@ -221,7 +222,7 @@ class FilteredStates(StateVectors):
         x_BTD = exact(x_BTD)
         power_SPT = self.powers(torch.arange(x_BTD.shape[1], -1, -1, device=x_BTD.device))
         written = torch.view_as_real(power_SPT[..., 1:]).movedim(-1, 0).flatten(0, 2) @ x_BTD
-        after: Tensor = torch.unflatten(written, 1, self.weight.shape[:3])
+        after: Tensor = torch.unflatten(written, 1, self.planes)
         if hidden is None:
             return after
         whole = torch.view_as_real(power_SPT[..., 0])[..., None]
@@ -248,9 +249,9 @@ class FilteredStates(StateVectors):
         # (exp(dt A) - 1) / A, which is what holding an input for dt gives, times the weights.
         held_SP = (torch.polar(rate_SP.exp(), angle_SP) - 1) / torch.complex(rate_SP, angle_SP)
         held_SP = held_SP * exact(self.step_size).exp()[:, None]
-        weight = exact(self.weight)
+        weight = exact(self.weight).permute(3, 1, 2, 0)
         first, second = held_SP.real[..., None], held_SP.imag[..., None]
         real, imaginary = weight[0] * first - weight[1] * second, weight[0] * second + weight[1] * first
         said_BSD = 2 * (noted["hidden"][:, 0] * real - noted["hidden"][:, 1] * imaginary).sum(2)
-        said_BSD = said_BSD + exact(self.skip) * exact(noted["last"])[:, None]
+        said_BSD = said_BSD + exact(self.skip).T * exact(noted["last"])[:, None]
         return said_BSD.to(c_BSD.dtype)

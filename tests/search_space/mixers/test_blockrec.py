@@ -16,6 +16,7 @@ from mixforge.search_space.parts.beside import Beside
 from mixforge.search_space.parts.block_recurrence import BlockRecurrence
 from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.parts.state_vectors import AttendingStates, FilteredStates, GatedCache, GatedQueue
+from mixforge.search_space.scaling import rate_factors
 
 Change = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 WIDTH, HEADS, DIM, WINDOW, STATES = 12, 3, 4, 5, 3
@@ -236,10 +237,17 @@ def test_filters_say_what_they_are_after_the_last_token_of_a_block() -> None:
         for j in range(STATES):
             for p in range(2):
                 hidden[j, p] = step[j, p] * hidden[j, p] + (step[j, p] - 1) / a[j, p] * x
-            weight = torch.complex(filters.weight[0, j], filters.weight[1, j])
-            c.append(2 * (weight * hidden[j]).sum(0).real + filters.skip[j] * x)
+            weight = torch.view_as_complex(filters.weight[:, j]).T
+            c.append(2 * (weight * hidden[j]).sum(0).real + filters.skip[:, j] * x)
     y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(18), 0))
     torch.testing.assert_close(y_BTD[0], torch.stack(expected))
+
+
+def test_filters_learn_at_the_rate_of_what_is_not_summed_over() -> None:
+    narrow, wide = (
+        Blockrec(update=Form("filters", (4,))).build(width, "torch").build() for width in (256, 512)
+    )
+    assert not {"vectors.weight", "vectors.skip"} & set(rate_factors(narrow, wide, 256))
 
 
 def test_what_is_no_pair_is_refused() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixforge.search_space.mixers.rec import Rec
 from mixforge.search_space.model import build
-from mixforge.search_space.notation import parse
+from mixforge.search_space.notation import from_json, parse
 from mixforge.search_space.parts.layer import Pass
 
 WIDTH, LENGTH = 24, 29
@@ -187,6 +187,22 @@ def test_lower_bound_of_hgrn_rises_with_depth_unless_it_is_given() -> None:
     floors = [unit.mixer.cell.floor for unit in model.stack.units if hasattr(unit.mixer, "cell")]
     # Attention is a layer as well.
     assert floors == pytest.approx([0, 2 / 6, 0.9, 5 / 6])
+
+
+@pytest.mark.parametrize(
+    ("genes", "width", "said"),
+    [
+        ("head_dim=16384, heads=4", 64, "hgrn(heads=4, head_dim=16384)"),
+        ("head_dim=32, heads=4", 64, "hgrn(heads=1, head_dim=128)"),
+        ("head_dim=16384, heads=256", 64, "hgrn(heads=256, head_dim=16384)"),
+        ("head_dim=16384", 32768, "hgrn(head_dim=16384)"),
+    ],
+)
+def test_as_many_channels_as_one_head_cannot_have(genes: str, width: int, said: str) -> None:
+    architecture = parse(f"lm(attn + rec({genes}), width={width})")
+    assert said in str(architecture)
+    assert architecture.why_illegal() is None
+    assert from_json(architecture.canonical_json) == architecture
 
 
 def test_genes_that_the_cell_does_not_have_are_dropped() -> None:
