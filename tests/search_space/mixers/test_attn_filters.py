@@ -53,6 +53,10 @@ def test_each_head_attends_to_states_of_its_own_filter() -> None:
         ({"bias": "qkv"}, "bias=qkv"),
         ({"diff": Form("shared", (2,))}, "diff=shared(2)"),
         ({"score": Form("simplicial", (2, 2)), "pos": "none"}, "score=simplicial(2, 2)"),
+        (
+            {"score": Form("simplicial", (2, 2)), "pos": "none", "diff": "full"},
+            "score=simplicial(2, 2)",
+        ),
     ],
 )
 def test_filters_say_how_keys_are_made(genes: dict[str, str | Form], given: str) -> None:
