@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_oracle import rope
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.gau import Gau
@@ -223,6 +224,33 @@ def test_unit_is_its_papers_equations(
     y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(LENGTH), 0))
     wanted_TD = expected(x_TD, w, feed, block, weigh, turns, genes.get("gate") == "triple")
     torch.testing.assert_close(y_BTD[0], wanted_TD, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("genes", "seen"),
+    [
+        ({}, 19),
+        ({"pos": Form("distance", (3,))}, 19),
+        ({"score": "relu2"}, 19),
+        ({"sparse": Form("chunk", (10,))}, 9),
+        ({"sparse": Form("chunk", (10,)), "score": "relu2"}, 9),
+    ],
+)
+@torch.no_grad()
+def test_a_piece_of_a_prefill_takes_no_products_of_the_queries_before(
+    genes: dict[str, str | Form], seen: int
+) -> None:
+    """Two tokens after 17, of which each is weighed against the keys that are there."""
+    module, w = built(Gau(key_dim=KEYS, expand=VALUES / WIDTH, **genes))  # type: ignore[arg-type]
+    x_BTD, at = inputs()[None], Pass(torch.arange(LENGTH), 0)
+    whole_BTD, _ = module(x_BTD, None, at)
+    state = module.initial_state(1, LENGTH, x_BTD.device, x_BTD.dtype)
+    module(x_BTD[:, :17], state, Pass(at.positions_T[:17], 0))
+    with FlopCounterMode(display=False) as counter:
+        y_BTD, _ = module(x_BTD[:, 17:], state, Pass(at.positions_T[17:], 17))
+    matrices = sum(weight.numel() for weight in w.values() if weight.ndim == 2)
+    assert counter.get_total_flops() == 2 * 2 * (matrices + seen * (KEYS + VALUES))
+    torch.testing.assert_close(y_BTD, whole_BTD[:, 17:], rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
