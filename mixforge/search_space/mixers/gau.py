@@ -147,12 +147,16 @@ class Gau(Mixer):
 
     def canonical(self, width: int) -> Self:
         name, size = self.pattern
-        pos = self.pos
+        pos, feed = self.pos, self.feed
         if name in ("chunk", "mixed") and self.reach > size:
             pos = Form("distance", (size,))
+        if self.convolutions is not None and self.convolutions[2] == 1:
+            # One convolution has none before it that its taps would be farther apart than.
+            feed = Form("tcn", (self.convolutions[0], 1, 1))
         return replace(
             self,
             pos=pos,
+            feed=feed,
             key_dim=None if self.key_dim == default_key_dim(width) else self.key_dim,
             expand=shortest_expand(self.expand, width),
         )

@@ -296,6 +296,14 @@ def test_distances_that_no_block_has_are_dropped() -> None:
     assert said == plain
 
 
+def test_how_far_one_convolution_is_from_others_is_dropped() -> None:
+    said, plain = (Gau(feed=Form("tcn", (5, r, 1))).canonical(WIDTH) for r in (64, 1))
+    assert said == plain
+    assert said.fault is None
+    assert said.why_illegal(WIDTH) is None
+    assert Gau(feed=Form("tcn", (5, 64, 2))).canonical(WIDTH) != plain
+
+
 def test_the_state_of_codes_and_chunks_does_not_grow() -> None:
     for sparse in ("vq(8), pos=none", "chunk(8)", "mixed(8)"):
         given = parse(f"lm(gau(feed=ema(4), sparse={sparse}), width=32)")
