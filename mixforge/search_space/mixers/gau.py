@@ -115,8 +115,11 @@ class Gau(Mixer):
 
     @property
     def reach(self) -> int:
-        """Distances that have a bias."""
-        return int(self.pos.arguments[0]) if isinstance(self.pos, Form) else 0
+        """Distances that have a bias: of those that are said, the ones between tokens of a block."""
+        if not isinstance(self.pos, Form):
+            return 0
+        said, (name, size) = int(self.pos.arguments[0]), self.pattern
+        return min(said, size) if name in ("chunk", "mixed") else said
 
     @property
     def scanned(self) -> int:
@@ -146,16 +149,13 @@ class Gau(Mixer):
         return None
 
     def canonical(self, width: int) -> Self:
-        name, size = self.pattern
-        pos, feed = self.pos, self.feed
-        if name in ("chunk", "mixed") and self.reach > size:
-            pos = Form("distance", (size,))
+        feed = self.feed
         if self.convolutions is not None and self.convolutions[2] == 1:
             # One convolution has none before it that its taps would be farther apart than.
             feed = Form("tcn", (self.convolutions[0], 1, 1))
         return replace(
             self,
-            pos=pos,
+            pos=Form("distance", (self.reach,)) if self.reach else self.pos,
             feed=feed,
             key_dim=None if self.key_dim == default_key_dim(width) else self.key_dim,
             expand=shortest_expand(self.expand, width),

@@ -289,11 +289,12 @@ def test_distances_to_codes_are_added_to_the_loss_of_training() -> None:
     torch.testing.assert_close(gradients[1] - gradients[0], added, rtol=1e-9, atol=1e-9)
 
 
-def test_distances_that_no_block_has_are_dropped() -> None:
-    said, plain = (
-        Gau(sparse=Form("chunk", (6,)), pos=Form("distance", (n,))).canonical(WIDTH) for n in (9, 6)
-    )
-    assert said == plain
+@pytest.mark.parametrize("pattern", ["chunk", "mixed"])
+def test_distances_that_no_block_has_are_dropped(pattern: str) -> None:
+    far, near = (Gau(sparse=Form(pattern, (6,)), pos=Form("distance", (n,))) for n in (9, 6))
+    assert far.canonical(WIDTH) == near.canonical(WIDTH) == near
+    assert far.cost(WIDTH, LENGTH) == near.cost(WIDTH, LENGTH)
+    assert far.build(WIDTH, "torch") == near.build(WIDTH, "torch")
 
 
 def test_how_far_one_convolution_is_from_others_is_dropped() -> None:
