@@ -35,7 +35,7 @@ from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import attention, diagonal_ssm
-from mixforge.search_space.attention_cost import code_products
+from mixforge.search_space.attention_cost import EXACT, code_products
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
@@ -51,8 +51,6 @@ from mixforge.search_space.parts.gated_attention import (
 from mixforge.search_space.parts.gated_codes import CodedAttention
 from mixforge.search_space.parts.state_space import DiagonalScan, MovingAverage
 
-# Bytes of a number that is kept in float32 in any case.
-EXACT = 4
 # Tokens that a feed's farthest convolution reaches back.
 FARTHEST = 1_048_576
 
