@@ -133,8 +133,8 @@ class Gau(Mixer):
             reach = (size - 1) * spread ** (layers - 1)
             if reach > FARTHEST:
                 return (
-                    f"the last convolution of feed={self.feed} reaches back {reach} tokens (mixer gau); "
-                    f"say fewer or nearer ones, for {FARTHEST} at most"
+                    f"the last convolution of feed={self.feed} reaches back more than {FARTHEST} tokens (mixer gau); "
+                    "say fewer or nearer ones"
                 )
         if self.pattern[0] == "vq" and (self.pos == "rope" or self.score != "softmax"):
             given = f"pos={self.pos}" if self.pos == "rope" else f"score={self.score}"

@@ -318,7 +318,7 @@ def test_the_state_of_codes_and_chunks_does_not_grow() -> None:
         ({"sparse": Form("vq", (4,))}, "pos=none or distance(n)"),
         ({"sparse": Form("vq", (4,)), "pos": "none", "score": "relu2"}, "score=relu2"),
         ({"key_dim": 3}, "key_dim 3 is odd"),
-        ({"feed": Form("tcn", (9, 8, 16))}, "reaches back"),
+        ({"feed": Form("tcn", (256, 64, 16))}, "reaches back more than 1048576 tokens"),
     ],
 )
 def test_what_does_not_go_together_is_told(genes: dict[str, str | int | Form], says: str) -> None:
