@@ -23,8 +23,9 @@ Terzic et al. 2023 (TCNCA, arXiv 2312.05605) for convolutions in the place of mo
 arXiv 2404.11163) for a state space there and quantised keys.
 
 Departures: scales a start as normal numbers of deviation 1, where those of the papers' code have 0.02, which leaves
-scores near zero. relu(z)^2 is divided by the number of keys outside of the square. Convolutions are residual and of
-numbers, not matrices. MossFormer's convolutions before its projections are not here.
+scores near zero. Scores under relu2 are divided by sqrt(K) too, which FLASH's are not, and the square is divided by the
+number of keys that a query sees, not by that of the sequence or the block. Convolutions are residual and of numbers,
+not matrices. MossFormer's convolutions before its projections are not here.
 """
 
 from __future__ import annotations
