@@ -25,7 +25,8 @@ arXiv 2404.11163) for a state space there and quantised keys.
 Departures: scales a start as normal numbers of deviation 1, where those of the papers' code have 0.02, which leaves
 scores near zero. Scores under relu2 are divided by sqrt(K) too, which FLASH's are not, and the square is divided by the
 number of keys that a query sees, not by that of the sequence or the block. Convolutions are residual and of numbers,
-not matrices. MossFormer's convolutions before its projections are not here.
+not matrices. MossFormer's convolutions before its projections are not here. Under scale=mup, queries and keys
+of the default key_dim, a quarter of the width, are not a head of one size (see `scaling`).
 """
 
 from __future__ import annotations
