@@ -10,7 +10,9 @@ so that what one step of Adam changes in every activation does not depend on the
 a narrow model is that of a wide one. At a width of BASE it is `standard`.
 
 Source: Yang et al. 2022 (arXiv 2203.03466), table 8. Attention scores are divided by sqrt(K) and not by K: the size of
-a head stays the same while the number of heads follows the width, unless a gene says otherwise.
+a head stays the same while the number of heads follows the width, unless a gene says otherwise. It does
+not for `gau`, which has one head and by default queries and keys of a quarter of the width: what a step changes in its
+scores grows with the root of the width. A key_dim that is said, the same at every width, keeps them as they are.
 """
 
 from __future__ import annotations

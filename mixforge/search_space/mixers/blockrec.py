@@ -16,8 +16,9 @@ e is learned, so that no two states are alike. After the last token of block b, 
     update=fifo     m = mean of x,  n = sigmoid(W_g [c^b_S; m] + b_g)
                     c^{b+1} = [c^b_2, ..., c^b_S, n m + (1 - n) c^b_S]
     update=filters(n)
-                    c^{b+1}_j = 2 Re sum_p C_jp h_jp + D_j x,  h = e^(dt_j A_jp) h + x over all tokens so far: what the
-                    j-th of S filters says of the last token, n/2 complex A for each filter and C for each channel
+                    c^{b+1}_j = 2 Re sum_p C_jp (e^(dt_j A_jp) - 1) / A_jp h_jp + D_j x,  h = e^(dt_j A_jp) h + x over
+                    all tokens so far: what the j-th of S filters says of the last token, n/2 complex A for each filter
+                    and C for each channel
 
 Only q and k between tokens are rotated by position. With one token at a time the states change in `between`, after the
 last token of a block and before the first of the next.

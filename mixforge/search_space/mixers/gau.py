@@ -23,8 +23,10 @@ Terzic et al. 2023 (TCNCA, arXiv 2312.05605) for convolutions in the place of mo
 arXiv 2404.11163) for a state space there and quantised keys.
 
 Departures: scales a start as normal numbers of deviation 1, where those of the papers' code have 0.02, which leaves
-scores near zero. relu(z)^2 is divided by the number of keys outside of the square. Convolutions are residual and of
-numbers, not matrices. MossFormer's convolutions before its projections are not here.
+scores near zero. Scores under relu2 are divided by sqrt(K) too, which FLASH's are not, and the square is divided by the
+number of keys that a query sees, not by that of the sequence or the block. Convolutions are residual and of numbers,
+not matrices. MossFormer's convolutions before its projections are not here. Under scale=mup, queries and keys
+of the default key_dim, a quarter of the width, are not a head of one size (see `scaling`).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 from mixforge.kernels import attention, diagonal_ssm
-from mixforge.search_space.attention_cost import code_products
+from mixforge.search_space.attention_cost import EXACT, code_products
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
@@ -51,8 +53,6 @@ from mixforge.search_space.parts.gated_attention import (
 from mixforge.search_space.parts.gated_codes import CodedAttention
 from mixforge.search_space.parts.state_space import DiagonalScan, MovingAverage
 
-# Bytes of a number that is kept in float32 in any case.
-EXACT = 4
 # Tokens that a feed's farthest convolution reaches back.
 FARTHEST = 1_048_576
 
@@ -115,8 +115,11 @@ class Gau(Mixer):
 
     @property
     def reach(self) -> int:
-        """Distances that have a bias."""
-        return int(self.pos.arguments[0]) if isinstance(self.pos, Form) else 0
+        """Distances that have a bias: of those that are said, the ones between tokens of a block."""
+        if not isinstance(self.pos, Form):
+            return 0
+        said, (name, size) = int(self.pos.arguments[0]), self.pattern
+        return min(said, size) if name in ("chunk", "mixed") else said
 
     @property
     def scanned(self) -> int:
@@ -132,8 +135,8 @@ class Gau(Mixer):
             reach = (size - 1) * spread ** (layers - 1)
             if reach > FARTHEST:
                 return (
-                    f"the last convolution of feed={self.feed} reaches back {reach} tokens (mixer gau); "
-                    f"say fewer or nearer ones, for {FARTHEST} at most"
+                    f"the last convolution of feed={self.feed} reaches back more than {FARTHEST} tokens (mixer gau); "
+                    "say fewer or nearer ones"
                 )
         if self.pattern[0] == "vq" and (self.pos == "rope" or self.score != "softmax"):
             given = f"pos={self.pos}" if self.pos == "rope" else f"score={self.score}"
@@ -146,13 +149,14 @@ class Gau(Mixer):
         return None
 
     def canonical(self, width: int) -> Self:
-        name, size = self.pattern
-        pos = self.pos
-        if name in ("chunk", "mixed") and self.reach > size:
-            pos = Form("distance", (size,))
+        feed = self.feed
+        if self.convolutions is not None and self.convolutions[2] == 1:
+            # One convolution has none before it that its taps would be farther apart than.
+            feed = Form("tcn", (self.convolutions[0], 1, 1))
         return replace(
             self,
-            pos=pos,
+            pos=Form("distance", (self.reach,)) if self.reach else self.pos,
+            feed=feed,
             key_dim=None if self.key_dim == default_key_dim(width) else self.key_dim,
             expand=shortest_expand(self.expand, width),
         )

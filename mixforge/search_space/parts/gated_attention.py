@@ -176,14 +176,13 @@ class BlockAttention(SharedAttention):
     def forward(self, z_BTK: Tensor, v_BTF: Tensor, state: dict[str, Tensor] | None, at: Pass) -> Tensor:
         q_BTK, k_BTK = self.query(z_BTK, at.positions_T), self.key(z_BTK, at.positions_T)
         if state is None:
-            o_BTF = self.by_blocks(q_BTK, k_BTK, v_BTF)
+            o_BTF = self.by_blocks(q_BTK, k_BTK, v_BTF, 0)
         else:
-            # Queries of the tokens before are of no meaning, and their outputs are left out.
             lead = at.start if self.block is None else at.start % self.block
             k, v = (
                 torch.cat([state[name][:, :lead], new], 1) for name, new in (("key", k_BTK), ("value", v_BTF))
             )
-            o_BTF = self.by_blocks(F.pad(q_BTK, (0, 0, lead, 0)), k, v)[:, lead:]
+            o_BTF = self.by_blocks(q_BTK, k, v, lead)
             last = slice(None if self.block is None else -min(self.block, z_BTK.shape[1]), None)
             place_T = self.place(at.positions_T[last])
             state["key"].index_copy_(1, place_T, k_BTK[:, last])
@@ -204,17 +203,23 @@ class BlockAttention(SharedAttention):
         """Slots of the cache: a token's place in its block."""
         return positions_T if self.block is None else positions_T % self.block
 
-    def by_blocks(self, q_BTK: Tensor, k_BTK: Tensor, v_BTF: Tensor) -> Tensor:
-        """Tokens of a sequence that begins with a block."""
-        batch, length, _ = q_BTK.shape
-        size = length if self.block is None else min(self.block, length)
-        q, k, v = (in_blocks(x, size).flatten(0, 1)[:, None] for x in (q_BTK, k_BTK, v_BTF))
+    def by_blocks(self, q_BTK: Tensor, k_BSK: Tensor, v_BSF: Tensor, lead: int) -> Tensor:
+        """Queries of the tokens from `lead` on, over keys of a sequence that begins with a block."""
+        batch, length, _ = k_BSK.shape
+        if self.block is None or length <= self.block:
+            return self.in_one(q_BTK[:, None], k_BSK[:, None], v_BSF[:, None], lead)[:, 0]
+        # Queries of the tokens before are of no meaning, and their outputs are left out.
+        given = (F.pad(q_BTK, (0, 0, lead, 0)), k_BSK, v_BSF)
+        q, k, v = (in_blocks(x, self.block).flatten(0, 1)[:, None] for x in given)
+        o = self.in_one(q, k, v, 0)
+        return torch.unflatten(o[:, 0], 0, (batch, -1)).flatten(1, 2)[:, lead:length]
+
+    def in_one(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, lead: int) -> Tensor:
+        """Queries of the tokens from `lead` on, over the keys of their block so far."""
         if self.weigh is None and self.bias is None:
-            o = self.operation(q, k, v, 0)
-        else:
-            place = torch.arange(size, device=q.device)
-            o = self.over(q, k, v, place[:, None] - place, self.masked)
-        return torch.unflatten(o[:, 0], 0, (batch, -1)).flatten(1, 2)[:, :length]
+            return self.operation(q_BHTK, k_BHSK, v_BHSV, lead)
+        place = torch.arange(k_BHSK.shape[2], device=q_BHTK.device)
+        return self.over(q_BHTK, k_BHSK, v_BHSV, place[lead:, None] - place, self.masked)
 
     def over(
         self,

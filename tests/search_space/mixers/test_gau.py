@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_oracle import rope
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.gau import Gau
@@ -225,6 +226,33 @@ def test_unit_is_its_papers_equations(
     torch.testing.assert_close(y_BTD[0], wanted_TD, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("genes", "seen"),
+    [
+        ({}, 19),
+        ({"pos": Form("distance", (3,))}, 19),
+        ({"score": "relu2"}, 19),
+        ({"sparse": Form("chunk", (10,))}, 9),
+        ({"sparse": Form("chunk", (10,)), "score": "relu2"}, 9),
+    ],
+)
+@torch.no_grad()
+def test_a_piece_of_a_prefill_takes_no_products_of_the_queries_before(
+    genes: dict[str, str | Form], seen: int
+) -> None:
+    """Two tokens after 17, of which each is weighed against the keys that are there."""
+    module, w = built(Gau(key_dim=KEYS, expand=VALUES / WIDTH, **genes))  # type: ignore[arg-type]
+    x_BTD, at = inputs()[None], Pass(torch.arange(LENGTH), 0)
+    whole_BTD, _ = module(x_BTD, None, at)
+    state = module.initial_state(1, LENGTH, x_BTD.device, x_BTD.dtype)
+    module(x_BTD[:, :17], state, Pass(at.positions_T[:17], 0))
+    with FlopCounterMode(display=False) as counter:
+        y_BTD, _ = module(x_BTD[:, 17:], state, Pass(at.positions_T[17:], 17))
+    matrices = sum(weight.numel() for weight in w.values() if weight.ndim == 2)
+    assert counter.get_total_flops() == 2 * 2 * (matrices + seen * (KEYS + VALUES))
+    torch.testing.assert_close(y_BTD, whole_BTD[:, 17:], rtol=1e-9, atol=1e-9)
+
+
 @torch.no_grad()
 def test_an_update_gate_stands_for_the_residual_connection() -> None:
     """MEGA, equation 16: norm(u h + (1 - u) x), of the unit's own u and h."""
@@ -261,11 +289,20 @@ def test_distances_to_codes_are_added_to_the_loss_of_training() -> None:
     torch.testing.assert_close(gradients[1] - gradients[0], added, rtol=1e-9, atol=1e-9)
 
 
-def test_distances_that_no_block_has_are_dropped() -> None:
-    said, plain = (
-        Gau(sparse=Form("chunk", (6,)), pos=Form("distance", (n,))).canonical(WIDTH) for n in (9, 6)
-    )
+@pytest.mark.parametrize("pattern", ["chunk", "mixed"])
+def test_distances_that_no_block_has_are_dropped(pattern: str) -> None:
+    far, near = (Gau(sparse=Form(pattern, (6,)), pos=Form("distance", (n,))) for n in (9, 6))
+    assert far.canonical(WIDTH) == near.canonical(WIDTH) == near
+    assert far.cost(WIDTH, LENGTH) == near.cost(WIDTH, LENGTH)
+    assert far.build(WIDTH, "torch") == near.build(WIDTH, "torch")
+
+
+def test_how_far_one_convolution_is_from_others_is_dropped() -> None:
+    said, plain = (Gau(feed=Form("tcn", (5, r, 1))).canonical(WIDTH) for r in (64, 1))
     assert said == plain
+    assert said.fault is None
+    assert said.why_illegal(WIDTH) is None
+    assert Gau(feed=Form("tcn", (5, 64, 2))).canonical(WIDTH) != plain
 
 
 def test_the_state_of_codes_and_chunks_does_not_grow() -> None:
@@ -281,7 +318,7 @@ def test_the_state_of_codes_and_chunks_does_not_grow() -> None:
         ({"sparse": Form("vq", (4,))}, "pos=none or distance(n)"),
         ({"sparse": Form("vq", (4,)), "pos": "none", "score": "relu2"}, "score=relu2"),
         ({"key_dim": 3}, "key_dim 3 is odd"),
-        ({"feed": Form("tcn", (9, 8, 16))}, "reaches back"),
+        ({"feed": Form("tcn", (256, 64, 16))}, "reaches back more than 1048576 tokens"),
     ],
 )
 def test_what_does_not_go_together_is_told(genes: dict[str, str | int | Form], says: str) -> None:
