@@ -25,8 +25,8 @@ search: $(VENV)/.ready
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
 test: $(VENV)/.ready-dev
-	$(MAKE) $(BESIDE) types lint imports examples
-	$(MAKE) --no-print-directory tests interpreted
+	$(MAKE) $(BESIDE) lint imports examples types interpreted
+	$(MAKE) --no-print-directory tests
 
 kernels: older compiled
 
@@ -47,7 +47,7 @@ tests: $(VENV)/.ready-dev
 
 # Where there is no Triton nothing is collected, which is status 5.
 interpreted: $(VENV)/.ready-dev
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist worksteal tests/kernels/interpreted || \
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreted || \
 	  { [ $$? -eq 5 ] && ! $(BIN)/python -c 'import triton' 2> /dev/null; }
 
 # One page after the other, for they tell of one campaign.

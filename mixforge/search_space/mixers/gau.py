@@ -166,7 +166,13 @@ class Gau(Mixer):
         inner = values * share
         if inner.denominator != 1:
             raise ValueError(f"a share of {share} does not divide gau's {values} channels of values")
-        return replace(self, expand=int(inner) / width).canonical(width)
+        expand = int(inner) / width
+        if expand < NARROWEST:
+            raise ValueError(
+                f"a share of {share} leaves gau {int(inner)} channels of values, {expand:g} times the width; "
+                f"give it an expand of {NARROWEST / share} or more"
+            )
+        return replace(self, expand=expand).canonical(width)
 
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         keys, values = self.sizes(width)
