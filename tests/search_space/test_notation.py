@@ -18,7 +18,7 @@ from mixforge.search_space.mixers.attn import Attn
 from mixforge.search_space.notation import from_json, parse, parse_mixer
 from mixforge.search_space.spelling import spell_gene, spell_mixer
 from mixforge.search_space.stack import FUSES
-from mixforge.search_space.syntax import NotationError
+from mixforge.search_space.syntax import NotationError, spell_number
 from mixforge.search_space.vocabulary import vocabulary
 
 WIDTHS = (64, 96, 128, 192, 256)
@@ -462,11 +462,26 @@ def test_architectures_are_values() -> None:
     assert first != parse("lm(2 * attn, width=128)")
 
 
-@pytest.mark.parametrize("theta", ["1e9", "15e10", "1e12", "123456789", "999999999", "500000"])
+@pytest.mark.parametrize(
+    "theta",
+    ["1e9", "15e10", "1e12", "123456789", "999999999", "500000", "1.2345678901e10", "1.2345678905e9"],
+)
 def test_large_numbers_are_written_as_they_are_read(theta: str) -> None:
     read = parse(f"lm(attn(theta={theta}), width=64)")
     assert str(read) == f"lm(attn(theta={theta}), width=64)"
     assert parse(str(read)).digest == read.digest
+    assert from_json(read.canonical_json) == read
+
+
+@given(st.floats(0, 12).map(lambda power: 10**power), st.floats(1e-12, 0.1), st.floats(0.1, 1e4))
+def test_numbers_are_read_as_they_are_written(theta: float, eps: float, softcap: float) -> None:
+    made = words.lm(words.attn(theta=theta), width=64, eps=eps, softcap=softcap)
+    for again in (parse(str(made)), from_json(made.canonical_json)):
+        assert again == made
+        assert str(again) == str(made)
+        assert again.digest == made.digest
+        assert (again.eps, again.softcap) == (eps, softcap)
+    assert parse_mixer(f"attn(theta={spell_number(theta)})") == Attn(theta=theta)
 
 
 @pytest.mark.parametrize(
