@@ -145,13 +145,17 @@ class Name(Expression):
 
 @_node
 class Number(Expression):
-    """A whole or decimal number. `2` and `2.0` are equal."""
+    """A whole or decimal number. `2` and `2.0` are equal, so both are kept as the whole number: what is remembered of
+    one tree is then true of every tree that equals it.
+    """
 
     value: int | float
     column: int | None = field(default=None, repr=False)
     _hash: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.value, float) and self.value.is_integer():
+            object.__setattr__(self, "value", int(self.value))
         object.__setattr__(self, "_hash", hash((Number, self.value)))
 
     def __reduce__(self) -> tuple[type[Number], tuple[int | float, int | None]]:

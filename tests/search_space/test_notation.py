@@ -15,7 +15,7 @@ from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Who
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.mixers.attn import Attn
-from mixforge.search_space.notation import from_json, parse, parse_mixer
+from mixforge.search_space.notation import _layer, from_json, parse, parse_mixer
 from mixforge.search_space.spelling import spell_gene, spell_mixer
 from mixforge.search_space.stack import FUSES
 from mixforge.search_space.syntax import NotationError, spell_number
@@ -482,6 +482,33 @@ def test_numbers_are_read_as_they_are_written(theta: float, eps: float, softcap:
         assert again.digest == made.digest
         assert (again.eps, again.softcap) == (eps, softcap)
     assert parse_mixer(f"attn(theta={spell_number(theta)})") == Attn(theta=theta)
+
+
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        ("attn(window=48.0)", "attn(window=48)"),
+        ("attn(kv=gqa(2.0))", "attn(kv=gqa(2))"),
+        ("attn(kv=filters(8.))", "attn(kv=filters(8))"),
+        ("attn(window=.3e2)", "attn(window=30)"),
+    ],
+)
+def test_a_whole_number_with_a_point_is_a_whole_number(said: str, whole: str) -> None:
+    """In every process: what is remembered of a layer is found under each tree that equals its own."""
+    assert repr(parse_mixer(said)) == repr(parse_mixer(whole))
+    texts = [f"lm({mixer}, width=64)" for mixer in (said, whole)]
+    for order in (texts, texts[::-1]):
+        _layer.cache_clear()
+        assert len({parse(text) for text in order}) == 1
+
+
+def test_whole_numbers_with_a_point_stand_wherever_whole_numbers_do() -> None:
+    assert parse("lm(2.0 * attn, width=64.0)") == parse("lm(2 * attn, width=64)")
+    assert words.lm(words.attn(window=48.0), width=64) == parse("lm(attn(window=48), width=64)")
+    with pytest.raises(NotationError, match=r"^window=48\.5 is not legal for attn; expected .* whole number"):
+        parse("lm(attn(window=48.5), width=64)")
+    with pytest.raises(NotationError, match=r"^window=1e10 is not legal for attn"):
+        parse("lm(attn(window=1e10), width=64)")
 
 
 @pytest.mark.parametrize(
