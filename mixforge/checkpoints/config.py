@@ -7,11 +7,6 @@ from collections.abc import Mapping
 from mixforge.search_space.syntax import nearest
 
 
-def spelled(value: float) -> str:
-    """A number as the notation reads it, to its last digit."""
-    return repr(value) if abs(value) < 1e9 else f"{value:g}"
-
-
 class Config:
     """config.json. Every getter raises ValueError with the key, what it is and what it must be."""
 

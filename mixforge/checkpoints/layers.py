@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mixforge.checkpoints.config import Config, spelled
+from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors, pointwise
+from mixforge.search_space.syntax import spell_number
 
 Layer = tuple[str, dict[str, Tensor]]
 Genes = dict[str, object]
@@ -37,7 +38,7 @@ def rope(config: Config, layer_type: str | None = None) -> Genes:
     share = config.rope(layer_type).number(
         "partial_rotary_factor", config.number("partial_rotary_factor", 1.0)
     )
-    theta = spelled(config.theta(layer_type=layer_type))
+    theta = spell_number(config.theta(layer_type=layer_type))
     return {"pos": "rope", "theta": theta, **({} if share == 1 else {"rotary": share})}
 
 
@@ -248,7 +249,7 @@ def finish(
     from_one: bool = False,
 ) -> Draft:
     """Embedding, last norm and head, and the number under the root of all norms."""
-    draft.words["eps"] = spelled(config.number(eps, 1e-6))
+    draft.words["eps"] = spell_number(config.number(eps, 1e-6))
     table = tensors.take(f"{embedding}.weight")
     tied = config.flag("tie_word_embeddings", False)
     if tied and "lm_head.weight" in tensors:

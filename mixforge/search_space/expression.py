@@ -8,8 +8,10 @@ from __future__ import annotations
 import builtins
 import difflib
 import keyword
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Literal, TypeGuard, TypeVar, Union, dataclass_transform
 
 Symbol = Literal["+", "*", "|", "@", "**"]
@@ -143,13 +145,17 @@ class Name(Expression):
 
 @_node
 class Number(Expression):
-    """A whole or decimal number. `2` and `2.0` are equal."""
+    """A whole or decimal number. `2` and `2.0` are equal, so both are kept as the whole number: what is remembered of
+    one tree is then true of every tree that equals it.
+    """
 
     value: int | float
     column: int | None = field(default=None, repr=False)
     _hash: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.value, float) and self.value.is_integer():
+            object.__setattr__(self, "value", int(self.value))
         object.__setattr__(self, "_hash", hash((Number, self.value)))
 
     def __reduce__(self) -> tuple[type[Number], tuple[int | float, int | None]]:
@@ -305,13 +311,17 @@ def _spell_operation(node: Operation, binding: int) -> str:
 
 
 def spell_number(value: int | float) -> str:
-    """The shortest text of a number: a float that is whole has no decimal point."""
-    if isinstance(value, float) and value.is_integer():
-        # Past nine digits, which are the most that are read, with an exponent: 1e9, 15e10.
-        digits = str(int(value))
-        short = digits.rstrip("0")
-        return digits if abs(value) < 1e9 else f"{short}e{len(digits) - len(short)}"
-    return repr(value)
+    """The shortest text of a number that is read as this number: one that is whole has no decimal point."""
+    if not 1e9 <= abs(value) < math.inf:
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
+    if value < 0:
+        return f"-{spell_number(-value)}"
+    # At most nine digits are read before a point: 1e9, 15e10; with more of them, 1.2345678901e10.
+    whole, _, fraction = f"{Decimal(repr(value)):f}".partition(".")
+    digits = (whole + fraction).rstrip("0")
+    if len(digits) <= 9:
+        return f"{digits}e{len(whole) - len(digits)}"
+    return f"{digits[0]}.{digits[1:]}e{len(whole) - 1}"
 
 
 def is_name(node: Expression, *names: str) -> TypeGuard[Name]:

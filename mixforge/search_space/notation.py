@@ -51,6 +51,7 @@ from mixforge.search_space.syntax import (
     nearest,
     operands,
     read,
+    spell_number,
     understand,
 )
 from mixforge.search_space.vocabulary import gene_value, interpret_mixer
@@ -249,5 +250,10 @@ def _unit_from_json(record: object) -> Unit:
 
 
 def _mixer_from_json(word: str, genes: dict[str, str | int | float | None]) -> Mixer:
-    values = {name: Name("auto") if value is None else read(str(value)) for name, value in genes.items()}
+    values = {name: Name("auto") if value is None else read(_spelled(value)) for name, value in genes.items()}
     return interpret_mixer(Apply(word, (), tuple(values.items())))
+
+
+def _spelled(value: str | int | float) -> str:
+    # As Python writes them, numbers past nine digits are not read.
+    return spell_number(value) if isinstance(value, int | float) else str(value)

@@ -73,6 +73,8 @@ def test_settings_keep_their_last_digit(tmp_path: Path) -> None:
     assert "theta=8388608" in text
     assert "eps=1.2345678e-05" in text
     assert "rotary=0.5" in text
+    far = read(write(tmp_path, {"rope_theta": 12345678901})).architecture
+    assert "theta=1.2345678901e10" in str(far)
 
 
 def test_windows_begin_where_the_configuration_says(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Who
 from mixforge.search_space.mixer import Mixer
 from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.mixers.attn import Attn
-from mixforge.search_space.notation import from_json, parse, parse_mixer
+from mixforge.search_space.notation import _layer, from_json, parse, parse_mixer
 from mixforge.search_space.spelling import spell_gene, spell_mixer
 from mixforge.search_space.stack import FUSES
-from mixforge.search_space.syntax import NotationError
+from mixforge.search_space.syntax import NotationError, spell_number
 from mixforge.search_space.vocabulary import vocabulary
 
 WIDTHS = (64, 96, 128, 192, 256)
@@ -462,11 +462,53 @@ def test_architectures_are_values() -> None:
     assert first != parse("lm(2 * attn, width=128)")
 
 
-@pytest.mark.parametrize("theta", ["1e9", "15e10", "1e12", "123456789", "999999999", "500000"])
+@pytest.mark.parametrize(
+    "theta",
+    ["1e9", "15e10", "1e12", "123456789", "999999999", "500000", "1.2345678901e10", "1.2345678905e9"],
+)
 def test_large_numbers_are_written_as_they_are_read(theta: str) -> None:
     read = parse(f"lm(attn(theta={theta}), width=64)")
     assert str(read) == f"lm(attn(theta={theta}), width=64)"
     assert parse(str(read)).digest == read.digest
+    assert from_json(read.canonical_json) == read
+
+
+@given(st.floats(0, 12).map(lambda power: 10**power), st.floats(1e-12, 0.1), st.floats(0.1, 1e4))
+def test_numbers_are_read_as_they_are_written(theta: float, eps: float, softcap: float) -> None:
+    made = words.lm(words.attn(theta=theta), width=64, eps=eps, softcap=softcap)
+    for again in (parse(str(made)), from_json(made.canonical_json)):
+        assert again == made
+        assert str(again) == str(made)
+        assert again.digest == made.digest
+        assert (again.eps, again.softcap) == (eps, softcap)
+    assert parse_mixer(f"attn(theta={spell_number(theta)})") == Attn(theta=theta)
+
+
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        ("attn(window=48.0)", "attn(window=48)"),
+        ("attn(kv=gqa(2.0))", "attn(kv=gqa(2))"),
+        ("attn(kv=filters(8.))", "attn(kv=filters(8))"),
+        ("attn(window=.3e2)", "attn(window=30)"),
+    ],
+)
+def test_a_whole_number_with_a_point_is_a_whole_number(said: str, whole: str) -> None:
+    """In every process: what is remembered of a layer is found under each tree that equals its own."""
+    assert repr(parse_mixer(said)) == repr(parse_mixer(whole))
+    texts = [f"lm({mixer}, width=64)" for mixer in (said, whole)]
+    for order in (texts, texts[::-1]):
+        _layer.cache_clear()
+        assert len({parse(text) for text in order}) == 1
+
+
+def test_whole_numbers_with_a_point_stand_wherever_whole_numbers_do() -> None:
+    assert parse("lm(2.0 * attn, width=64.0)") == parse("lm(2 * attn, width=64)")
+    assert words.lm(words.attn(window=48.0), width=64) == parse("lm(attn(window=48), width=64)")
+    with pytest.raises(NotationError, match=r"^window=48\.5 is not legal for attn; expected .* whole number"):
+        parse("lm(attn(window=48.5), width=64)")
+    with pytest.raises(NotationError, match=r"^window=1e10 is not legal for attn"):
+        parse("lm(attn(window=1e10), width=64)")
 
 
 @pytest.mark.parametrize(

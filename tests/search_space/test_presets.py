@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixforge.search_space.architecture import Architecture
-from mixforge.search_space.notation import parse
+from mixforge.search_space.notation import from_json, parse
 from mixforge.search_space.presets import PRESETS, SIZES, preset
 
 
@@ -17,6 +17,9 @@ def test_presets_are_legal_and_grow(name: str) -> None:
         assert isinstance(architecture, Architecture)
         assert architecture.why_illegal() is None
         assert parse(str(architecture)) == architecture
+        stored = from_json(architecture.canonical_json)
+        assert stored == architecture
+        assert stored.digest == architecture.digest
     assert 30_000 < tiny.cost(256).params < 1_300_000
     assert 4 * tiny.cost(256).params < small.cost(256).params < published.cost(256).params
 

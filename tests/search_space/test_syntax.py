@@ -30,7 +30,7 @@ from mixforge.search_space.syntax import (
 )
 
 NAMES = st.sampled_from(["a", "gdn", "attn", "swiglu", "x_1"])
-NUMBERS = st.one_of(st.integers(0, 10**8), st.floats(0.001, 1000, allow_nan=False))
+NUMBERS = st.one_of(st.integers(0, 10**12), st.floats(1e-12, 1e12))
 
 
 def trees() -> st.SearchStrategy[Expression]:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixforge.checkpoints.config import Config, spelled
+from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors
 from mixforge.checkpoints.layers import Layer, attention, call, finish, rope, sizes, window
+from mixforge.search_space.syntax import spell_number
 
 
 def _experts(config: Config, tensors: Tensors, prefix: str) -> Layer:
@@ -28,7 +29,7 @@ def _experts(config: Config, tensors: Tensors, prefix: str) -> Layer:
     genes = {
         "experts": len(up),
         "top_k": config.whole("num_experts_per_tok"),
-        "act": f"clamped({spelled(config.number('swiglu_limit', 7.0))})",
+        "act": f"clamped({spell_number(config.number('swiglu_limit', 7.0))})",
         "expand": down.shape[2] / config.whole("hidden_size"),
         "bias": "all",
     }

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixforge.checkpoints.config import Config, spelled
+from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors, branch, pointwise
 from mixforge.checkpoints.layers import (
     Genes,
@@ -25,6 +25,7 @@ from mixforge.checkpoints.layers import (
     rope,
     sizes,
 )
+from mixforge.search_space.syntax import spell_number
 
 Weights = dict[str, Tensor]
 
@@ -53,7 +54,7 @@ def _last(draft: Draft, config: Config, logits: float, embedding: str) -> Draft:
     """The multipliers of embedding and logits, of a model whose ends have been read."""
     scale = config.number(embedding, 1.0)
     if scale != 1:
-        draft.words["embed_scale"] = spelled(scale)
+        draft.words["embed_scale"] = spell_number(scale)
     draft.weights["norm.weight"] = logits * draft.weights["norm.weight"]
     return draft
 

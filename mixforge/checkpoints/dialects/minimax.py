@@ -18,9 +18,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixforge.checkpoints.config import Config, spelled
+from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors
 from mixforge.checkpoints.layers import Genes, Layer, attention, call, experts, rope, sizes
+from mixforge.search_space.syntax import spell_number
 
 LIGHTNING_EPS = 1e-6
 INTO = (
@@ -95,7 +96,7 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
         draft.add(text, _folded(weights, stream, _residual(config, "mlp")), after=after)
     table = tensors.take("model.embed_tokens.weight").float()
     table = table * (table.square().mean(-1, keepdim=True) + eps).rsqrt() * norms[0]
-    draft.words |= {"place": "post", "eps": spelled(ours)}
+    draft.words |= {"place": "post", "eps": spell_number(ours)}
     draft.ends(stream * table, tensors.norm("model.norm"), tensors.take("lm_head.weight"))
     return draft
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixforge.checkpoints.config import Config, spelled
+from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors
 from mixforge.checkpoints.layers import Genes, Layer, attention, call, feed_forward, finish, rope, sizes
+from mixforge.search_space.syntax import spell_number
 
 HEAD_NORM_EPS = 1e-5
 
@@ -84,7 +85,7 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
         last = stream * tensors.norm(f"{prefix}.post_feedforward_layernorm")
         draft.add(f"residual({text}, place=inside)", _scaled(weights, 1 / stream, stream), inside=last)
     finish(draft, config, tensors)
-    draft.words["eps"] = spelled(HEAD_NORM_EPS)
+    draft.words["eps"] = spell_number(HEAD_NORM_EPS)
     if "readout.weight" not in draft.weights:
         draft.words["embed"] = "untied"
         draft.weights["readout.weight"] = draft.weights["embedding.weight"]

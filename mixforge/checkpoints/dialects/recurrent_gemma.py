@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from mixforge.checkpoints.config import Config, spelled
+from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors
 from mixforge.checkpoints.layers import (
     Layer,
@@ -19,6 +19,7 @@ from mixforge.checkpoints.layers import (
     rope,
     sizes,
 )
+from mixforge.search_space.syntax import spell_number
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
 
@@ -66,8 +67,8 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
     # The class keeps the root of the width in bfloat16.
     root = float(torch.tensor(math.sqrt(width), dtype=torch.bfloat16))
     draft.words |= {
-        "embed_scale": spelled(root),
-        "softcap": spelled(config.number("logits_soft_cap", 30.0)),
+        "embed_scale": spell_number(root),
+        "softcap": spell_number(config.number("logits_soft_cap", 30.0)),
     }
     return finish(draft, config, tensors, norm="model.final_norm", from_one=True)
 

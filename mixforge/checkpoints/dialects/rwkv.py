@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixforge.checkpoints.config import Config, spelled
+from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors
 from mixforge.checkpoints.layers import Layer, call
+from mixforge.search_space.syntax import spell_number
 
 
 def _time(tensors: Tensors, prefix: str) -> Layer:
@@ -64,7 +65,7 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
             draft.weights[f"stack.units.{len(draft.units) - 1}.before.bias"] = bias
     table = tensors.take("rwkv.embeddings.weight").float()
     norm, bias = _norm(tensors, "rwkv.ln_out")
-    draft.words |= {"norm": "layer", "eps": spelled(eps)}
+    draft.words |= {"norm": "layer", "eps": spell_number(eps)}
     draft.ends(F.layer_norm(table, (width,), *first, eps), norm, tensors.take("head.weight"))
     draft.weights["norm.bias"] = bias
     return draft

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from mixforge.checkpoints.config import Config, spelled
+from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.draft import Draft, Tensors, pointwise
 from mixforge.checkpoints.layers import Layer, call, finish
+from mixforge.search_space.syntax import spell_number
 
 HEAD_NORM_EPS = 1e-5
 
@@ -35,7 +36,7 @@ def _mlstm(config: Config, tensors: Tensors, prefix: str) -> Layer:
         "heads": heads,
         "key_dim": len(q) // heads,
         "value_dim": len(v) // heads,
-        "gate_cap": spelled(config.number("gate_soft_cap", 15.0)),
+        "gate_cap": spell_number(config.number("gate_soft_cap", 15.0)),
     }
     return call("mlstm", genes), weights
 
@@ -56,7 +57,7 @@ def _convert(config: Config, tensors: Tensors) -> Draft:
         weights = pointwise({"gate.weight": gate, "up.weight": up, "out.weight": out})
         text = call("swiglu", {"expand": len(up) / width})
         draft.add(text, weights, before=tensors.norm(f"{prefix}.norm_ffn"))
-    draft.words["softcap"] = spelled(config.number("output_logit_soft_cap", 30.0))
+    draft.words["softcap"] = spell_number(config.number("output_logit_soft_cap", 30.0))
     return finish(
         draft, config, tensors, norm="backbone.out_norm", embedding="backbone.embeddings", eps="norm_eps"
     )
