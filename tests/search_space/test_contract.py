@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mixforge.search_space.mixer import Loan, Mixer
 from mixforge.search_space.mixers import CATALOGUE
+from mixforge.search_space.mixers.attn import Attn
 from mixforge.search_space.parts.layer import Pass, Pointwise, TokenMixer
 from mixforge.search_space.settled import why_illegal
 
@@ -425,9 +426,9 @@ def test_every_gene_and_pair_of_genes_keeps_to_it(mixer: Mixer) -> None:
         written = written_bytes(mixer, 5, torch.float32)
     read = fewer.active_params * 4 + fewer.state_bytes + borrowed_bytes(mixer, 5, 4)
     assert fewer.decode_bytes == read + written
-    # Heads of two or three channels behind a norm make more of a rounding, and where two scores or two channels are all
-    # that is normalised, a token of which they nearly tie may fall to the other side.
-    _check_bfloat16(mixer, 0.3, share=0.9)
+    # Heads of two or three channels behind a norm make more of a rounding. Where two scores are all that is normalised,
+    # a token of which they nearly tie may fall to the other side.
+    _check_bfloat16(mixer, 0.3, share=0.9 if isinstance(mixer, Attn) and mixer.score == "normalise" else 1.0)
     _check_sequence_forms(mixer)
 
 
