@@ -38,6 +38,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,6 +53,8 @@ GATES = {"none": 0, "head": 1, "scalar": 2, "channel": 3}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A state of float32 keys wider than 128 is beyond the shared memory of every device.
 MOST_KEYS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+# Of a group, where there are more and the rule is add.
+GROUP = 128
 
 
 @triton.jit
@@ -612,7 +615,9 @@ def chunked_linear_triton(
     then [N, G, K, V]. Raises ValueError where a shape, dtype or device does not fit.
     """
     check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
-    check_limits(q_BTHK)
+    check_limits(q_BTHK, beta_BTG)
+    if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype]:
+        return by_groups_of_keys(q_BTHK, k_BTHK, v_BTGV, decay, state_BGKV, cu_seqlens)
     o_BTGV, state, *_ = forward(
         q_BTHK,
         k_BTHK,
@@ -625,15 +630,55 @@ def chunked_linear_triton(
     return o_BTGV, state
 
 
-def check_limits(q: Tensor) -> None:
+def by_groups_of_keys(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    state_BGKV: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The rule add over more key channels than the kernels take: it is a sum over groups of them, each a head."""
+    batch, length, key_heads, keys = q_BTHK.shape
+    heads, values = v_BTGV.shape[2:]
+    count = -(-keys // GROUP)
+    size, shared = -(-keys // count), heads // key_heads
+    parts = (key_heads, count, shared)
+
+    def cut(x: Tensor, dim: int) -> Tensor:
+        return F.pad(x.movedim(dim, -1), (0, count * size - keys)).unflatten(-1, (count, size))
+
+    def repeated(x: Tensor, dim: int) -> Tensor:
+        """Of value heads, for every group."""
+        grouped = x.unflatten(dim, (key_heads, 1, shared))
+        shape = (*grouped.shape[: dim + 1], count, *grouped.shape[dim + 2 :])
+        return grouped.expand(shape).flatten(dim, dim + 2)
+
+    q, k = (cut(x, 3).flatten(2, 3) for x in (q_BTHK, k_BTHK))
+    if decay is not None and decay.dim() == 4:
+        decay = cut(decay, 3).unflatten(2, (key_heads, shared)).movedim(4, 3).flatten(2, 4)
+    elif decay is not None:
+        decay = repeated(decay, decay.dim() - 1)
+    state = None
+    if state_BGKV is not None:
+        state = cut(state_BGKV, 2).unflatten(1, (key_heads, shared)).permute(0, 1, 4, 2, 5, 3).flatten(1, 3)
+    o, last = chunked_linear_triton(q, k, repeated(v_BTGV, 2), decay, None, state, cu_seqlens)
+    o_BTGV = o.view(batch, length, *parts, values).sum(3, dtype=torch.float32).flatten(2, 3).to(v_BTGV.dtype)
+    last = last.unflatten(1, parts).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return o_BTGV, last[:, :, :keys].contiguous()
+
+
+def check_limits(q: Tensor, beta: Tensor | None) -> None:
     """Raise ValueError for a dtype or a dim that the kernels do not take."""
     if q.dtype not in TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
         raise ValueError(f"q is {q.dtype}; backend='triton' takes {known}")
     most = MOST_KEYS[q.dtype]
-    if q.shape[3] > most:
+    if q.shape[3] > most and beta is not None:
         name = str(q.dtype).removeprefix("torch.")
-        raise ValueError(f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name}")
+        raise ValueError(
+            f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name} for rule=delta"
+        )
 
 
 def gate_of(decay: Tensor | None) -> str:
@@ -888,10 +933,10 @@ def linear_step(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
     KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One token of one head, a block of value channels; the state in place."""
-    bg, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One token of one head, a block of value channels, a part of the key channels; the state in place."""
+    bg, block, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     g = bg % G
-    channel, value = tl.arange(0, KP), block * BV + tl.arange(0, BV)
+    channel, value = part * KP + tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_keys, in_values = channel < K, value < V
     key = (bg // G * H + g // (G // H)) * K + channel
     q_K = tl.load(q + key, mask=in_keys, other=0.0).to(tl.float32)
@@ -911,7 +956,7 @@ def linear_step(
     s_KV += k_K[:, None] * u_V[None, :]
     tl.store(state + matrix, s_KV, mask=in_matrix)
     o_V = tl.sum(q_K[:, None] * s_KV, 0)
-    tl.store(o + bg * V + value, o_V.to(o.dtype.element_ty), mask=in_values)
+    tl.store(o + (part * tl.num_programs(0) + bg) * V + value, o_V.to(o.dtype.element_ty), mask=in_values)
 
 
 def step_kernels(
@@ -926,12 +971,14 @@ def step_kernels(
     gate = "none" if decay_now is None else {1: "head", 2: "scalar", 3: "channel"}[decay_now.dim()]
     found = choose("linear_step", generation(), v.dtype, keys, values)
     config = Config({"BV": min(found.blocks["BV"], padded(values))}, found.warps, found.stages)
-    o = torch.empty_like(v)
+    channels = padded(keys) if keys <= MOST_KEYS[v.dtype] else GROUP
+    parts = -(-keys // channels)
+    o = v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)
     launch(
-        linear_step, (batch * heads, -(-values // config.blocks["BV"])), q, k, v, decay_now, beta, state, o,
-        config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], DELTA=beta is not None, KP=padded(keys),
+        linear_step, (batch * heads, -(-values // config.blocks["BV"]), parts), q, k, v, decay_now, beta, state, o,
+        config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], DELTA=beta is not None, KP=channels,
     )  # fmt: skip
-    return o
+    return o[0] if parts == 1 else o.sum(0).to(v.dtype)
 
 
 one_step = torch.library.custom_op("mixforge::linear_step", on_device(step_kernels), mutates_args=("state",))
@@ -961,7 +1008,7 @@ def linear_step_triton(
     beta = None if beta is None else beta[:, None]
     q, k, v = q_BHK[:, None], k_BHK[:, None], v_BGV[:, None]
     check_arguments(q, k, v, decay, beta, state_BGKV, None)
-    check_limits(q)
+    check_limits(q, beta)
     given = (q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         o, state = chunked_linear_triton(q, k, v, decay, beta, state_BGKV)

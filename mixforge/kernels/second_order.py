@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels import chunked_linear
+from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import (
     add_channel,
     add_plain,
@@ -54,6 +55,19 @@ def second_order_torch(
     """Both recurrences in chunks, as matrix products."""
     # Not `chunked_linear_torch`, which knows all forms: an exported model would hold them.
     run = add_plain if decay is None else add_channel if decay.dim() == 4 else add_scalar
+    return _twice(run, q_BTHK, k_BTHK, v_BTGV, decay, state_BGKF)
+
+
+def second_order_triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None = None,
+    strength: None = None,
+    state_BGKF: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both recurrences by the kernels of `chunked_linear`, in float32: what the second reads grows with the sequence."""
+    run = triton_form("chunked_linear", "chunked_linear_triton")
     return _twice(run, q_BTHK, k_BTHK, v_BTGV, decay, state_BGKF)
 
 
@@ -110,13 +124,12 @@ def matmul_flops(length: int, *, heads: int, key_dim: int, value_dim: int, decay
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": second_order_reference,
     "torch": second_order_torch,
+    "triton": second_order_triton,
 }
 
 
 def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The form of one backend. Raises ValueError for triton, which has none yet."""
-    if backend not in FORMS:
-        raise ValueError(
-            f"backend={backend!r} has no rule second yet; say rule=add, or build with backend='torch'"
-        )
+    """The form of one backend. Raises ValueError where it is Triton's and Triton is not installed."""
+    if backend == "triton":
+        triton_form("chunked_linear", "chunked_linear_triton")
     return FORMS[backend]

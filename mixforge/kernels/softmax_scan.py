@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixforge.kernels.backend import triton_form
+
 Carry = tuple[Tensor, Tensor, Tensor]
 
 CHUNK = 32
@@ -67,6 +69,27 @@ def softmax_scan_torch(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> tu
     w_BHTV, u_BHTV = sums_BHTV[..., :-1], sums_BHTV[..., -1:]
     last = (m_BHCL.flatten(2)[:, :, length - 1], u_BHTV[:, :, -1, 0], w_BHTV[:, :, -1])
     return (w_BHTV / u_BHTV).to(v_BHTV.dtype), last
+
+
+def softmax_scan_triton(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:
+    """As `softmax_scan_reference`, by the kernels of `gated_scan`, whose gates are the falls of the running maximum."""
+    check_scan(z_BHT, v_BHTV)
+    z_BHT, wide = widened(z_BHT), widened(v_BHTV)
+    batch, heads, length, dim = v_BHTV.shape
+    start_BH, u_BH, w_BHV = first_carry(wide) if carry is None else carry
+    # A maximum cancels in w / u, so that it needs no gradient.
+    m_BHT = torch.cat([start_BH[..., None], z_BHT.detach()], 2).cummax(2).values
+    gate = m_BHT[..., :-1] - m_BHT[..., 1:]
+    weight_BHT = (z_BHT - m_BHT[..., 1:]).exp()
+    written = weight_BHT[..., None] * F.pad(wide, (0, 1), value=1.0)
+    sums, last = triton_form("gated_scan", "gated_scan_triton")(
+        gate[..., None].expand(-1, -1, -1, dim + 1).flatten(0, 1),
+        written.flatten(0, 1),
+        torch.cat([w_BHV, u_BH[..., None]], -1).flatten(0, 1),
+    )
+    o_BHTV = (sums[..., :-1] / sums[..., -1:]).view(batch, heads, length, dim).to(v_BHTV.dtype)
+    last = last.view(batch, heads, dim + 1)
+    return o_BHTV, (m_BHT[..., -1], last[..., -1], last[..., :-1])
 
 
 def softmax_scan_step(z_BH: Tensor, v_BHV: Tensor, carry: Carry) -> Tensor:
@@ -119,13 +142,12 @@ def scan_flops(heads: int, length: int, value_dim: int) -> int:
 FORMS: dict[str, Callable[[Tensor, Tensor, Carry | None], tuple[Tensor, Carry]]] = {
     "reference": softmax_scan_reference,
     "torch": softmax_scan_torch,
+    "triton": softmax_scan_triton,
 }
 
 
 def form(backend: str) -> Callable[[Tensor, Tensor, Carry | None], tuple[Tensor, Carry]]:
-    """The scan of one backend. Raises ValueError for Triton, which has none."""
-    if backend not in FORMS:
-        raise ValueError(
-            f"a learned query's scan has no form for backend={backend!r}; use reference or torch"
-        )
+    """The scan of one backend. Raises ValueError where it is Triton's and Triton is not installed."""
+    if backend == "triton":
+        triton_form("gated_scan", "gated_scan_triton")
     return FORMS[backend]

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixforge.kernels.second_order import (
-    form,
     matmul_flops,
     second_order_reference,
     second_order_step,
@@ -82,8 +81,3 @@ def test_flops_are_exact() -> None:
         second_order_torch(q, k, v)
     sizes = {"heads": 4, "key_dim": KEYS, "value_dim": VALUES, "decay": "none"}
     assert counter.get_total_flops() == 2 * matmul_flops(37, **sizes)
-
-
-def test_triton_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend='triton' has no rule second yet"):
-        form("triton")

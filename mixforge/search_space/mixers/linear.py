@@ -521,10 +521,10 @@ class Linear(Mixer):
 
     def build(self, width: int, backend: Backend) -> Part:
         size = self.sizes(width)
-        if backend == "triton" and size.features > 256:
+        if backend == "triton" and self.rule == "delta" and size.features > 256:
             raise ValueError(
-                f"backend='triton' takes at most 256 key channels, and this mixer has {size.features} (mixer linear): "
-                "give a smaller key_dim, or build with backend='torch'"
+                f"backend='triton' takes at most 256 key channels with rule=delta, and this mixer has {size.features} "
+                "(mixer linear): give a smaller key_dim, or build with backend='torch'"
             )
         made = self._pieces(width, backend).items()
         parts = {name: piece.part() for name, piece in made if piece.part is not None}

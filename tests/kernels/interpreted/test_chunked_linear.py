@@ -70,6 +70,21 @@ def test_equals_the_recurrence_over_many_chunks(decay: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+def test_more_key_channels_than_a_kernel_takes(decay: str) -> None:
+    """A sum over groups of them; 3 value heads to a key head, and a step whose state is left in its place."""
+    inputs = draw(decay, "add", 17, key_heads=2, value_heads=6, key_dim=273, value_dim=5)
+    assert_agree(run, chunked_linear_reference, inputs, RATIO, gradient_3=OF_DECAY)
+    q, k, v, g, _, state = inputs
+    now = g if g is None or g.dim() == 1 else g[:, 0]
+    one = [q[:, 0], k[:, 0], v[:, 0], now, None]
+    expected, after = linear_step(*one, state)
+    o, found = linear_step_triton(*one, state)
+    assert found is state
+    assert_close("output", o, expected)
+    assert_close("state", found, after)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_packed_sequences_do_not_see_one_another(decay: str, rule: str) -> None:
     bounds = torch.tensor([0, 15, 80, 90])
@@ -206,7 +221,7 @@ def test_bad_input() -> None:
     with pytest.raises(
         ValueError, match="q has 200 key channels; backend='triton' takes at most 128 in float32"
     ):
-        run(wide, wide, wide)
+        run(wide, wide, wide, None, torch.ones(1, 2, 1))
     three = torch.cat([q, q, q], 2)
     with pytest.raises(ValueError, match="2 value heads are no multiple of 3 key heads"):
         run(three, three, v)

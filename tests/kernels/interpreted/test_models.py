@@ -18,11 +18,12 @@ MIXERS = [
     "linear(phi=relu, key_heads=1, heads=4, out_norm=none)",
     "linear(decay=scalar, forget=sigmoid, out_gate=sigmoid, phi=elu1)",
     "linear(phi=elu1, norm=denominator)",
-    "based(key_dim=4)",
+    "based",
     "hgrn2",
     "mlstm",
     "rwkv6(forget_rank=4)",
     "latte",
+    "hla2",
     "rglru",
     "conv",
     "ssm(state=4, expand=1)",
@@ -76,8 +77,8 @@ def test_a_step_holds_few_launches() -> None:
 
 
 def test_what_cannot_run_is_refused_when_it_is_built() -> None:
-    with pytest.raises(ValueError, match="at most 256 key channels, and this mixer has 561"):
-        parse("lm(linear(phi=taylor(2), key_dim=32) + swiglu, width=32)").build("triton")
+    with pytest.raises(ValueError, match="at most 256 key channels with rule=delta, and this mixer has 561"):
+        parse("lm(linear(rule=delta, phi=taylor(2), key_dim=32) + swiglu, width=32)").build("triton")
 
 
 def test_a_state_that_cannot_be_written_is_refused() -> None:
