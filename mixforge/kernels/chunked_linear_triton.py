@@ -646,11 +646,11 @@ def by_groups_of_keys(
     parts = (key_heads, count, shared)
 
     def cut(x: Tensor, dim: int) -> Tensor:
-        return F.pad(x.movedim(dim, -1), (0, count * size - keys)).unflatten(-1, (count, size))
+        return torch.unflatten(F.pad(x.movedim(dim, -1), (0, count * size - keys)), -1, (count, size))
 
     def repeated(x: Tensor, dim: int) -> Tensor:
         """Of value heads, for every group."""
-        grouped = x.unflatten(dim, (key_heads, 1, shared))
+        grouped = torch.unflatten(x, dim, (key_heads, 1, shared))
         shape = (*grouped.shape[: dim + 1], count, *grouped.shape[dim + 2 :])
         return grouped.expand(shape).flatten(dim, dim + 2)
 

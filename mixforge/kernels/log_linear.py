@@ -23,10 +23,12 @@ Source: Guo et al. 2025 (arXiv 2506.04761), sections 3.1 to 3.4; fla's naive_log
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import FLOOR
 from mixforge.kernels.twofold_linear import cut
 
@@ -114,15 +116,30 @@ def log_linear_torch(
     start: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """In chunks, as matrix products; with a state, what is before and after whole chunks goes token by token."""
+    return through_chunks(in_chunks, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE, start)
+
+
+def through_chunks(
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_BGNKV: Tensor | None,
+    weight_BTGE: Tensor,
+    start: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`run` over whole chunks; with a state, what is before and after them goes token by token."""
     length = v_BTGV.shape[1]
     if state_BGNKV is None:
-        return in_chunks(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, None, weight_BTGE, 0)
+        return run(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, None, weight_BTGE, start)
     head = min(length, -start % CHUNK)
     tail = head + (length - head) // CHUNK * CHUNK
     outputs, state = [], state_BGNKV
-    for first, last, run in (
+    for first, last, each in (
         (0, head, log_linear_reference),
-        (head, tail, in_chunks),
+        (head, tail, run),
         (tail, length, log_linear_reference),
     ):
         if first == last:
@@ -130,7 +147,7 @@ def log_linear_torch(
         q, k, v, weight = (x[:, first:last] for x in (q_BTHK, k_BTHK, v_BTGV, weight_BTGE))
         log = decay if decay is None or decay.dim() == 1 else decay[:, first:last]
         beta = None if beta_BTG is None else beta_BTG[:, first:last]
-        o, after = run(q, k, v, log, beta, state, weight, start + first)
+        o, after = each(q, k, v, log, beta, state, weight, start + first)
         assert after is not None
         outputs.append(o)
         state = after
@@ -149,35 +166,14 @@ def in_chunks(
 ) -> tuple[Tensor, Tensor | None]:
     """Whole chunks from a multiple of their size; without a state the last may be padded."""
     batch, length, heads, value_dim = v_BTGV.shape
-    exact = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
-    log = torch.zeros_like(v_BTGV[..., 0], dtype=exact)
-    if decay is not None:
-        log = decay.to(exact).expand(batch, length, heads)
-    given = (q_BTHK, k_BTHK, v_BTGV, log[..., None], weight_BTGE)
-    # [C, B * G, L, *]
-    q, k, v, g, weight = (cut(x.to(exact), CHUNK, heads).flatten(1, 2) for x in given)
-    # In float64, for after a decay of -1000 a float32 sum would leave the later pairs with an error of 1e-4.
-    total = g.double().cumsum(-2)
-    pairs = (total - total.mT).clamp(FLOOR, 0).exp().tril().to(exact)
-    grams = (q @ k.mT) * pairs
-    entered = total.clamp(min=FLOOR).exp().to(exact)
-    read, leaving = q * entered, k * (total[..., -1:, :] - total).clamp(min=FLOOR).exp().to(exact)
+    inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE)
+    q, k, weight, total, write = pairs.q, pairs.k, pairs.weight, pairs.total, pairs.write
+    entered = total.clamp(min=FLOOR).exp().to(q.dtype)
+    read, leaving = q * entered, k * (total[..., -1:, :] - total).clamp(min=FLOOR).exp().to(q.dtype)
     kept, met = entered[..., -1:, :], None
-    write = v
-    if beta_BTG is not None:
-        beta = cut(beta_BTG[..., None].to(exact), CHUNK, heads).flatten(1, 2)
-        system = ((beta * k) @ k.mT * pairs).tril(-1)
-        unit = torch.eye(CHUNK, dtype=exact, device=q.device)
-        inverse = torch.linalg.solve_triangular(
-            system + unit, unit, upper=False, left=False, unitriangular=True
-        )
-        met = inverse @ (beta * k * entered)
-        read = read - grams @ met
-        grams = (grams @ inverse) * beta.mT
-        write = inverse @ (beta * v)
-    levels = _levels(q.device).clamp(max=weight.shape[3] - 1)
-    shares = torch.take_along_dim(weight, levels.expand(*weight.shape[:2], -1, -1), -1)
-    inner = (grams * shares) @ v
+    if pairs.inverse is not None and pairs.beta is not None:
+        met = pairs.inverse @ (pairs.beta * k * entered)
+        read = read - pairs.grams @ met
     added = leaving.mT @ write
     buckets = _opened(state_BGNKV, start)
     outputs = []
@@ -199,14 +195,71 @@ def in_chunks(
         while bit in buckets:
             carry, bit = carry + buckets.pop(bit), bit + 1
         buckets[bit] = carry
-    whole = torch.stack(outputs).view(-1, batch, heads, CHUNK, value_dim)
-    o_BTGV = whole.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].to(v_BTGV.dtype)
+    o_BTGV = joined(torch.stack(outputs), batch, length).to(v_BTGV.dtype)
     if state_BGNKV is None:
         return o_BTGV, None
     after = torch.zeros_like(state_BGNKV)
     for bit, bucket in buckets.items():
         after[:, :, CHUNK_BITS + bit] = bucket.view(batch, heads, *bucket.shape[1:])
     return o_BTGV, after
+
+
+class Pairs(NamedTuple):
+    """What the chunks of a sequence have, each [C, B * G, L, *].
+
+    total: running sums of log decays, in float64. grams: decayed q . k of the pairs. inverse: of the triangular system of
+    the rule delta. write: what each row writes at its key, but for what it meets in the state before the chunk.
+    """
+
+    q: Tensor
+    k: Tensor
+    weight: Tensor
+    total: Tensor
+    grams: Tensor
+    write: Tensor
+    beta: Tensor | None
+    inverse: Tensor | None
+
+
+def inside(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    weight_BTGE: Tensor,
+) -> tuple[Tensor, Pairs]:
+    """What tokens read of the tokens of their own chunk [C, B * G, L, V], and what it is made of."""
+    batch, length, heads, _ = v_BTGV.shape
+    exact = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
+    log = torch.zeros_like(v_BTGV[..., 0], dtype=exact)
+    if decay is not None:
+        log = decay.to(exact).expand(batch, length, heads)
+    given = (q_BTHK, k_BTHK, v_BTGV, log[..., None], weight_BTGE)
+    q, k, v, g, weight = (cut(x.to(exact), CHUNK, heads).flatten(1, 2) for x in given)
+    # In float64, for after a decay of -1000 a float32 sum would leave the later pairs with an error of 1e-4.
+    total = g.double().cumsum(-2)
+    decayed = (total - total.mT).clamp(FLOOR, 0).exp().tril().to(exact)
+    grams = (q @ k.mT) * decayed
+    read, write, beta, inverse = grams, v, None, None
+    if beta_BTG is not None:
+        beta = cut(beta_BTG[..., None].to(exact), CHUNK, heads).flatten(1, 2)
+        system = ((beta * k) @ k.mT * decayed).tril(-1)
+        unit = torch.eye(CHUNK, dtype=exact, device=q.device)
+        inverse = torch.linalg.solve_triangular(
+            system + unit, unit, upper=False, left=False, unitriangular=True
+        )
+        read = (grams @ inverse) * beta.mT
+        write = inverse @ (beta * v)
+    levels = _levels(q.device).clamp(max=weight.shape[3] - 1)
+    shares = torch.take_along_dim(weight, levels.expand(*weight.shape[:2], -1, -1), -1)
+    return (read * shares) @ v, Pairs(q, k, weight, total, grams, write, beta, inverse)
+
+
+def joined(o: Tensor, batch: int, length: int) -> Tensor:
+    """Chunks [C, B * G, L, V] as [B, T, G, V]."""
+    chunks, _, rows, dim = o.shape
+    return o.view(chunks, batch, -1, rows, dim).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
 
 
 def _opened(state_BGNKV: Tensor | None, start: int) -> dict[int, Tensor]:
@@ -245,9 +298,8 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
 
 
 def form(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The form of one backend. Raises ValueError for triton, which has none yet."""
-    if backend not in FORMS:
-        raise ValueError(
-            f"backend={backend!r} has no levels=log yet; say levels=one, or build with backend='torch'"
-        )
+    """The form of one backend. Raises ValueError where it is Triton's and Triton is not installed."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor | None]] = triton_form("log_linear", "log_linear_triton")
+        return found
     return FORMS[backend]

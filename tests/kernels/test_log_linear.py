@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixforge.kernels.log_linear import (
-    form,
     log_linear_reference,
     log_linear_torch,
     matmul_flops,
@@ -92,8 +91,3 @@ def test_flops_are_exact(rule: str) -> None:
             log_linear_torch(q, k, v, decay, beta if rule == "delta" else None, None, weight)
         sizes = {"heads": 4, "key_dim": KEYS, "value_dim": VALUES, "rule": rule}
         assert counter.get_total_flops() == 2 * matmul_flops(length, **sizes)
-
-
-def test_triton_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend='triton' has no levels=log yet"):
-        form("triton")

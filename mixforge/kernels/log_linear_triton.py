@@ -1,0 +1,103 @@
+"""States for each level of a Fenwick tree on a GPU: one pass of `chunked_linear`'s kernels for each level.
+
+Tokens of a bucket of 2^b are read by those of the next 2^b, which see that state alone. So for bit b a sequence is cut
+into pieces of 2^(b+1), each a sequence of its own, of which the first half writes and the second half reads: a token of
+the second half writes nothing, but moves the state as it moves any. T tokens have log2(T / 32) passes; what tokens read
+of their own chunk of 32 is made as matrix products of torch, as in `log_linear_torch`.
+
+Source: Guo et al. 2025 (arXiv 2506.04761), section 3.4, which has one kernel for a few levels each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixforge.kernels.chunked_linear_triton import chunked_linear_triton
+from mixforge.kernels.log_linear import CHUNK_BITS, inside, joined, through_chunks
+
+
+def log_linear_triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_BGNKV: Tensor | None,
+    weight_BTGE: Tensor,
+    start: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """As `log_linear_reference`, on a GPU. With a state, what is before and after whole chunks goes token by token."""
+    return through_chunks(by_levels, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE, start)
+
+
+def by_levels(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_BGNKV: Tensor | None,
+    weight_BTGE: Tensor,
+    start: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Whole chunks from a multiple of their size; without a state the last may be padded."""
+    batch, length = v_BTGV.shape[:2]
+    inner, _ = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE)
+    o_BTGV = joined(inner, batch, length)
+    after = None if state_BGNKV is None else torch.zeros_like(state_BGNKV)
+    end, given = start + length, (q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG)
+    at = torch.arange(start, end, device=v_BTGV.device)
+    for bit in range(CHUNK_BITS, end.bit_length()):
+        reads_T11 = ((at >> bit) & 1).to(torch.bool)[:, None, None]
+        level = min(bit + 1, weight_BTGE.shape[3] - 1)
+        share = (weight_BTGE[..., level, None] * reads_T11).to(o_BTGV.dtype)
+        size = 2 << bit
+        head = min(length, -start % size)
+        whole = head + (length - head) // size * size
+        is_left = after is not None and bool(end >> bit & 1)
+        outputs = []
+        for first, last in ((0, head), (head, whole), (whole, length)):
+            if first == last:
+                continue
+            before = _before(state_BGNKV, start, bit) if first == 0 and start % size else None
+            is_last = is_left and last == length
+            if (start + last - 1) >> bit & 1 or is_last:
+                o, final = piece(given, reads_T11, first, last, size, before)
+                if is_last and after is not None:
+                    after[:, :, bit] = final
+            else:
+                o = torch.zeros_like(v_BTGV[:, first:last])
+            outputs.append(o)
+        o_BTGV = o_BTGV + share * torch.cat(outputs, 1)
+    return o_BTGV.to(v_BTGV.dtype), after
+
+
+def piece(
+    given: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    reads_T11: Tensor,
+    first: int,
+    last: int,
+    size: int,
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens from first to last, cut into sequences of `size` where there are several: what they read, the last state."""
+    q, k, v, decay, beta = given
+    v = v.masked_fill(reads_T11, 0)
+    rows = min(size, last - first)
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.unflatten(x[:, first:last], 1, (-1, rows)).flatten(0, 1)
+
+    log = decay if decay is None or decay.dim() == 1 else cut(decay)
+    o, final = chunked_linear_triton(cut(q), cut(k), cut(v), log, cut(beta), before)  # type: ignore[arg-type]
+    return torch.unflatten(o, 0, (v.shape[0], -1)).flatten(1, 2), final
+
+
+def _before(state_BGNKV: Tensor | None, start: int, bit: int) -> Tensor | None:
+    """What a piece that has begun before `start` has written so far: one bucket, or those below it together."""
+    if state_BGNKV is None:
+        return None
+    if start >> bit & 1:
+        return state_BGNKV[:, :, bit]
+    return sum(state_BGNKV[:, :, low] for low in range(bit) if start >> low & 1)  # type: ignore[return-value]
