@@ -219,3 +219,13 @@ def masked_form(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, float
         ).masked_attention_triton
         return found
     return MASKED_FORMS[backend]
+
+
+def biased_form(backend: str) -> Callable[..., Tensor] | None:
+    """Attention whose scores have terms of their own, without a matrix of them; None where there is no such form."""
+    if backend != "triton":
+        return None
+    found: Callable[..., Tensor] = importlib.import_module(
+        "mixforge.kernels.attention_triton"
+    ).biased_attention_triton
+    return found

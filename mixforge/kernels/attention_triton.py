@@ -1,8 +1,8 @@
 """Softmax attention on a GPU: torch's fused operation over all earlier tokens, FlexAttention over a window.
 
 FlexAttention compiles the mask and what is done to a score into torch's own Triton kernel, which leaves out blocks of
-pairs that no query sees. The blocks are found by their bounds, never from a mask of all pairs. A later variant, such as a
-forget gate with score + sum of log gates between key and query, is a `score_mod` of `flexible_attention`.
+pairs that no query sees. The blocks are found by their bounds, never from a mask of all pairs. A forget gate and slopes
+are added to each score where it is made (`biased_attention_triton`), so that no matrix of them is in memory.
 
 Source: Dong et al. 2024 (arXiv 2412.05496) for FlexAttention; `attention` for the equations.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from mixforge.kernels.attention import (
     attend,
@@ -37,6 +37,33 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = 4096
 
 compiled = torch.compile(flex_attention, fullgraph=True)
+
+
+def biased(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left_BHT: Tensor | None,
+    slope_H: Tensor | None,
+    mask: BlockMask,
+    scale: float,
+    grouped: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, H, T, V] and the logarithm of each softmax's sum [B, H, T]; compiled with what it adds to a score."""
+
+    def bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if left_BHT is not None:
+            score = score + left_BHT[batch, head, query] - left_BHT[batch, head, key]
+        if slope_H is not None:
+            score = score + slope_H[head] * (query - key)
+        return score
+
+    o, extra = flex_attention(q, k, v, bias, mask, scale, grouped, return_aux=AuxRequest(lse=True))
+    assert extra.lse is not None
+    return o, extra.lse
+
+
+compiled_biased = torch.compile(biased, fullgraph=True)
 
 
 def causal_attention_triton(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, start: int) -> Tensor:
@@ -63,6 +90,59 @@ def masked_attention_triton(
     return masked_attention_torch(q_BHTK, k_BHTK, v_BHTK, mask, scale)
 
 
+def biased_attention_triton(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    window: int,
+    left_BHT: Tensor | None,
+    slope_H: Tensor | None,
+    sink_H: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attention over a window, with more in its scores, by FlexAttention on a GPU.
+
+    To the score of query t and key s, q . k times `scale`, are added left_t - left_s, the running sums of a forget gate's
+    logarithms, and slope (t - s). sink_H: a logit of each head with no value. Raises ValueError on other devices, and
+    where shapes or dtypes do not fit.
+    """
+    check_gpu(q_BHTK, k_BHTK, v_BHTV)
+    check_dtype(q_BHTK, k_BHTK, v_BHTV)
+    check_attention(q_BHTK, k_BHTK, v_BHTV, window, 0)
+    return biased_attention(q_BHTK, k_BHTK, v_BHTV, window, left_BHT, slope_H, sink_H, scale)
+
+
+def biased_attention(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    window: int,
+    left_BHT: Tensor | None,
+    slope_H: Tensor | None,
+    sink_H: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """As `biased_attention_triton`, wherever FlexAttention runs."""
+    q, k, v = (widened(x) for x in (q_BHTK, k_BHTK, v_BHTV))
+    mask = block_mask(q.shape[2], window, q.device)
+    grouped = q.shape[1] != k.shape[1]
+    if torch.compiler.is_compiling():
+        o, lse_BHT = biased(q, k, v, left_BHT, slope_H, mask, scale, grouped)
+    else:
+        with dynamo_config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=VARIANTS):
+            o, lse_BHT = compiled_biased(q, k, v, left_BHT, slope_H, mask, scale, grouped)
+    if sink_H is not None:
+        # Of a softmax with one more entry, the share that falls on the others.
+        share_BHT = torch.sigmoid(lse_BHT - sink_H[:, None].to(lse_BHT.dtype))
+        o = o * share_BHT[..., None].to(o.dtype)
+    return o[..., : v_BHTV.shape[3]]
+
+
+def widened(x_BHTK: Tensor) -> Tensor:
+    """With at least as many channels as a product of matrices takes."""
+    return F.pad(x_BHTK, (0, max(0, SMALLEST_DIM - x_BHTK.shape[3])))
+
+
 def flexible_attention(
     q_BHTK: Tensor,
     k_BHTK: Tensor,
@@ -80,8 +160,7 @@ def flexible_attention(
     dim = q_BHTK.shape[3]
     # Queries for the past, whose outputs are dropped, so that queries and keys are one sequence with one mask.
     q, k, v = F.pad(q_BHTK, (0, 0, past, 0)), k_BHTK, v_BHTK
-    if dim < SMALLEST_DIM:
-        q, k, v = (F.pad(x_BHTK, (0, SMALLEST_DIM - dim)) for x_BHTK in (q, k, v))
+    q, k, v = (widened(x_BHTK) for x_BHTK in (q, k, v))
     mask = block_mask(q.shape[2], window, q.device)
     o_BHTK = run(q, k, v, score_mod, mask, dim**-0.5, q.shape[1] != k.shape[1])
     return o_BHTK[:, :, past:, : v_BHTK.shape[3]]

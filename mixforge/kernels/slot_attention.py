@@ -23,7 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixforge.kernels import chunked_linear
+from mixforge.kernels import chunked_linear, twofold_linear
+from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import add_channel
 from mixforge.kernels.twofold_linear import twofold_linear_torch
 
@@ -71,6 +72,32 @@ def slot_attention_torch(
     state_BGMF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both recurrences in chunks, as matrix products."""
+    return _twice(twofold_linear_torch, add_channel, q_BTHK, k_BTHK, v_BTGV, decay_BTGM, state_BGMF)
+
+
+def slot_attention_triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay_BTGM: Tensor,
+    strength: None = None,
+    state_BGMF: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both recurrences by the kernels of `twofold_linear` and `chunked_linear`, in float32."""
+    write = triton_form("chunked_linear", "chunked_linear_triton")
+    return _twice(twofold_linear.form("triton"), write, q_BTHK, k_BTHK, v_BTGV, decay_BTGM, state_BGMF)
+
+
+def _twice(
+    score_slots: Callable[..., tuple[Tensor, Tensor]],
+    mix_slots: Callable[..., tuple[Tensor, Tensor]],
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay_BTGM: Tensor,
+    state_BGMF: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """q . k of the slots by a recurrence that decays along values, and their values by one along keys."""
     check_slots(q_BTHK, k_BTHK, v_BTGV, decay_BTGM)
     heads, value_dim = v_BTGV.shape[2:]
     state = first_slots(k_BTHK, v_BTGV, decay_BTGM, state_BGMF)
@@ -79,10 +106,8 @@ def slot_attention_torch(
     log = decay_BTGM.to(state.dtype)
     write = -torch.expm1(log)
     kept = torch.zeros_like(k)
-    score, keys = twofold_linear_torch(q, k, write, kept, log, state[..., value_dim:].mT)
-    o, values = add_channel(
-        score.softmax(-1), write, v_BTGV.to(state.dtype), log, None, state[..., :value_dim]
-    )
+    score, keys = score_slots(q, k, write, kept, log, state[..., value_dim:].mT)
+    o, values = mix_slots(score.softmax(-1), write, v_BTGV.to(state.dtype), log, None, state[..., :value_dim])
     return o.to(v_BTGV.dtype), torch.cat([values, keys.mT], -1)
 
 
@@ -127,11 +152,12 @@ def matmul_flops(length: int, *, heads: int, key_dim: int, value_dim: int, slots
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": slot_attention_reference,
     "torch": slot_attention_torch,
+    "triton": slot_attention_triton,
 }
 
 
 def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The form of one backend. Raises ValueError for triton, which has none yet."""
-    if backend not in FORMS:
-        raise ValueError(f"backend={backend!r} has no slots yet; say rule=add, or build with backend='torch'")
+    """The form of one backend. Raises ValueError where it is Triton's and Triton is not installed."""
+    if backend == "triton":
+        twofold_linear.form("triton")
     return FORMS[backend]

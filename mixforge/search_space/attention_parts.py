@@ -275,7 +275,10 @@ def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
     terms = Part(Terms, forgets=gene.forget == "head", slopes=slopes)
     sinks = heads if gene.sink == "learned" else 0
     if gene.scores == "biased":
-        return Part(Biased, scale=scale, terms=terms, sinks=sinks, operation=attention.masked_form(backend))
+        flexible = attention.biased_form(backend)
+        given = {} if flexible is None else {"flexible": flexible}
+        operation = attention.masked_form(backend)
+        return Part(Biased, scale=scale, terms=terms, sinks=sinks, operation=operation, **given)
     mix: Part | None = None
     if isinstance(gene.headmix, Form):
         mix = Part(DynamicMix, width=gene.seen(width), heads=heads, rank=int(gene.headmix.arguments[0]))

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerance import assert_as_good, results
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from mixforge.kernels.attention import (
     WINDOW_FORMS,
     attended_pairs,
     form,
+    masked_form,
     step_attention,
     window_form,
 )
@@ -30,8 +32,11 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of the triton form, with FlexAttention traced as on a GPU and run as plain torch."""
     module = importlib.import_module("mixforge.kernels.attention_triton")
     torch._dynamo.reset()
-    eager = torch.compile(module.flex_attention, fullgraph=True, backend="eager")
-    monkeypatch.setattr(module, "compiled", eager)
+    for name, function in (("compiled", module.flex_attention), ("compiled_biased", module.biased)):
+        monkeypatch.setattr(module, name, torch.compile(function, fullgraph=True, backend="eager"))
+    # What it says of a CPU is true of its kernels only.
+    whole = importlib.import_module("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(whole, "_validate_device", lambda *given: None)
     return module
 
 
@@ -194,19 +199,52 @@ def test_flex_takes_values_of_another_width_than_keys(flex: ModuleType, dim: int
     torch.testing.assert_close(flex.flexible_attention(q, k, v, 9, 3), expected)
 
 
-def test_flex_takes_a_forget_gate(flex: ModuleType) -> None:
-    """Scores gain the log gates between key and query, those of the query's token included."""
-    q, k, v = draw(40, key_heads=4, dim=16)
-    log_gates = -torch.rand(3, 4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    reach = log_gates.cumsum(2)
+def biased_inputs(length: int, key_heads: int, dim: int) -> list[Tensor]:
+    """q, k and v, running sums of a gate's logarithms, slopes and the logits of sinks."""
+    dice = torch.Generator().manual_seed(1)
+    left = -torch.rand(3, 4, length, generator=dice, dtype=torch.float64).cumsum(2)
+    each = [torch.randn(4, generator=dice, dtype=torch.float64) for _ in range(2)]
+    return [*draw(length, key_heads=key_heads, dim=dim), left, *each]
 
-    def forget(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + reach[batch, head, query] - reach[batch, head, key]
 
-    found = flex.flexible_attention(q, k, v, 40, score_mod=forget)
-    scores = q @ k.transpose(2, 3) / 4 + reach[..., :, None] - reach[..., None, :]
-    weights = scores.masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -torch.inf).softmax(3)
-    torch.testing.assert_close(found, weights @ v)
+def biased_reference(
+    window: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Tensor | None,
+    slope: Tensor | None,
+    sink: Tensor | None,
+) -> Tensor:
+    length, heads = q.shape[2], q.shape[1]
+    away = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    mask = torch.zeros(len(q), heads, length, length, device=q.device, dtype=q.dtype)
+    if left is not None:
+        mask = mask + left[..., None] - left[..., None, :]
+    if slope is not None:
+        mask = mask + slope[:, None, None] * away
+    mask = mask.masked_fill((away < 0) | (away >= window), -torch.inf)
+    if sink is not None:
+        mask = torch.cat([mask, sink[:, None, None].expand(len(q), -1, length, 1)], 3)
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    return masked_form("reference")(q, k, v, mask, 0.3)
+
+
+@pytest.mark.parametrize(("window", "key_heads", "dim"), [(150, 4, 6), (150, 1, 16), (40, 2, 20)])
+@pytest.mark.parametrize("given", [(3,), (4,), (5,), (3, 4, 5)])
+def test_flex_takes_gates_slopes_and_sinks(
+    flex: ModuleType, window: int, key_heads: int, dim: int, given: tuple[int, ...]
+) -> None:
+    inputs = biased_inputs(150, key_heads, dim)
+    kept = [x if n < 3 or n in given else None for n, x in enumerate(inputs)]
+
+    def run(*x: Tensor) -> Tensor:
+        found: Tensor = flex.biased_attention(*x[:3], window, *x[3:], 0.3)
+        return found
+
+    actual, wanted = results(run, kept), results(partial(biased_reference, window), kept)
+    for name, value in actual.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
 def test_windows_and_lengths_compile_nothing_anew(flex: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

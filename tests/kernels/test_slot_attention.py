@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixforge.kernels.slot_attention import (
-    form,
     matmul_flops,
     slot_attention_reference,
     slot_attention_torch,
@@ -76,5 +75,3 @@ def test_what_does_not_fit_is_named() -> None:
         slot_attention_torch(q, k, v[:, :, :3], g)
     with pytest.raises(ValueError, match="decay has shape"):
         slot_attention_reference(q, k, v, g[:, :2])
-    with pytest.raises(ValueError, match="backend='triton' has no slots yet"):
-        form("triton")

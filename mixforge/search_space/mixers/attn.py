@@ -400,11 +400,6 @@ class Attn(Mixer):
             branches = [each.build(width, backend) for each in self.sources()]
             return Part(Beside, branches=branches, fuse=Part(SumFuse))
         gene = self.canonical(width)
-        if backend == "triton" and (gene.scores in ("scored", "special") or gene.codes is not None):
-            raise ValueError(
-                "attn with a score other than softmax, with codes, scores of blocks, forget=mask, headmix or relative "
-                "positions has no form for backend='triton'; use backend='torch'"
-            )
         part = stateful_part(gene, width, backend) or Part(
             Attention,
             queries=queries_part(gene, width, backend),

@@ -234,11 +234,6 @@ class Gau(Mixer):
         return products, kept, written
 
     def build(self, width: int, backend: Backend) -> Part:
-        name, _ = self.pattern
-        if backend == "triton" and (self.score != "softmax" or name in ("mixed", "vq")):
-            raise ValueError(
-                "gau with score=relu2, sparse=mixed or sparse=vq has no form for backend='triton'; use backend='torch'"
-            )
         keys, values = self.sizes(width)
         return Part(
             GatedAttentionUnit,

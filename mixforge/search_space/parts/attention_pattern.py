@@ -68,6 +68,10 @@ class Pattern(nn.Module):
         """Tokens of a block that sees itself and the block before alone; None where that saves nothing."""
         return None
 
+    def last(self, length: int) -> int | None:
+        """How many of the last tokens each of so many sees, where it sees these alone; None where it does not."""
+        return None
+
     def attend(
         self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, query_T: Tensor, key_S: Tensor
     ) -> Tensor:
@@ -111,6 +115,9 @@ class EveryToken(EveryTokenKept):
 
     def visible(self, query_T: Tensor) -> Tensor:
         return query_T + 1
+
+    def last(self, length: int) -> int | None:
+        return length
 
     def attend(
         self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, query_T: Tensor, key_S: Tensor
@@ -157,6 +164,9 @@ class Window(Pattern):
 
     def block(self, length: int) -> int | None:
         return block_size(length, self.span, self.first)
+
+    def last(self, length: int) -> int | None:
+        return self.window if self.dilation == 1 and self.first == 0 else None
 
     def slots(self, capacity: int) -> int:
         return min(capacity, self.first + self.span)

@@ -75,11 +75,15 @@ class Slopes(nn.Module):
         self.balanced = balanced
 
     def forward(self, sight: Sight, dtype: torch.dtype) -> Tensor:
+        slope_H = self.of_heads(sight.query_T.device, dtype)
+        return slope_H[:, None, None] * (sight.query_T[:, None] - sight.key_S).to(dtype)
+
+    def of_heads(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """What a token of distance adds, [H]."""
         falling = -(-self.heads // 2) if self.balanced else self.heads
-        device = sight.query_T.device
-        slopes = [-alibi_slopes(falling, device, dtype), alibi_slopes(self.heads - falling, device, dtype)]
-        slope = torch.cat(slopes)
-        return slope[:, None, None] * (sight.query_T[:, None] - sight.key_S).to(dtype)
+        return torch.cat(
+            [-alibi_slopes(falling, device, dtype), alibi_slopes(self.heads - falling, device, dtype)]
+        )
 
 
 def alibi_slopes(heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -106,6 +110,12 @@ class Terms(nn.Module):
             term = log_left(sight) if term is None else term + log_left(sight)
         return term
 
+    def of_tokens(self, sight: Sight, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """The same as running sums [B, H, T] of a sequence without a past, and as slopes [H]."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        left_BHT = sight.present["forget"][..., 0] if self.forgets else None
+        return left_BHT, None if self.slopes is None else self.slopes.of_heads(sight.query_T.device, exact)
+
 
 def log_left(sight: Sight) -> Tensor:
     """log L [B, H, T, S], of no meaning for keys that are not earlier."""
@@ -130,7 +140,10 @@ class Fused(nn.Module):
 
 
 class Biased(nn.Module):
-    """As `Fused`, with terms, a sink and meta tokens, over the pairs of the pattern."""
+    """As `Fused`, with terms, a sink and meta tokens, over the pairs of the pattern.
+
+    operation: over given pairs. flexible: over the last tokens, if there is such a form, for sequences without a past.
+    """
 
     def __init__(
         self,
@@ -138,15 +151,22 @@ class Biased(nn.Module):
         terms: Terms,
         sinks: int,
         operation: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor],
+        flexible: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.scale = scale
         self.terms = terms
         self.operation = operation
+        self.flexible = flexible
         self.sink = nn.Parameter(torch.zeros(sinks)) if sinks else None
 
     def forward(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
-        return in_blocks(self.every_pair, q_BHTK, k_BHSK, v_BHSV, sight)
+        length = q_BHTK.shape[2]
+        last = sight.pattern.last(length) if k_BHSK.shape[2] == length else None
+        if self.flexible is None or last is None:
+            return in_blocks(self.every_pair, q_BHTK, k_BHSK, v_BHSV, sight)
+        left_BHT, slope_H = self.terms.of_tokens(sight, q_BHTK.dtype)
+        return self.flexible(q_BHTK, k_BHSK, v_BHSV, last, left_BHT, slope_H, self.sink, self.scale)
 
     def step(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
         return self.attend(q_BHTK, k_BHSK, v_BHSV, sight, attend_given)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.attn import Attn
+from mixforge.search_space.parts.layer import Pass
 
 
 def out(o_TF: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -219,6 +222,33 @@ def test_heads_that_mix_are_composed_of_both_tokens_of_a_pair() -> None:
     agree(Attn(heads=heads, headmix=Form("dynamic", (rank,))), expected)
 
 
-def test_what_needs_the_scores_has_no_triton_form() -> None:
-    with pytest.raises(ValueError, match="no form for backend='triton'"):
-        Attn(score="sigmoid").build(64, "triton")
+@pytest.mark.parametrize(
+    "genes",
+    [
+        {"forget": "head"},
+        {"pos": "alibi", "window": 7},
+        {"forget": "head", "pos": "alibi_rope", "sink": "learned", "kv": "mqa"},
+    ],
+)
+def test_on_a_gpu_terms_are_added_where_scores_are_made(
+    genes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence without a past through FlexAttention, which a CPU runs as plain torch."""
+    kernels = importlib.import_module("mixforge.kernels.attention_triton")
+    monkeypatch.setattr(kernels, "check_gpu", lambda *given: None)
+    monkeypatch.setattr(kernels, "check_dtype", lambda *given: None)
+    eager = torch.compile(kernels.biased, fullgraph=True, backend="eager")
+    monkeypatch.setattr(kernels, "compiled_biased", eager)
+    whole = importlib.import_module("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(whole, "_validate_device", lambda *given: None)
+    x = torch.randn(2, 20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        module = Attn(heads=4, **genes).build(32, backend).build().double()
+        if backend == "triton":
+            monkeypatch.setattr(module.scores, "every_pair", None)
+        loss = module(x, None, Pass(torch.arange(20), 0))[0].sin().sum()
+        found.append([loss, *torch.autograd.grad(loss, list(module.parameters()))])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -326,11 +326,6 @@ def test_what_does_not_go_together_is_told(genes: dict[str, str | int | Form], s
     assert says in str(Gau(**genes).why_illegal(WIDTH))  # type: ignore[arg-type]
 
 
-def test_what_triton_cannot_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="no form for backend='triton'"):
-        Gau(score="relu2").build(WIDTH, "triton")
-
-
 def test_a_share_that_leaves_too_few_values_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.0625 times the width; give it an expand of 0\.25 or more"):
         Gau(expand=0.125).narrow(64, Fraction(1, 2))
