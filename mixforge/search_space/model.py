@@ -151,8 +151,8 @@ class LanguageModel(nn.Module):
         x_BTD = self.embed(tokens_BT)
         positions_T = torch.arange(state.length, end, device=tokens_BT.device)
         at = Pass(positions_T, state.length, {"embedding": (x_BTD,)})
-        x_BTD, layers = self.stack(x_BTD, state.layers, at)
-        return self.head(x_BTD[:, -1]), State(end, state.capacity, state.position + length, layers)
+        x_BD, layers = self.stack.last(x_BTD, state.layers, at)
+        return self.head(x_BD), State(end, state.capacity, state.position + length, layers)
 
     @torch.no_grad()
     def step(self, token_B: Tensor, state: State) -> tuple[Tensor, State]:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+# What is lent for the tokens of a pass, and of no earlier ones: [B, time, ...].
+PER_TOKEN = ("context", "embedding", "values")
+
 
 @dataclass
 class Pass:
@@ -26,6 +29,14 @@ class Pass:
     positions_T: Tensor
     start: int
     shared: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def of_last(self) -> Pass:
+        """That of the last token alone, for `step`."""
+        shared = {
+            name: tuple(each[:, -1:] for each in lent) if name in PER_TOKEN else lent
+            for name, lent in self.shared.items()
+        }
+        return Pass(self.positions_T[-1:], 0, shared)
 
 
 class TokenMixer(nn.Module):

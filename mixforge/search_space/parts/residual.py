@@ -29,6 +29,7 @@ value and output matrices of attention, is squared and given to the matrix that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,13 @@ class Unit(nn.Module):
     ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         """A sequence; without states (training) none are returned."""
         raise NotImplementedError
+
+    def last(
+        self, x_BTD: Tensor, states: list[dict[str, Tensor]], at: Pass
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """A sequence, of which what comes out at the last token [B, D] is wanted."""
+        y_BTD, after = self(x_BTD, states, at)
+        return y_BTD[:, -1], after
 
     def step(
         self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass
@@ -173,6 +181,23 @@ class Stack(Unit):
             x_BTD, new = unit(x_BTD, mine, at)
             after += new or []
         return x_BTD, None if states is None else after
+
+    def last(
+        self, x_BTD: Tensor, states: list[dict[str, Tensor]], at: Pass
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Units at the end that keep nothing of a token, as channel mixers and readers of a cache, see the last alone."""
+        units = [self.unit(index) for index in self.order]
+        ends = list(accumulate(unit.states for unit in units))
+        whole = sum(any(states[end - unit.states :]) for unit, end in zip(units, ends, strict=True))
+        after: list[dict[str, Tensor]] = []
+        for unit, end in zip(units[:whole], ends, strict=False):
+            x_BTD, new = unit(x_BTD, states[end - unit.states : end], at)
+            after += new
+        x_BD, alone = x_BTD[:, -1], at.of_last()
+        for unit in units[whole:]:
+            x_BD, new = unit.step(x_BD, states[len(after) : len(after) + unit.states], alone)
+            after += new
+        return x_BD, after
 
     def step(
         self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass
