@@ -759,7 +759,7 @@ def test_values_that_no_layer_reads_are_not_lent() -> None:
     assert Linear(values="shared", heads=3).borrows(24) == mixer.lends(24)
 
 
-@pytest.mark.parametrize("mixer", [Linear(decay="both"), Linear(phi=Form("taylor", (3,)))])
+@pytest.mark.parametrize("mixer", [Linear(levels="log"), Linear(phi=Form("taylor", (3,)))])
 def test_what_triton_cannot_run_is_refused(mixer: Linear) -> None:
     with pytest.raises(ValueError, match="build with backend='torch'"):
         mixer.build(24, "triton")
