@@ -167,3 +167,11 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
         found: Callable[..., tuple[Tensor, Tensor]] = triton_form("dplr", "dplr_triton")
         return found
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("dplr_step", "dplr_step_triton")
+        return found
+    return dplr_step

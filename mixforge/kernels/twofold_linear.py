@@ -129,6 +129,14 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return FORMS[backend]
 
 
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("dplr_step", "twofold_step_triton")
+        return found
+    return twofold_step
+
+
 def cut(x: Tensor, size: int, heads: int) -> Tensor:
     """[B, T, H, *] in chunks [C, B, heads, size, *]: the time padded with zeros, each head repeated in place.
 

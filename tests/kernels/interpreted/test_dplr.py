@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_agree
+from tolerance import assert_agree, assert_close
 from torch import Tensor
 
 from mixforge.kernels import dplr, dplr_triton, twofold_linear
@@ -142,6 +142,27 @@ def test_the_forms_of_the_backend(parts: str) -> None:
     module, given = (dplr, [q, k, v, decay, removal]) if removal is not None else (twofold_linear, inputs[:5])
     for first in ([state], []):
         assert_agree(module.form("triton"), module.form("reference"), [*given, *first], RATIO)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_step(parts: str) -> None:
+    """In place; and where gradients are wanted, those of the equations."""
+    q, k, v, decay, value_decay, removal, state = draw(
+        PARTS[parts], 1, batch=3, heads=2, key_dim=24, value_dim=40
+    )
+    module, beside = (
+        (dplr, [decay, removal]) if removal is not None else (twofold_linear, [decay, value_decay])
+    )
+    given = [x if x is None else x[:, 0] for x in (q, k, v, *beside)]
+    assert_agree(module.step_form("triton"), module.step_form("torch"), [*given, state])
+    with torch.no_grad():
+        expected, after = module.step_form("torch")(*given, state.clone())
+        actual, same = module.step_form("triton")(*given, state)
+        assert same is state
+        assert_close("o", actual, expected)
+        assert_close("state", state, after)
+        with pytest.raises(ValueError, match="it must be float32 and contiguous"):
+            module.step_form("triton")(*given, state[:1].expand(3, -1, -1, -1))
 
 
 def test_the_last_state_alone_has_gradients() -> None:
