@@ -96,6 +96,16 @@ TABLE: tuple[Row, ...] = (
     Row("linear_decode", Config(warps=1), key=32, value=32),
     Row("linear_decode", Config(warps=4), key=64, value=64),
     Row("linear_decode", Config(warps=8)),
+    # dplr and twofold_linear
+    Row("dplr_pairs", Config({"BK": 64}), key=128),
+    Row("dplr_pairs", Config({"BK": 64}, warps=2)),
+    Row("dplr_scan", Config({"BV": 32})),
+    Row("dplr_scan_backward", Config({"BV": 32}, stages=1), itemsize=2, key=64),
+    Row("dplr_scan_backward", Config({"BV": 32}, warps=8, stages=1), itemsize=2, key=128),
+    Row("dplr_scan_backward", Config({"BV": 16}, warps=8, stages=1)),
+    Row("dplr_gradients", Config({"BK": 32}, warps=2)),
+    Row("dplr_step", Config({"BV": 32}), key=128),
+    Row("dplr_step", Config({"BV": 16})),
     # gated_scan
     Row("scan_forward", Config({"BLOCK_T": 16, "BLOCK_D": 4}), generation="cpu", key=16),
     Row("scan_forward", Config({"BLOCK_T": 32, "BLOCK_D": 32}, warps=1), key=64, value=1),

@@ -28,6 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, first_state
 from mixforge.kernels.twofold_linear import cut
 
@@ -161,9 +162,16 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": dplr_refe
 
 
 def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The form of one backend. Raises ValueError for triton, which has none yet."""
-    if backend not in FORMS:
-        raise ValueError(
-            f"backend={backend!r} has no rule dplr yet; say rule=delta, or build with backend='torch'"
-        )
+    """The form of one backend. Raises ValueError for triton where Triton is not installed."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("dplr", "dplr_triton")
+        return found
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("dplr_step", "dplr_step_triton")
+        return found
+    return dplr_step

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, first_state
 
 
@@ -121,13 +122,19 @@ FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The form of one backend. Raises ValueError for triton, which has none yet."""
-    if backend not in FORMS:
-        raise ValueError(
-            f"backend={backend!r} has no recurrence that decays along keys and values yet; "
-            "give decay=channel, or build with backend='torch'"
-        )
+    """The form of one backend. Raises ValueError for triton where Triton is not installed."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("dplr", "twofold_linear_triton")
+        return found
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("dplr_step", "twofold_step_triton")
+        return found
+    return twofold_step
 
 
 def cut(x: Tensor, size: int, heads: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixforge.kernels.dplr import dplr_reference, dplr_step, dplr_torch, form, matmul_flops
+from mixforge.kernels.dplr import dplr_reference, dplr_step, dplr_torch, matmul_flops
 
 KEYS, VALUES = 5, 7
 
@@ -92,5 +92,3 @@ def test_what_does_not_fit_is_named() -> None:
         dplr_reference(q, k, v, 2 * g - 5, removal)
     with pytest.raises(ValueError, match="v has shape"):
         dplr_torch(q, k, v[:, :2], g, removal)
-    with pytest.raises(ValueError, match="backend='triton' has no rule dplr yet"):
-        form("triton")

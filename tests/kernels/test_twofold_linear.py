@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels.twofold_linear import (
-    form,
     twofold_linear_reference,
     twofold_linear_torch,
     twofold_step,
@@ -62,5 +61,3 @@ def test_what_does_not_fit_is_named() -> None:
         twofold_linear_torch(q, k, v, g, torch.full_like(h, -6.0), state)
     with pytest.raises(ValueError, match="decay has shape"):
         twofold_linear_torch(q, k, v, h, h, state)
-    with pytest.raises(ValueError, match="decay=channel"):
-        form("triton")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -69,25 +70,56 @@ def assert_agree(
         assert_close(name, value, wanted[name], allowed)
 
 
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x with as many binary digits as the dtype has, whatever its size."""
     digits = 1 - torch.tensor(torch.finfo(dtype).eps).log2()
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp(torch.round(mantissa * 2**digits) / 2**digits, exponent)
 
 
+class Rounded(torch.autograd.Function):
+    """An operand in a dtype; its gradient stays as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return nearest(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class GradientRounded(torch.autograd.Function):
+    """A product as it is; its gradient, an operand of the products of backward, in a dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return nearest(gradient, ctx.dtype), None
+
+
 @contextmanager
 def products_in(dtype: torch.dtype) -> Generator[None]:
-    """torch's batched products take operands in a dtype and sum in float32, as a device does."""
-    bmm, baddbmm = torch.bmm, torch.baddbmm
+    """torch's products take operands in a dtype and sum in float32, as a device does, forward and backward."""
+    products = (torch.bmm, torch.baddbmm, Tensor.__matmul__)
 
-    def rounded_bmm(a: Tensor, b: Tensor, **others: Tensor) -> Tensor:
-        return bmm(rounded(a, dtype), rounded(b, dtype), **others)
+    def within(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*given: Tensor, **others: Tensor) -> Tensor:
+            *total, a, b = given
+            made = product(*total, Rounded.apply(a, dtype), Rounded.apply(b, dtype), **others)
+            return GradientRounded.apply(made, dtype)
 
-    def rounded_baddbmm(total: Tensor, a: Tensor, b: Tensor, **others: Tensor) -> Tensor:
-        return baddbmm(total, rounded(a, dtype), rounded(b, dtype), **others)
+        return run
 
-    with mock.patch.multiple(torch, bmm=rounded_bmm, baddbmm=rounded_baddbmm):
+    bmm, baddbmm, matmul = map(within, products)
+    with (
+        mock.patch.multiple(torch, bmm=bmm, baddbmm=baddbmm),
+        mock.patch.object(Tensor, "__matmul__", matmul),
+    ):
         yield
 
 

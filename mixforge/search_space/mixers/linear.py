@@ -583,9 +583,9 @@ class Linear(Mixer):
         if self.rule == "second":
             return second_order.form(backend), second_order.second_order_step
         if self.rule == "dplr":
-            return dplr.form(backend), dplr.dplr_step
+            return dplr.form(backend), dplr.step_form(backend)
         if self.decay == "both":
-            return twofold_linear.form(backend), twofold_linear.twofold_step
+            return twofold_linear.form(backend), twofold_linear.step_form(backend)
         of_sequence = chunked_linear.form(backend, self.rule, self._decay_kind())
         return of_sequence, chunked_linear.step_form(backend)
 

@@ -11,7 +11,15 @@ from tolerance import assert_as_good
 from torch import Tensor
 from triton import language as tl
 
-from mixforge.kernels import gated_scan, gated_scan_complex, norm, selective_scan, short_conv
+from mixforge.kernels import (
+    dplr,
+    gated_scan,
+    gated_scan_complex,
+    norm,
+    selective_scan,
+    short_conv,
+    twofold_linear,
+)
 from mixforge.kernels.chunked_linear import chunked_linear_reference, chunked_linear_torch
 from mixforge.kernels.chunked_linear_triton import chunked_linear_triton
 
@@ -58,6 +66,26 @@ def test_the_interpreter_rounds_as_torch_does() -> None:
 def test_linear(rule: str, decay: str, length: int, dim: int, dtype: torch.dtype) -> None:
     forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
     assert_as_good(*forms, linear_inputs(decay, rule, length, dim, dtype), gradient_3=TIMES_OF_DECAY)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_decay", [True, False])
+def test_dplr(has_decay: bool, dtype: torch.dtype) -> None:
+    cells, keys, values = (1, 35, 1), 24, 40
+    q, k, v = (normal(*cells, dim) for dim in (keys, keys, values))
+    a = torch.nn.functional.normalize(normal(*cells, keys) + 0.5, dim=-1)
+    removal = torch.stack([a, a * uniform(*cells, keys)], -2)
+    decay = -2 * uniform(*cells, keys) if has_decay else None
+    inputs = [x.to(dtype) for x in (q * keys**-0.5, k, v)]
+    assert_as_good(*map(dplr.form, BACKENDS), [*inputs, decay, removal, normal(1, 1, keys, values)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_twofold_linear(dtype: torch.dtype) -> None:
+    cells, keys, values = (1, 35, 1), 24, 40
+    inputs = [x.to(dtype) for x in (normal(*cells, keys), normal(*cells, keys), normal(*cells, values))]
+    decays = [-2 * uniform(*cells, dim) for dim in (keys, values)]
+    assert_as_good(*map(twofold_linear.form, BACKENDS), [*inputs, *decays, normal(1, 1, keys, values)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

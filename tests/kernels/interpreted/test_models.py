@@ -22,6 +22,8 @@ MIXERS = [
     "hgrn2",
     "mlstm",
     "rwkv6(forget_rank=4)",
+    "rwkv7",
+    "linear(decay=both)",
     "latte",
     "hla2",
     "rglru",
