@@ -60,7 +60,13 @@ class Row:
 TABLE: tuple[Row, ...] = (
     # chunked_linear; float32 operands, as three products of TF32, take twice the room
     # Triton 3.6 cannot overlap the steps of its loop there: the compiler stops.
-    Row("linear_gram", Config({"BK": 32}, warps=8, stages=1), generation="sm_10", itemsize=2, variant="channel"),
+    Row(
+        "linear_gram",
+        Config({"BK": 32}, warps=8, stages=1),
+        generation="sm_10",
+        itemsize=2,
+        variant="channel",
+    ),
     Row("linear_gram", Config({"BK": 32}), itemsize=2, variant="channel"),
     Row("linear_gram", Config({"BK": 64}), itemsize=2),
     Row("linear_gram", Config({"BK": 16}, warps=8), variant="channel"),

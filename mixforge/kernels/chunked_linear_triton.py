@@ -615,7 +615,7 @@ def chunked_linear_triton(
     then [N, G, K, V]. Raises ValueError where a shape, dtype or device does not fit.
     """
     check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
-    check_limits(q_BTHK, beta_BTG)
+    check_limits(q_BTHK, splits=beta_BTG is None)
     if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype]:
         return by_groups_of_keys(q_BTHK, k_BTHK, v_BTGV, decay, state_BGKV, cu_seqlens)
     o_BTGV, state, *_ = forward(
@@ -668,17 +668,15 @@ def by_groups_of_keys(
     return o_BTGV, last[:, :, :keys].contiguous()
 
 
-def check_limits(q: Tensor, beta: Tensor | None) -> None:
-    """Raise ValueError for a dtype or a dim that the kernels do not take."""
+def check_limits(q: Tensor, splits: bool = False) -> None:
+    """Raise ValueError for a dtype or a dim that the kernels do not take; `splits` where keys can be cut into groups."""
     if q.dtype not in TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
         raise ValueError(f"q is {q.dtype}; backend='triton' takes {known}")
     most = MOST_KEYS[q.dtype]
-    if q.shape[3] > most and beta is not None:
+    if q.shape[3] > most and not splits:
         name = str(q.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name} for rule=delta"
-        )
+        raise ValueError(f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name}")
 
 
 def gate_of(decay: Tensor | None) -> str:
@@ -1008,7 +1006,7 @@ def linear_step_triton(
     beta = None if beta is None else beta[:, None]
     q, k, v = q_BHK[:, None], k_BHK[:, None], v_BGV[:, None]
     check_arguments(q, k, v, decay, beta, state_BGKV, None)
-    check_limits(q, beta)
+    check_limits(q, splits=beta is None)
     given = (q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         o, state = chunked_linear_triton(q, k, v, decay, beta, state_BGKV)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tolerance import assert_agree, assert_close
 from torch import Tensor
 
-from mixforge.kernels import log_linear, second_order, softmax_scan
+from mixforge.kernels import log_linear, second_order, slot_attention, softmax_scan
 
 # Sums of decays are differenced in float32.
 RATIO = 1e-5
@@ -30,6 +30,18 @@ def test_second_order(decay: Tensor | None) -> None:
     forms = (second_order.form("triton"), second_order.form("reference"))
     assert_agree(*forms, inputs, RATIO)
     assert_agree(*forms, [*inputs[:-1], None], RATIO)
+
+
+@pytest.mark.parametrize("length", [1, 37])
+def test_slots(length: int) -> None:
+    inputs = [
+        normal(1, length, 1, 6),
+        normal(1, length, 1, 6),
+        normal(1, length, 2, 9),
+        -uniform(1, length, 2, 5),
+    ]
+    forms = (slot_attention.form("triton"), slot_attention.form("reference"))
+    assert_agree(*forms, [*inputs, None, normal(1, 2, 5, 15)], RATIO)
 
 
 @pytest.mark.parametrize("length", [1, 13, 65])
