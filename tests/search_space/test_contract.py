@@ -7,6 +7,7 @@ them all at the end.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from mixforge.search_space.mixer import Loan, Mixer
 from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.mixers.attn import Attn
+from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.parts.layer import Pass, Pointwise, TokenMixer
 from mixforge.search_space.settled import why_illegal
 
@@ -430,6 +432,18 @@ def test_every_gene_and_pair_of_genes_keeps_to_it(mixer: Mixer) -> None:
     # a token of which they nearly tie may fall to the other side.
     _check_bfloat16(mixer, 0.3, share=0.9 if isinstance(mixer, Attn) and mixer.score == "normalise" else 1.0)
     _check_sequence_forms(mixer)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
+@pytest.mark.parametrize("word", CATALOGUE)
+def test_every_point_can_be_built_for_triton(word: str) -> None:
+    """But for one that says why: the delta rule over more key channels than its kernel can hold."""
+    for mixer in pairs(word):
+        if isinstance(mixer, Linear) and mixer.rule == "delta" and mixer.sizes(WIDTH).features > 256:
+            with pytest.raises(ValueError, match="at most 256 key channels with rule=delta"):
+                mixer.build(WIDTH, "triton")
+        else:
+            mixer.build(WIDTH, "triton")
 
 
 def _check_sequence_forms(mixer: Mixer) -> None:

@@ -86,28 +86,17 @@ def joined(x: Tensor, y: Tensor, stream: float, gate: nn.Module | None, after: n
     return together
 
 
-class Residual(Unit):
-    """after(stream x + inside(mixer(before(x)))), where a norm that is not there is an `nn.Identity`.
+class Branch(Unit):
+    """inside(mixer(before(x))): a mixer of several in one residual, without the stream.
 
-    With a gate it is gate(x, relu(mixer(before(x)))).
+    A norm that is not there is an `nn.Identity`.
     """
 
-    def __init__(
-        self,
-        mixer: TokenMixer,
-        before: nn.Module,
-        inside: nn.Module,
-        after: nn.Module,
-        stream: float = 1.0,
-        gate: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, mixer: TokenMixer, before: nn.Module, inside: nn.Module) -> None:
         super().__init__()
-        self.gate = gate
-        self.stream = stream
         self.mixer = mixer
         self.before = before
         self.inside = inside
-        self.after = after
         self.states = 1
 
     def initial_states(
@@ -119,17 +108,41 @@ class Residual(Unit):
         self, x_BTD: Tensor, states: list[dict[str, Tensor]] | None, at: Pass
     ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         y_BTD, state = self.mixer(self.before(x_BTD), None if states is None else states[0], at)
-        x_BTD = joined(x_BTD, self.inside(y_BTD), self.stream, self.gate, self.after)
-        return x_BTD, None if state is None else [state]
+        return self.beside(x_BTD, self.inside(y_BTD)), None if state is None else [state]
 
     def step(
         self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         y_BD, state = self.mixer.step(self.before(x_BD), states[0], at)
-        return joined(x_BD, self.inside(y_BD), self.stream, self.gate, self.after), [state]
+        return self.beside(x_BD, self.inside(y_BD)), [state]
 
     def between(self, states: list[dict[str, Tensor]], length: int) -> None:
         self.mixer.between(states[0], length)
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """What goes on, of what came in and of what the branch says."""
+        return y
+
+
+class Residual(Branch):
+    """after(stream x + inside(mixer(before(x)))); with a gate it is gate(x, relu(mixer(before(x))))."""
+
+    def __init__(
+        self,
+        mixer: TokenMixer,
+        before: nn.Module,
+        inside: nn.Module,
+        after: nn.Module,
+        stream: float = 1.0,
+        gate: nn.Module | None = None,
+    ) -> None:
+        super().__init__(mixer, before, inside)
+        self.after = after
+        self.stream = stream
+        self.gate = gate
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        return joined(x, y, self.stream, self.gate, self.after)
 
 
 class StreamGate(nn.Module):
@@ -213,37 +226,6 @@ class Stack(Unit):
         for unit in map(self.unit, self.order):
             unit.between(states[begin : begin + unit.states], length)
             begin += unit.states
-
-
-class Branch(Unit):
-    """inside(mixer(before(x))): a mixer of several in one residual, without the stream."""
-
-    def __init__(self, mixer: TokenMixer, before: nn.Module, inside: nn.Module) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.before = before
-        self.inside = inside
-        self.states = 1
-
-    def initial_states(
-        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> list[dict[str, Tensor]]:
-        return [self.mixer.initial_state(batch, capacity, device, dtype)]
-
-    def forward(
-        self, x_BTD: Tensor, states: list[dict[str, Tensor]] | None, at: Pass
-    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
-        y_BTD, state = self.mixer(self.before(x_BTD), None if states is None else states[0], at)
-        return self.inside(y_BTD), None if state is None else [state]
-
-    def step(
-        self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass
-    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        y_BD, state = self.mixer.step(self.before(x_BD), states[0], at)
-        return self.inside(y_BD), [state]
-
-    def between(self, states: list[dict[str, Tensor]], length: int) -> None:
-        self.mixer.between(states[0], length)
 
 
 class ResidualStack(Unit):
