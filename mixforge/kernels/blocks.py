@@ -97,7 +97,9 @@ TABLE: tuple[Row, ...] = (
     # dplr and twofold_linear
     Row("dplr_pairs", Config({"BK": 64}), key=128),
     Row("dplr_pairs", Config({"BK": 64}, warps=2)),
-    Row("dplr_scan", Config({"BV": 32}), key=128),
+    Row("dplr_scan", Config({"BV": 32}), itemsize=2, key=128),
+    Row("dplr_scan", Config({"BV": 32}, warps=8), itemsize=2),
+    Row("dplr_scan", Config({"BV": 16}, warps=8), generation="sm_8"),
     Row("dplr_scan", Config({"BV": 32}, warps=8)),
     Row("dplr_scan_backward", Config({"BV": 32}, stages=1), itemsize=2, key=64),
     Row("dplr_scan_backward", Config({"BV": 32}, warps=8, stages=1), itemsize=2, key=128),
