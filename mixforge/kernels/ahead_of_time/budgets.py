@@ -77,6 +77,7 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_gram", "sm_80", 32, _FEW),
     StackBudget("linear_scan", "sm_80", 32, _FEW),
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
+    StackBudget("dplr_scan_backward", "sm_80", 16, _FEW),
     StackBudget("linear_gradients", "sm_80", 256, _TF32),
     StackBudget("linear_gradients", "sm_90", 16, _FEW),
     StackBudget(
