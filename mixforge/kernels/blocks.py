@@ -95,8 +95,8 @@ TABLE: tuple[Row, ...] = (
     Row("linear_decode", Config(warps=4), key=64, value=64),
     Row("linear_decode", Config(warps=8)),
     # dplr and twofold_linear
-    Row("dplr_pairs", Config({"BK": 64}), key=128),
-    Row("dplr_pairs", Config({"BK": 64}, warps=2)),
+    Row("dplr_pairs", Config({"BK": 64}, stages=1), itemsize=2, key=128),
+    Row("dplr_pairs", Config({"BK": 32}, stages=1)),
     Row("dplr_scan", Config({"BV": 32}), itemsize=2, key=128),
     Row("dplr_scan", Config({"BV": 32}, warps=8), itemsize=2),
     Row("dplr_scan", Config({"BV": 16}, warps=8), generation="sm_8"),
