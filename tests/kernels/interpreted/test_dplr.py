@@ -103,7 +103,7 @@ def test_equals_the_recurrence_with_odd_sizes(parts: str) -> None:
 
 @pytest.mark.parametrize("parts", ["removal and decay", "both decays"])
 def test_equals_the_recurrence_with_wide_heads(parts: str) -> None:
-    assert_agree(run, recurrence, draw(PARTS[parts], 33, heads=2, key_dim=64, value_dim=64), RATIO)
+    assert_agree(run, recurrence, draw(PARTS[parts], 33, key_dim=64, value_dim=64), RATIO)
 
 
 @pytest.mark.parametrize("parts", PARTS)
