@@ -7,23 +7,23 @@ For each head, with state S [K, V], log decays g [K] of its rows and h [V] of it
 Removal, g and h may each be left out: `dplr` has the first two, `twofold_linear` the last two. In a chunk of 16 rows
 that starts from S0, with G the running sum of g and F its first row, G~ = G - g, L the last row, the same of h as H:
 
-    dplr_pairs    P = (q e^(G - F)) (k e^(F - G))^T, and Q, A and E of (q, b), (a, b) and (a, k), those of a with G~;
+    dplr_pairs    P = (q e^(G - F)) (k e^(F - G))^T, and R, A and E of (q, b), (a, b) and (a, k), those of a with G~;
                   M = (I + A)^-1, N = M E, W = M (a e^G~); q e^G, k e^(L - G) and b e^(L - G)
     dplr_scan     u = e^(H - F) (W S0 e^F + N v e^(F - H))
-                  o = e^(H - F) (q e^G S0 e^F + P v e^(F - H) - Q u e^(F - H))
+                  o = e^(H - F) (q e^G S0 e^F + P v e^(F - H) - R u e^(F - H))
                   S1 = e^L (S0 e^L) + (k e^(L - G))^T v e^(L - H) - (b e^(L - G))^T u e^(L - H)
 
 and backwards, from do and the gradient of the last state:
 
-    dplr_scan_backward    dv, dh, the gradient of the first state, and those of P, Q, N, W and the three scaled keys
+    dplr_scan_backward    dv, dh, the gradient of the first state, and those of P, R, N, W and the three scaled keys
     dplr_gradients        dq, dk, da, db and dg of a chunk
 
 u is what each row reads of the state, where it is removed: values and u go through the same three places. The first row
 of a chunk is the anchor of all powers: nothing of a later row enters an earlier one, and with log decays of at least -5
 no power passes e^75. M is made by substitution. States and sums are float32; operands of products have the dtype of v.
 
-The states before every fourth chunk are kept for backward, which remakes those in between: of K V / 64 numbers a token,
-as in `chunked_linear`, where all of them would be four times as many and 8 of 10 numbers kept of heads of 128.
+The states before every fourth chunk are kept for backward, which remakes those in between: K V / 64 numbers a token, as
+in `chunked_linear`. All of them would be four times as many, more than all else that is kept of heads of 128 channels.
 Gradients that are sums over the values are written once for each block of them, and added by the last stage.
 
 Source: Peng et al. 2025 (arXiv 2503.14456), section 4 and appendix; Yang et al. 2023 (arXiv 2312.06635), section 4, for
@@ -95,13 +95,13 @@ def dplr_pairs(
     H: tl.constexpr, K: tl.constexpr, KEY: tl.constexpr, REMOVE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """P, Q, M, N and W of one chunk and head, and the keys that it scales."""
+    """P, R, M, N and W of one chunk and head, and the keys that it scales."""
     program = tl.program_id(0).to(tl.int64)
     bh, c = program // NC, program % NC
     row, valid = _rows(bh, c, T, H, C)
     within = tl.arange(0, C)
     p_CC = tl.zeros([C, C], tl.float32)
-    q_CC = tl.zeros([C, C], tl.float32)
+    r_CC = tl.zeros([C, C], tl.float32)
     a_CC = tl.zeros([C, C], tl.float32)
     e_CC = tl.zeros([C, C], tl.float32)
     for start in range(0, K, BK):
@@ -116,7 +116,7 @@ def dplr_pairs(
             place = spot + row[:, None] * K
             a_CK = (_load(removal, place, mask) * left * back).to(WIDE)
             b_CK = (_load(removal, place + K, mask) * right).to(WIDE)
-            q_CC = tl.dot(q_CK, tl.trans(b_CK), q_CC, input_precision=PRECISION)
+            r_CC = tl.dot(q_CK, tl.trans(b_CK), r_CC, input_precision=PRECISION)
             e_CC = tl.dot(a_CK, k_KC, e_CC, input_precision=PRECISION)
             # With its columns for rows, whose elements then scale the rows of M.
             a_CC = tl.dot(b_CK, tl.trans(a_CK), a_CC, input_precision=PRECISION)
@@ -131,7 +131,7 @@ def dplr_pairs(
             m_C = tl.where(here, 1.0, 0.0) - tl.sum(a_C[:, None] * m_CC, 0)
             m_CC = tl.where(here[:, None], m_C[None, :], m_CC)
         e_CC = tl.where(within[:, None] > within[None, :], e_CC, 0.0)
-        _store(removed, pair, tl.where(causal, q_CC, 0.0), valid[:, None])
+        _store(removed, pair, tl.where(causal, r_CC, 0.0), valid[:, None])
         _store(solved, pair, tl.dot(m_CC, e_CC, input_precision=SOLVE), valid[:, None])
         _store(inverse, pair, m_CC, valid[:, None])
     for start in range(0, K, BK):
@@ -211,8 +211,8 @@ def dplr_scan(
             u_CV = u_CV.to(u.dtype.element_ty)
             tl.store(u + spot, u_CV, mask=in_values)
             u_CV = u_CV.to(tl.float32)
-            q_CC = tl.load(removed + pair, mask=valid[:, None], other=0.0).to(WIDE)
-            o_CV -= inner * tl.dot(q_CC, (u_CV * right).to(WIDE), input_precision=WIDE_PRECISION)
+            r_CC = tl.load(removed + pair, mask=valid[:, None], other=0.0).to(WIDE)
+            o_CV -= inner * tl.dot(r_CC, (u_CV * right).to(WIDE), input_precision=WIDE_PRECISION)
         _store(o, spot, o_CV, in_values)
         s_KV = _moved(
             s_KV, v_CV * away, u_CV * away, last, k_write, b_write, keep, head * NC + c, channel, key, in_keys,
@@ -307,18 +307,18 @@ def dplr_scan_backward(
         ds_KV = tl.dot(q_KC, read_CV, ds_KV, input_precision=PRECISION)
         if REMOVE:
             b_KC = tl.load(b_write + key, mask=in_keys, other=0.0)
-            # Q and N turned.
-            q_CC = tl.load(removed + turned, mask=valid[None, :], other=0.0).to(WIDE)
+            # R and N turned.
+            r_CC = tl.load(removed + turned, mask=valid[None, :], other=0.0).to(WIDE)
             n_CC = tl.load(solved + turned, mask=valid[None, :], other=0.0).to(WIDE)
             u_CV = _load(u, spot, in_values)
-            dq_CC = tl.dot(inner_CV, tl.trans((-u_CV * right).to(WIDE)), input_precision=WIDE_PRECISION)
-            _store(dremoved, part_pair, tl.where(causal, dq_CC, 0.0), valid[:, None])
+            dr_CC = tl.dot(inner_CV, tl.trans((-u_CV * right).to(WIDE)), input_precision=WIDE_PRECISION)
+            _store(dremoved, part_pair, tl.where(causal, dr_CC, 0.0), valid[:, None])
             u_VC = tl.trans((-u_CV * away).to(k_KC.dtype))
             _store(db_write, part_key, tl.dot(after, u_VC, input_precision=PRECISION), in_keys)
             dlast_CV = away * tl.dot(tl.trans(b_KC), after, input_precision=PRECISION)
             if VALUE:
                 along -= tl.sum(u_CV * dlast_CV, 0)
-            du_CV = -dlast_CV - right * tl.dot(q_CC, inner_CV, input_precision=WIDE_PRECISION)
+            du_CV = -dlast_CV - right * tl.dot(r_CC, inner_CV, input_precision=WIDE_PRECISION)
             inner_CV, read_CV = (du_CV * inner).to(WIDE), (du_CV * read).to(k_KC.dtype)
             dn_CC = tl.dot(inner_CV, tl.trans(right_CV), input_precision=WIDE_PRECISION)
             _store(dsolved, part_pair, tl.where(causal, dn_CC, 0.0), valid[:, None])
@@ -506,7 +506,7 @@ def forward_kernels(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
-    """o, the last state, and what backward needs: q, k, W and b as `dplr_pairs` scales them, e^L, P, Q, N, M, u and the
+    """o, the last state, and what backward needs: q, k, W and b as `dplr_pairs` scales them, e^L, P, R, N, M, u and the
     states before the groups.
 
     What has none is empty.

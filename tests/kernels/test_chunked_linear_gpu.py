@@ -45,7 +45,9 @@ def test_as_good_as_torch(rule: str, decay: str, length: int, dim: int, dtype: t
     assert_as_good(*forms, inputs, gradient_3=TIMES_OF_DECAY)
 
 
-@pytest.mark.parametrize("preset", ["gdn", "kda", "mamba2", "rglru", "attn(window=16)"])
+@pytest.mark.parametrize(
+    "preset", ["gdn", "kda", "mamba2", "rwkv7", "linear(decay=both)", "rglru", "attn(window=16)"]
+)
 def test_steps_equal_the_forward_pass(preset: str) -> None:
     model = parse(f"lm(2 * ({preset} + swiglu), width=128)").build("triton", device="cuda")
     tokens = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0)).cuda()

@@ -79,6 +79,7 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan", "sm_", 32, _FEW),
     StackBudget("linear_scan_backward", "sm_80", 8, _OLDER),
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
+    StackBudget("dplr_scan_backward", "sm_80", 16, _FEW),
     StackBudget("linear_gradients", "sm_80", 288, _TF32),
     StackBudget("linear_gradients", "sm_", 16, _FEW),
     StackBudget("linear_decode", "sm_", 96, _OLDER),

@@ -17,6 +17,9 @@ from torch import Tensor
 from mixforge.kernels.ahead_of_time.case import Call, Case
 from mixforge.kernels.chunked_linear import chunked_linear_reference
 from mixforge.kernels.chunked_linear_triton import chunked_linear_triton, linear_step_triton
+from mixforge.kernels.dplr import dplr_reference
+from mixforge.kernels.dplr_step_triton import dplr_step_triton, twofold_step_triton
+from mixforge.kernels.dplr_triton import dplr_triton, twofold_linear_triton
 from mixforge.kernels.gated_scan import gated_scan_reference
 from mixforge.kernels.gated_scan_complex import gated_scan_complex_reference
 from mixforge.kernels.gated_scan_triton import (
@@ -32,6 +35,7 @@ from mixforge.kernels.selective_scan import selective_scan_reference
 from mixforge.kernels.selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 from mixforge.kernels.short_conv import short_conv_reference
 from mixforge.kernels.short_conv_triton import short_conv_step_triton, short_conv_triton
+from mixforge.kernels.twofold_linear import twofold_linear_reference
 
 DECAYS: Mapping[str, tuple[str, ...] | None] = {
     "none": None,
@@ -63,6 +67,33 @@ def _packed_linear(case: Case) -> Call:
         *given,
         case.tensor("N", "G", "K", "V", dtype=torch.float32),
     )
+
+
+def _dplr(case: Case) -> Call:
+    size = case.sizes["K"] ** -0.5
+    # A removal of a norm below 1 keeps the state bounded.
+    q, k = (case.tensor("B", "T", "H", "K", low=-size, high=size) for _ in range(2))
+    removal = case.tensor("B", "T", "H", "R", "K", dtype=torch.float32, low=-size, high=size)
+    decay = case.tensor("B", "T", "H", "K", dtype=torch.float32, low=-1.0, high=0.0)
+    return dplr_triton, (q, k, case.tensor("B", "T", "H", "V"), decay, removal)
+
+
+def _twofold_linear(case: Case) -> Call:
+    size = case.sizes["K"] ** -0.5
+    q, k = (case.tensor("B", "T", "H", "K", low=-size, high=size) for _ in range(2))
+    decays = (case.tensor("B", "T", "H", dim, dtype=torch.float32, low=-1.0, high=0.0) for dim in ("K", "V"))
+    return twofold_linear_triton, (q, k, case.tensor("B", "T", "H", "V"), *decays)
+
+
+def _dplr_step(case: Case) -> Call:
+    q, k, v = (_still(case, "B", "H", dim) for dim in ("K", "K", "V"))
+    decay, state = (
+        _still(case, *dims, dtype=torch.float32) for dims in (("B", "H", "K"), ("B", "H", "K", "V"))
+    )
+    if case.variant == "removal":
+        removal = _still(case, "B", "H", "R", "K", dtype=torch.float32)
+        return dplr_step_triton, (q, k, v, decay, removal, state)
+    return twofold_step_triton, (q, k, v, decay, _still(case, "B", "H", "V", dtype=torch.float32), state)
 
 
 def _linear_decode(case: Case) -> Call:
@@ -180,6 +211,17 @@ def _case(
     return Case(op=op, variant=variant, dtype=dtype, sizes=sizes, call=call, reference=reference)
 
 
+def _fine(op: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """A case of the recurrences in chunks of 16 rows."""
+    variant, call, reference = {
+        "dplr": ("removal", _dplr, dplr_reference),
+        "twofold_linear": ("both decays", _twofold_linear, twofold_linear_reference),
+    }[op]
+    return _case(
+        op, variant, call, {"B": 8, "T": 4096, "H": 16, "K": dim, "V": dim, "R": 2}, reference, dtype
+    )
+
+
 def _linear(variant: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     sizes = {"B": 8, "T": 4096, "H": 16, "G": 16, "K": dim, "V": dim}
     return _case("chunked_linear", variant, _chunked_linear, sizes, chunked_linear_reference, dtype)
@@ -204,6 +246,11 @@ CASES: tuple[Case, ...] = (
         for keys, values in ((64, 64), (128, 256))
     ),
     *(_case("linear step", f"{decay}, {rule}", _linear_step, _STATES) for decay in DECAYS for rule in RULES),
+    # The heads of RWKV-7, and the heaviest that are usual.
+    _fine("dplr", 64),
+    _fine("dplr", 128, torch.float16),
+    _fine("twofold_linear", 128),
+    *(_case("dplr step", variant, _dplr_step, {**_STATES, "R": 2}) for variant in ("removal", "both decays")),
     _case("gated_scan", "real", _gated_scan, _WIDE, gated_scan_reference),
     _case("gated_scan", "real", _gated_scan, _WIDE, gated_scan_reference, torch.float32),
     _case("gated_scan", "complex", _gated_scan, {**_WIDE, "P": 2}, gated_scan_complex_reference),
