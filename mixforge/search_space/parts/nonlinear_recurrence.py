@@ -39,7 +39,7 @@ class Recurrence(TokenMixer):
     """[B, T, D] -> [B, T, D].
 
     first: what each of a head's states is before the first token, the output first.
-    operation, one_step: the cell over a sequence and over a token, as in `mixforge.kernels.recurrent_cells`.
+    operation, one_step: the cell over a sequence and over a token.
     whole: torch's own form of the cell over a sequence, or None. It is taken where every gate sees the same input.
     """
 
