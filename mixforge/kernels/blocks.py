@@ -128,6 +128,8 @@ TABLE: tuple[Row, ...] = (
     Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 2}), key=64),
     Row("selective_step", Config({"BLOCK_D": 32}), key=16),
     Row("selective_step", Config({"BLOCK_D": 8})),
+    # recurrent_cells
+    Row("cell_forward", Config({"BLOCK_B": 16}, warps=4)),
 )
 
 
