@@ -130,6 +130,7 @@ TABLE: tuple[Row, ...] = (
     Row("selective_step", Config({"BLOCK_D": 8})),
     # recurrent_cells
     Row("cell_forward", Config({"BLOCK_B": 16}, warps=4)),
+    Row("cell_backward", Config({"BLOCK_B": 16}, warps=4)),
 )
 
 

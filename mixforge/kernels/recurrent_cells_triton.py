@@ -199,6 +199,132 @@ def cell_forward(
     store_states(final_ptr + states, h, c, n, m, mask, step, CELL)
 
 
+@triton.jit
+def retreat(a0, a1, a2, a3, a4, past_c, past_n, c, n, dh, dc, dn, CELL: tl.constexpr):
+    """Gradients of what the gates get, of the h before where it is used as it is, and of the c and n before.
+
+    a are what `advance` left; past_c is h for a GRU. The last of a GRU's gates is what R and b give n.
+    """
+    dpast = tl.zeros_like(dh)
+    if CELL == "gru":
+        d2 = dh * (1.0 - a1) * (1.0 - a2 * a2)
+        d1 = dh * (past_c - a2) * a1 * (1.0 - a1)
+        d0 = d2 * a3 * a0 * (1.0 - a0)
+        d3 = d2 * a0
+        dpast = dh * a1
+    elif CELL == "lstm":
+        out = tanh(c)
+        d3 = dh * out * a3 * (1.0 - a3)
+        dc += dh * a3 * (1.0 - out * out)
+        d0 = dc * a2 * a0 * (1.0 - a0)
+        d1 = dc * past_c * a1 * (1.0 - a1)
+        d2 = dc * a0 * (1.0 - a2 * a2)
+        dc = dc * a1
+    else:
+        share = dh * a3 / n
+        mean = c / n
+        d3 = share * c * (1.0 - a3)
+        dc += share
+        dn -= share * mean
+        d0 = (dc * a2 + dn) * a0
+        d2 = dc * a0 * (1.0 - a2 * a2)
+        dc = dc * a1
+        dn = dn * a1
+        d1 = (dc * past_c + dn * past_n) * a4
+    return d0, d1, d2, d3, dpast, dc, dn
+
+
+@triton.jit
+def load_kept(pointer, mask, dim: tl.constexpr, CELL: tl.constexpr):
+    """The gates' values of a token."""
+    a0 = tl.load(pointer, mask=mask, other=0.0)
+    a1 = tl.load(pointer + dim, mask=mask, other=0.0)
+    a2 = tl.load(pointer + 2 * dim, mask=mask, other=0.0)
+    a3 = tl.load(pointer + 3 * dim, mask=mask, other=0.0)
+    a4 = a3
+    if CELL == "slstm":
+        a4 = tl.load(pointer + 6 * dim, mask=mask, other=0.0)
+    return a0, a1, a2, a3, a4
+
+
+@triton.jit
+def load_sums(kept, outputs, mask, dim: tl.constexpr, CELL: tl.constexpr):
+    """c and n behind a token; of a GRU its h. An n outside the mask is 1, for it divides."""
+    if CELL == "gru":
+        c = tl.load(outputs, mask=mask, other=0.0).to(tl.float32)
+        n = c
+    else:
+        c = tl.load(kept + 4 * dim, mask=mask, other=0.0)
+        n = c
+        if CELL == "slstm":
+            n = tl.load(kept + 5 * dim, mask=mask, other=1.0)
+    return c, n
+
+
+@triton.jit(do_not_specialize=["length", "batch"])
+def cell_backward(
+    recurrent_ptr, state_ptr, h_ptr, kept_ptr, dh_ptr, dfinal_ptr, dgates_ptr, down_ptr, dstate_ptr, length, batch,
+    heads: tl.constexpr, dim: tl.constexpr, CELL: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """All tokens of one head of some sequences, last to first; the matrices are held, transposed.
+
+    `down` is the gradient of what R and b give n of a GRU.
+    """
+    head = tl.program_id(0)
+    row_B = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    column_K = tl.arange(0, WIDE)
+    mask = (row_B < batch)[:, None] & (column_K < dim)[None, :]
+    GATES: tl.constexpr = 3 if CELL == "gru" else 4
+    low: tl.constexpr = h_ptr.dtype.element_ty
+    step: tl.constexpr = heads * dim
+    first_B = row_B.to(tl.int64)
+    states = (first_B * (STATES * step) + head * dim)[:, None] + column_K[None, :]
+    place = (first_B * length + length - 1) * heads + head
+    outputs = (place * dim)[:, None] + column_K[None, :]
+    dgates = dgates_ptr + (place * (GATES * dim))[:, None] + column_K[None, :]
+    kept = kept_ptr + (place * (KEPT * dim))[:, None] + column_K[None, :]
+    across, down = column_K[None, :], column_K[:, None]
+    r0 = load_matrix(recurrent_ptr, head, 0, across, down, dim, GATES)
+    r1 = load_matrix(recurrent_ptr, head, 1, across, down, dim, GATES)
+    r2 = load_matrix(recurrent_ptr, head, 2, across, down, dim, GATES)
+    if CELL != "gru":
+        r3 = load_matrix(recurrent_ptr, head, 3, across, down, dim, GATES)
+    first_h, first_c, first_n, _ = load_states(state_ptr + states, mask, step, CELL)
+    dh = tl.zeros_like(first_h)
+    dc = tl.zeros_like(first_h)
+    dn = tl.zeros_like(first_h)
+    if dfinal_ptr is not None:
+        dh, dc, dn, _ = load_states(dfinal_ptr + states, mask, step, CELL)
+    c, n = load_sums(kept, h_ptr + outputs, mask, dim, CELL)
+    for back in range(length):
+        is_later = back + 1 < length
+        dh += tl.load(dh_ptr + outputs, mask=mask, other=0.0).to(tl.float32)
+        a0, a1, a2, a3, a4 = load_kept(kept, mask, dim, CELL)
+        outputs -= step
+        kept -= step * KEPT
+        past_c, past_n = load_sums(kept, h_ptr + outputs, mask & is_later, dim, CELL)
+        past_c = tl.where(is_later, past_c, first_c)
+        past_n = tl.where(is_later, past_n, first_n)
+        d0, d1, d2, d3, dh, dc, dn = retreat(a0, a1, a2, a3, a4, past_c, past_n, c, n, dh, dc, dn, CELL)
+        low0, low1, low2, low3 = d0.to(low), d1.to(low), d2.to(low), d3.to(low)
+        tl.store(dgates, low0, mask=mask)
+        tl.store(dgates + dim, low1, mask=mask)
+        tl.store(dgates + 2 * dim, low2, mask=mask)
+        dh = tl.dot(low0, r0, dh, input_precision=PRECISION)
+        dh = tl.dot(low1, r1, dh, input_precision=PRECISION)
+        if CELL == "gru":
+            tl.store(down_ptr + outputs + step, low3, mask=mask)
+            dh = tl.dot(low3, r2, dh, input_precision=PRECISION)
+        else:
+            tl.store(dgates + 3 * dim, low3, mask=mask)
+            dh = tl.dot(low2, r2, dh, input_precision=PRECISION)
+            dh = tl.dot(low3, r3, dh, input_precision=PRECISION)
+        dgates -= step * GATES
+        c, n = past_c, past_n
+    store_states(dstate_ptr + states, dh, dc, dn, dc * first_c + dn * first_n, mask, step, CELL)
+
+
 def padded(dim: int) -> int:
     """The side of a head's tiles: products take 16 at least."""
     return max(16, triton.next_power_of_2(dim))
@@ -210,36 +336,28 @@ def run_forward(
     """h, the last states, and what backward reads, which is empty where it is not kept."""
     check_device(gates=gates, recurrent=recurrent, bias=bias, state=state)
     h, final, kept = empty_forward(cell, gates, recurrent, bias, state, keep)
-    launch_forward(cell, gates, recurrent, bias, state, h, final, kept if keep else None)
+    batch, length = gates.shape[:2]
+    heads, dim = recurrent.shape[:2]
+    config = choose("cell_forward", generation(), gates.dtype, key=dim)
+    launch(
+        cell_forward, (heads, -(-batch // config.blocks["BLOCK_B"])),
+        gates, recurrent, bias, state, h, final, kept if keep else None, length, batch,
+        config=config, WIDE=padded(dim), **constants(cell, recurrent),
+    )  # fmt: skip
     return h, final, kept
 
 
-def launch_forward(
-    cell: str,
-    gates: Tensor,
-    recurrent: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    h: Tensor,
-    final: Tensor,
-    kept: Tensor | None,
-) -> None:
-    batch, length = gates.shape[:2]
+def constants(cell: str, recurrent: Tensor) -> dict[str, Any]:
+    """What is known of both passes when they are compiled."""
     heads, dim = recurrent.shape[:2]
-    constants: dict[str, Any] = {
+    return {
         "heads": heads,
         "dim": dim,
         "CELL": cell,
         "STATES": len(CELLS[cell].first),
         "KEPT": KEPT[cell],
-        "PRECISION": dot_precision(gates.dtype),
+        "PRECISION": dot_precision(recurrent.dtype),
     }
-    config = choose("cell_forward", generation(), gates.dtype, key=dim)
-    grid = (heads, -(-batch // config.blocks["BLOCK_B"]))
-    launch(
-        cell_forward, grid, gates, recurrent, bias, state, h, final, kept, length, batch,
-        config=config, WIDE=padded(dim), **constants,
-    )  # fmt: skip
 
 
 def empty_forward(
@@ -256,8 +374,48 @@ def empty_forward(
     )
 
 
+def run_backward(
+    cell: str,
+    recurrent: Tensor,
+    state: Tensor,
+    h: Tensor,
+    kept: Tensor,
+    dh: Tensor,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the gates, of what R and b give n of a GRU (otherwise empty), and of the first states."""
+    dgates, down, dstate = empty_backward(cell, recurrent, state, h, kept, dh, dfinal)
+    batch, length, heads, dim = h.shape
+    config = choose("cell_backward", generation(), h.dtype, key=dim)
+    launch(
+        cell_backward, (heads, -(-batch // config.blocks["BLOCK_B"])),
+        recurrent, state, h, kept, dh, dfinal, dgates, down if cell == "gru" else None, dstate, length, batch,
+        config=config, WIDE=padded(dim), **constants(cell, recurrent),
+    )  # fmt: skip
+    return dgates, down, dstate
+
+
+def empty_backward(
+    cell: str,
+    recurrent: Tensor,
+    state: Tensor,
+    h: Tensor,
+    kept: Tensor,
+    dh: Tensor,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, not yet written."""
+    dgates = h.new_empty(*h.shape[:3], recurrent.shape[2])
+    return dgates, torch.empty_like(h) if cell == "gru" else h.new_empty(0), torch.empty_like(state)
+
+
 _forward = torch.library.custom_op(
     "mixforge::recurrent_cell_forward", on_device(run_forward), mutates_args=()
+)
+
+
+_backward = torch.library.custom_op(
+    "mixforge::recurrent_cell_backward", on_device(run_backward), mutates_args=()
 )
 
 
@@ -268,6 +426,47 @@ def _(
     # Tensors of the meta device get this far only where launches are written down.
     made = run_forward if gates.device.type == "meta" else empty_forward
     return made(cell, gates, recurrent, bias, state, keep)
+
+
+@_backward.register_fake
+def _(
+    cell: str,
+    recurrent: Tensor,
+    state: Tensor,
+    h: Tensor,
+    kept: Tensor,
+    dh: Tensor,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = run_backward if h.device.type == "meta" else empty_backward
+    return made(cell, recurrent, state, h, kept, dh, dfinal)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.cell, _, recurrent, bias, state, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(recurrent, state, output[0], output[2])
+    # A gradient of what is kept would be as large as it is, and zero.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, dh: Tensor | None, dfinal: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    recurrent, state, h, kept = ctx.saved_tensors
+    dh = torch.zeros_like(h) if dh is None else dh.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    dgates, down, dstate = _backward(ctx.cell, recurrent, state, h, kept, dh, dfinal)
+    past_HKN = torch.cat([state[:, :1].to(h.dtype), h[:, :-1]], 1).permute(2, 3, 0, 1).flatten(2)
+    given, dbias = dgates, None
+    if ctx.bias_dtype is not None:
+        given = torch.cat([dgates[..., : 2 * h.shape[3]], down], -1)
+        dbias = down.sum((0, 1), dtype=torch.float32).to(ctx.bias_dtype)
+    drecurrent = torch.bmm(past_HKN, given.permute(2, 0, 1, 3).flatten(1, 2))
+    return None, dgates, drecurrent, dbias, dstate, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def run(
