@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.gated_scan_triton import check_dtypes, check_state
+from mixforge.kernels.gated_scan_triton import check_dtypes
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device
 from mixforge.kernels.recurrent_cells import CELLS, check_cell, first_state
 
@@ -199,6 +199,74 @@ def cell_forward(
     store_states(final_ptr + states, h, c, n, m, mask, step, CELL)
 
 
+@triton.jit(do_not_specialize=["length", "batch", "columns"])
+def cell_forward_wide(
+    gates_ptr, recurrent_ptr, bias_ptr, first_ptr, h_ptr, final_ptr, kept_ptr, length, batch, columns,
+    heads: tl.constexpr, dim: tl.constexpr, CELL: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """All tokens of one head of some sequences; or, of one token, some `columns` of a head.
+
+    `first` is the h before, rounded as products take it. `final` holds the states before and is brought up to date.
+    """
+    head = tl.program_id(0)
+    row_B = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    begin = tl.program_id(2) * columns
+    in_batch = (row_B < batch)[:, None]
+    GATES: tl.constexpr = 3 if CELL == "gru" else 4
+    low: tl.constexpr = gates_ptr.dtype.element_ty
+    step: tl.constexpr = heads * dim
+    first_B = row_B.to(tl.int64)
+    for t in range(length):
+        place = (first_B * length + t) * heads + head
+        past_ptr = first_ptr
+        past = first_B * heads + head
+        if t > 0:
+            past_ptr = h_ptr
+            past = place - heads
+        past = (past * dim)[:, None]
+        for start in range(begin, tl.minimum(begin + columns, dim), BLOCK_K):
+            column_K = start + tl.arange(0, BLOCK_K)
+            across = column_K[None, :]
+            mask = in_batch & (across < dim)
+            x0, x1, x2, x3 = load_gates(
+                gates_ptr + (place * (GATES * dim))[:, None] + across, mask, dim, CELL
+            )
+            own = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+            for inner in range(0, dim, BLOCK_K):
+                row_K = inner + tl.arange(0, BLOCK_K)
+                given = tl.load(
+                    past_ptr + past + row_K[None, :], mask=in_batch & (row_K < dim)[None, :], other=0.0
+                )
+                down = row_K[:, None]
+                r0 = load_matrix(recurrent_ptr, head, 0, down, across, dim, GATES)
+                x0 = tl.dot(given, r0, x0, input_precision=PRECISION)
+                r1 = load_matrix(recurrent_ptr, head, 1, down, across, dim, GATES)
+                x1 = tl.dot(given, r1, x1, input_precision=PRECISION)
+                r2 = load_matrix(recurrent_ptr, head, 2, down, across, dim, GATES)
+                own = tl.dot(given, r2, own, input_precision=PRECISION)
+                if CELL != "gru":
+                    r3 = load_matrix(recurrent_ptr, head, 3, down, across, dim, GATES)
+                    x3 = tl.dot(given, r3, x3, input_precision=PRECISION)
+            if CELL == "gru":
+                bias = tl.load(bias_ptr + head * dim + column_K, mask=column_K < dim, other=0.0).to(
+                    tl.float32
+                )
+                x3 = own + bias[None, :]
+            else:
+                x2 += own
+            states = final_ptr + (first_B * (STATES * step) + head * dim)[:, None] + across
+            h, c, n, m = load_states(states, mask, step, CELL)
+            h, c, n, m, a0, a1, a2, a3, a4 = advance(x0, x1, x2, x3, h, c, n, m, CELL)
+            tl.store(h_ptr + (place * dim)[:, None] + across, h.to(low), mask=mask)
+            store_states(states, h, c, n, m, mask, step, CELL)
+            if kept_ptr is not None:
+                kept = kept_ptr + (place * (KEPT * dim))[:, None] + across
+                store_kept(kept, a0, a1, a2, a3, a4, c, n, mask, dim, CELL)
+        # What one thread left of this token, others read for the next.
+        tl.debug_barrier()
+
+
 @triton.jit
 def retreat(a0, a1, a2, a3, a4, past_c, past_n, c, n, dh, dc, dn, CELL: tl.constexpr):
     """Gradients of what the gates get, of the h before where it is used as it is, and of the c and n before.
@@ -267,7 +335,7 @@ def cell_backward(
     heads: tl.constexpr, dim: tl.constexpr, CELL: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """All tokens of one head of some sequences, last to first; the matrices are held, transposed.
+    """All tokens of one head of some sequences, last to first; the matrices are held.
 
     `down` is the gradient of what R and b give n of a GRU.
     """
@@ -285,11 +353,11 @@ def cell_backward(
     dgates = dgates_ptr + (place * (GATES * dim))[:, None] + column_K[None, :]
     kept = kept_ptr + (place * (KEPT * dim))[:, None] + column_K[None, :]
     across, down = column_K[None, :], column_K[:, None]
-    r0 = load_matrix(recurrent_ptr, head, 0, across, down, dim, GATES)
-    r1 = load_matrix(recurrent_ptr, head, 1, across, down, dim, GATES)
-    r2 = load_matrix(recurrent_ptr, head, 2, across, down, dim, GATES)
+    r0 = load_matrix(recurrent_ptr, head, 0, down, across, dim, GATES)
+    r1 = load_matrix(recurrent_ptr, head, 1, down, across, dim, GATES)
+    r2 = load_matrix(recurrent_ptr, head, 2, down, across, dim, GATES)
     if CELL != "gru":
-        r3 = load_matrix(recurrent_ptr, head, 3, across, down, dim, GATES)
+        r3 = load_matrix(recurrent_ptr, head, 3, down, across, dim, GATES)
     first_h, first_c, first_n, _ = load_states(state_ptr + states, mask, step, CELL)
     dh = tl.zeros_like(first_h)
     dc = tl.zeros_like(first_h)
@@ -311,23 +379,97 @@ def cell_backward(
         tl.store(dgates, low0, mask=mask)
         tl.store(dgates + dim, low1, mask=mask)
         tl.store(dgates + 2 * dim, low2, mask=mask)
-        dh = tl.dot(low0, r0, dh, input_precision=PRECISION)
-        dh = tl.dot(low1, r1, dh, input_precision=PRECISION)
+        dh = tl.dot(low0, tl.trans(r0), dh, input_precision=PRECISION)
+        dh = tl.dot(low1, tl.trans(r1), dh, input_precision=PRECISION)
         if CELL == "gru":
             tl.store(down_ptr + outputs + step, low3, mask=mask)
-            dh = tl.dot(low3, r2, dh, input_precision=PRECISION)
+            dh = tl.dot(low3, tl.trans(r2), dh, input_precision=PRECISION)
         else:
             tl.store(dgates + 3 * dim, low3, mask=mask)
-            dh = tl.dot(low2, r2, dh, input_precision=PRECISION)
-            dh = tl.dot(low3, r3, dh, input_precision=PRECISION)
+            dh = tl.dot(low2, tl.trans(r2), dh, input_precision=PRECISION)
+            dh = tl.dot(low3, tl.trans(r3), dh, input_precision=PRECISION)
         dgates -= step * GATES
         c, n = past_c, past_n
     store_states(dstate_ptr + states, dh, dc, dn, dc * first_c + dn * first_n, mask, step, CELL)
 
 
+@triton.jit(do_not_specialize=["length", "batch"])
+def cell_backward_wide(
+    recurrent_ptr, state_ptr, h_ptr, kept_ptr, dh_ptr, dgates_ptr, down_ptr, dstate_ptr, length, batch,
+    heads: tl.constexpr, dim: tl.constexpr, CELL: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """All tokens of one head of some sequences, last to first.
+
+    `dstate` holds the gradients of the last states, and those of the states before in the end.
+    """
+    head = tl.program_id(0)
+    row_B = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    in_batch = (row_B < batch)[:, None]
+    GATES: tl.constexpr = 3 if CELL == "gru" else 4
+    low: tl.constexpr = h_ptr.dtype.element_ty
+    step: tl.constexpr = heads * dim
+    first_B = row_B.to(tl.int64)
+    states = (first_B * (STATES * step) + head * dim)[:, None]
+    for back in range(length):
+        t = length - 1 - back
+        place = (first_B * length + t) * heads + head
+        outputs = (place * dim)[:, None]
+        dgates = dgates_ptr + (place * (GATES * dim))[:, None]
+        for start in range(0, dim, BLOCK_K):
+            across = (start + tl.arange(0, BLOCK_K))[None, :]
+            mask = in_batch & (across < dim)
+            kept = kept_ptr + (place * (KEPT * dim))[:, None] + across
+            a0, a1, a2, a3, a4 = load_kept(kept, mask, dim, CELL)
+            c, n = load_sums(kept, h_ptr + outputs + across, mask, dim, CELL)
+            past_c, past_n = load_sums(
+                kept - step * KEPT, h_ptr + outputs - step + across, mask & (t > 0), dim, CELL
+            )
+            if t == 0:
+                first_h, past_c, past_n, _ = load_states(state_ptr + states + across, mask, step, CELL)
+            dh, dc, dn, _ = load_states(dstate_ptr + states + across, mask, step, CELL)
+            dh += tl.load(dh_ptr + outputs + across, mask=mask, other=0.0).to(tl.float32)
+            d0, d1, d2, d3, dh, dc, dn = retreat(a0, a1, a2, a3, a4, past_c, past_n, c, n, dh, dc, dn, CELL)
+            tl.store(dgates + across, d0.to(low), mask=mask)
+            tl.store(dgates + dim + across, d1.to(low), mask=mask)
+            tl.store(dgates + 2 * dim + across, d2.to(low), mask=mask)
+            if CELL == "gru":
+                tl.store(down_ptr + outputs + across, d3.to(low), mask=mask)
+            else:
+                tl.store(dgates + 3 * dim + across, d3.to(low), mask=mask)
+            dm = dc * past_c + dn * past_n
+            store_states(dstate_ptr + states + across, dh, dc, dn, dm, mask, step, CELL)
+        tl.debug_barrier()
+        for start in range(0, dim, BLOCK_K):
+            row_K = start + tl.arange(0, BLOCK_K)
+            mask = in_batch & (row_K < dim)[None, :]
+            dh = tl.load(dstate_ptr + states + row_K[None, :], mask=mask, other=0.0)
+            for inner in range(0, dim, BLOCK_K):
+                across = (inner + tl.arange(0, BLOCK_K))[None, :]
+                there = in_batch & (across < dim)
+                r0 = load_matrix(recurrent_ptr, head, 0, row_K[:, None], across, dim, GATES)
+                d0 = tl.load(dgates + across, mask=there, other=0.0)
+                dh = tl.dot(d0, tl.trans(r0), dh, input_precision=PRECISION)
+                r1 = load_matrix(recurrent_ptr, head, 1, row_K[:, None], across, dim, GATES)
+                d1 = tl.load(dgates + dim + across, mask=there, other=0.0)
+                dh = tl.dot(d1, tl.trans(r1), dh, input_precision=PRECISION)
+                r2 = load_matrix(recurrent_ptr, head, 2, row_K[:, None], across, dim, GATES)
+                if CELL == "gru":
+                    d2 = tl.load(down_ptr + outputs + across, mask=there, other=0.0)
+                else:
+                    d2 = tl.load(dgates + 2 * dim + across, mask=there, other=0.0)
+                dh = tl.dot(d2, tl.trans(r2), dh, input_precision=PRECISION)
+                if CELL != "gru":
+                    r3 = load_matrix(recurrent_ptr, head, 3, row_K[:, None], across, dim, GATES)
+                    d3 = tl.load(dgates + 3 * dim + across, mask=there, other=0.0)
+                    dh = tl.dot(d3, tl.trans(r3), dh, input_precision=PRECISION)
+            tl.store(dstate_ptr + states + row_K[None, :], dh, mask=mask)
+        tl.debug_barrier()
+
+
 def padded(dim: int) -> int:
     """The side of a head's tiles: products take 16 at least."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def run_forward(
@@ -336,15 +478,47 @@ def run_forward(
     """h, the last states, and what backward reads, which is empty where it is not kept."""
     check_device(gates=gates, recurrent=recurrent, bias=bias, state=state)
     h, final, kept = empty_forward(cell, gates, recurrent, bias, state, keep)
+    launch_forward(cell, gates, recurrent, bias, state, h, final, kept if keep else None)
+    return h, final, kept
+
+
+def launch_forward(
+    cell: str,
+    gates: Tensor,
+    recurrent: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    h: Tensor,
+    final: Tensor,
+    kept: Tensor | None,
+) -> None:
+    """Write h, the last states and what is kept. `final` may be `state`."""
     batch, length = gates.shape[:2]
     heads, dim = recurrent.shape[:2]
-    config = choose("cell_forward", generation(), gates.dtype, key=dim)
+    if is_held(gates.dtype, dim):
+        config = choose("cell_forward", generation(), gates.dtype, key=dim)
+        launch(
+            cell_forward, (heads, -(-batch // config.blocks["BLOCK_B"])),
+            gates, recurrent, bias, state, h, final, kept, length, batch,
+            config=config, WIDE=padded(dim), **constants(cell, recurrent),
+        )  # fmt: skip
+        return
+    config = choose("cell_forward_wide", generation(), gates.dtype, key=dim)
+    # The columns of a single token wait for no others.
+    columns = config.blocks["BLOCK_K"] if length == 1 else dim
+    first = state[:, 0].to(gates.dtype, copy=True)
+    if final is not state:
+        final.copy_(state)
     launch(
-        cell_forward, (heads, -(-batch // config.blocks["BLOCK_B"])),
-        gates, recurrent, bias, state, h, final, kept if keep else None, length, batch,
-        config=config, WIDE=padded(dim), **constants(cell, recurrent),
+        cell_forward_wide, (heads, -(-batch // config.blocks["BLOCK_B"]), -(-dim // columns)),
+        gates, recurrent, bias, first, h, final, kept, length, batch, columns,
+        config=config, **constants(cell, recurrent),
     )  # fmt: skip
-    return h, final, kept
+
+
+def is_held(dtype: torch.dtype, dim: int) -> bool:
+    """Whether the matrices of a head are held for all tokens."""
+    return dim <= HELD[dtype.itemsize]
 
 
 def constants(cell: str, recurrent: Tensor) -> dict[str, Any]:
@@ -386,11 +560,24 @@ def run_backward(
     """Gradients of the gates, of what R and b give n of a GRU (otherwise empty), and of the first states."""
     dgates, down, dstate = empty_backward(cell, recurrent, state, h, kept, dh, dfinal)
     batch, length, heads, dim = h.shape
-    config = choose("cell_backward", generation(), h.dtype, key=dim)
+    of_n = down if cell == "gru" else None
+    if is_held(h.dtype, dim):
+        config = choose("cell_backward", generation(), h.dtype, key=dim)
+        launch(
+            cell_backward, (heads, -(-batch // config.blocks["BLOCK_B"])),
+            recurrent, state, h, kept, dh, dfinal, dgates, of_n, dstate, length, batch,
+            config=config, WIDE=padded(dim), **constants(cell, recurrent),
+        )  # fmt: skip
+        return dgates, down, dstate
+    config = choose("cell_backward_wide", generation(), h.dtype, key=dim)
+    if dfinal is None:
+        dstate.zero_()
+    else:
+        dstate.copy_(dfinal)
     launch(
-        cell_backward, (heads, -(-batch // config.blocks["BLOCK_B"])),
-        recurrent, state, h, kept, dh, dfinal, dgates, down if cell == "gru" else None, dstate, length, batch,
-        config=config, WIDE=padded(dim), **constants(cell, recurrent),
+        cell_backward_wide, (heads, -(-batch // config.blocks["BLOCK_B"])),
+        recurrent, state, h, kept, dh, dgates, of_n, dstate, length, batch,
+        config=config, **constants(cell, recurrent),
     )  # fmt: skip
     return dgates, down, dstate
 

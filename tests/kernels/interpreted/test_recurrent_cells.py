@@ -9,6 +9,7 @@ import torch
 from tolerance import assert_agree
 from torch import Tensor
 
+from mixforge.kernels import recurrent_cells_triton
 from mixforge.kernels.recurrent_cells import CELLS, form
 
 
@@ -28,4 +29,14 @@ def draw(cell: str, length: int, *, batch: int = 3, heads: int = 2, dim: int = 1
 )
 def test_equals_the_recurrence(length: int, dim: int, batch: int, heads: int, cell: str) -> None:
     inputs = draw(cell, length, batch=batch, heads=heads, dim=dim)
+    assert_agree(form("triton", cell), form("reference", cell), inputs)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("length", "batch"), [(1, 3), (3, 17)])
+def test_matrices_that_are_not_held(
+    length: int, batch: int, cell: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recurrent_cells_triton, "HELD", {4: 16})
+    inputs = draw(cell, length, batch=batch, dim=24)
     assert_agree(form("triton", cell), form("reference", cell), inputs)
