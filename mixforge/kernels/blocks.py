@@ -140,9 +140,15 @@ TABLE: tuple[Row, ...] = (
     Row("cell_backward", Config({"BLOCK_B": 16}, warps=8, stages=1), generation="sm_8"),
     Row("cell_backward", Config({"BLOCK_B": 16}, warps=8)),
     Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 16}), generation="cpu", key=64),
-    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}, warps=4)),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}), generation="gfx", itemsize=2),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 32}), generation="gfx"),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}, warps=8, stages=3), itemsize=2),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 32}, stages=3)),
     Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 16}), generation="cpu", key=64),
-    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}, warps=4)),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}), generation="gfx", itemsize=2),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 32}), generation="gfx"),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}, warps=8, stages=3), itemsize=2),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 32}, stages=3)),
 )
 
 

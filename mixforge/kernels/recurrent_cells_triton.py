@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.gated_scan_triton import check_dtypes
+from mixforge.kernels.gated_scan_triton import check_dtypes, check_state
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device
 from mixforge.kernels.recurrent_cells import CELLS, check_cell, first_state
 
@@ -199,19 +199,19 @@ def cell_forward(
     store_states(final_ptr + states, h, c, n, m, mask, step, CELL)
 
 
-@triton.jit(do_not_specialize=["length", "batch", "columns"])
+@triton.jit(do_not_specialize=["length", "batch", "blocks"])
 def cell_forward_wide(
-    gates_ptr, recurrent_ptr, bias_ptr, first_ptr, h_ptr, final_ptr, kept_ptr, length, batch, columns,
+    gates_ptr, recurrent_ptr, bias_ptr, outputs_ptr, final_ptr, kept_ptr, length, batch, blocks,
     heads: tl.constexpr, dim: tl.constexpr, CELL: tl.constexpr, STATES: tl.constexpr, KEPT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All tokens of one head of some sequences; or, of one token, some `columns` of a head.
+    """All tokens of one head of some sequences; or, of one token, some `blocks` of columns.
 
-    `first` is the h before, rounded as products take it. `final` holds the states before and is brought up to date.
+    `outputs` [B, 1+T, H, K] begins with the h before. `final` holds the states before and is brought up to date.
     """
     head = tl.program_id(0)
     row_B = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    begin = tl.program_id(2) * columns
+    first = tl.program_id(2) * blocks
     in_batch = (row_B < batch)[:, None]
     GATES: tl.constexpr = 3 if CELL == "gru" else 4
     low: tl.constexpr = gates_ptr.dtype.element_ty
@@ -219,14 +219,9 @@ def cell_forward_wide(
     first_B = row_B.to(tl.int64)
     for t in range(length):
         place = (first_B * length + t) * heads + head
-        past_ptr = first_ptr
-        past = first_B * heads + head
-        if t > 0:
-            past_ptr = h_ptr
-            past = place - heads
-        past = (past * dim)[:, None]
-        for start in range(begin, tl.minimum(begin + columns, dim), BLOCK_K):
-            column_K = start + tl.arange(0, BLOCK_K)
+        past = outputs_ptr + (((first_B * (length + 1) + t) * heads + head) * dim)[:, None]
+        for block in range(first, tl.minimum(first + blocks, tl.cdiv(dim, BLOCK_K))):
+            column_K = block * BLOCK_K + tl.arange(0, BLOCK_K)
             across = column_K[None, :]
             mask = in_batch & (across < dim)
             x0, x1, x2, x3 = load_gates(
@@ -235,9 +230,8 @@ def cell_forward_wide(
             own = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
             for inner in range(0, dim, BLOCK_K):
                 row_K = inner + tl.arange(0, BLOCK_K)
-                given = tl.load(
-                    past_ptr + past + row_K[None, :], mask=in_batch & (row_K < dim)[None, :], other=0.0
-                )
+                there = in_batch & (row_K < dim)[None, :]
+                given = tl.load(past + row_K[None, :], mask=there, other=0.0)
                 down = row_K[:, None]
                 r0 = load_matrix(recurrent_ptr, head, 0, down, across, dim, GATES)
                 x0 = tl.dot(given, r0, x0, input_precision=PRECISION)
@@ -258,7 +252,7 @@ def cell_forward_wide(
             states = final_ptr + (first_B * (STATES * step) + head * dim)[:, None] + across
             h, c, n, m = load_states(states, mask, step, CELL)
             h, c, n, m, a0, a1, a2, a3, a4 = advance(x0, x1, x2, x3, h, c, n, m, CELL)
-            tl.store(h_ptr + (place * dim)[:, None] + across, h.to(low), mask=mask)
+            tl.store(past + step + across, h.to(low), mask=mask)
             store_states(states, h, c, n, m, mask, step, CELL)
             if kept_ptr is not None:
                 kept = kept_ptr + (place * (KEPT * dim))[:, None] + across
@@ -426,7 +420,7 @@ def cell_backward_wide(
                 kept - step * KEPT, h_ptr + outputs - step + across, mask & (t > 0), dim, CELL
             )
             if t == 0:
-                first_h, past_c, past_n, _ = load_states(state_ptr + states + across, mask, step, CELL)
+                _, past_c, past_n, _ = load_states(state_ptr + states + across, mask, step, CELL)
             dh, dc, dn, _ = load_states(dstate_ptr + states + across, mask, step, CELL)
             dh += tl.load(dh_ptr + outputs + across, mask=mask, other=0.0).to(tl.float32)
             d0, d1, d2, d3, dh, dc, dn = retreat(a0, a1, a2, a3, a4, past_c, past_n, c, n, dh, dc, dn, CELL)
@@ -505,15 +499,18 @@ def launch_forward(
         return
     config = choose("cell_forward_wide", generation(), gates.dtype, key=dim)
     # The columns of a single token wait for no others.
-    columns = config.blocks["BLOCK_K"] if length == 1 else dim
-    first = state[:, 0].to(gates.dtype, copy=True)
+    blocks = -(-dim // config.blocks["BLOCK_K"])
+    each = 1 if length == 1 else blocks
+    outputs = h.new_empty(batch, length + 1, heads, dim)
+    outputs[:, 0] = state[:, 0]
     if final is not state:
         final.copy_(state)
     launch(
-        cell_forward_wide, (heads, -(-batch // config.blocks["BLOCK_B"]), -(-dim // columns)),
-        gates, recurrent, bias, first, h, final, kept, length, batch, columns,
+        cell_forward_wide, (heads, -(-batch // config.blocks["BLOCK_B"]), -(-blocks // each)),
+        gates, recurrent, bias, outputs, final, kept, length, batch, each,
         config=config, **constants(cell, recurrent),
     )  # fmt: skip
+    h.copy_(outputs[:, 1:])
 
 
 def is_held(dtype: torch.dtype, dim: int) -> bool:
@@ -656,6 +653,24 @@ def _differentiate(
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
+def run_step(cell: str, gates: Tensor, recurrent: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
+    """h of one token; the state, which must be contiguous, is brought up to date in place."""
+    check_device(gates=gates, recurrent=recurrent, bias=bias, state=state)
+    h = gates.new_empty(gates.shape[0], *recurrent.shape[:2])
+    launch_forward(cell, gates[:, None], recurrent, bias, state, h[:, None], state, None)
+    return h
+
+
+_step = torch.library.custom_op("mixforge::recurrent_cell_step", on_device(run_step), mutates_args=("state",))
+
+
+@_step.register_fake
+def _(cell: str, gates: Tensor, recurrent: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
+    if gates.device.type == "meta":
+        return run_step(cell, gates, recurrent, bias, state)
+    return gates.new_empty(gates.shape[0], *recurrent.shape[:2])
+
+
 def run(
     cell: str, gates_BTHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -664,17 +679,34 @@ def run(
     check_dtypes(gates=gates_BTHF)
     if state_BSHK is None:
         state_BSHK = first_state(CELLS[cell], gates_BTHF, recurrent_HKF)
-    given = (gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    h_BTHK, final_BSHK, _ = _forward(
-        cell,
-        gates_BTHF.contiguous(),
-        recurrent_HKF.to(gates_BTHF.dtype).contiguous(),
-        None if bias_HK is None else bias_HK.contiguous(),
-        state_BSHK.float().contiguous(),
-        keep,
-    )
+    keep = wants_gradient(gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
+    weights = prepared(gates_BTHF, recurrent_HKF, bias_HK)
+    h_BTHK, final_BSHK, _ = _forward(cell, *weights, state_BSHK.float().contiguous(), keep)
     return h_BTHK, final_BSHK
+
+
+def run_token(
+    cell: str, gates_BHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A token of a cell by its name: in place, or where a gradient is wanted, as a sequence of one."""
+    check_cell(CELLS[cell], gates_BHF[:, None], recurrent_HKF, bias_HK, state_BSHK)
+    check_dtypes(gates=gates_BHF)
+    if wants_gradient(gates_BHF, recurrent_HKF, bias_HK, state_BSHK):
+        h_BTHK, final_BSHK = run(cell, gates_BHF[:, None], recurrent_HKF, bias_HK, state_BSHK)
+        return h_BTHK[:, 0], final_BSHK
+    check_state(state_BSHK, state_BSHK.shape)
+    h_BHK: Tensor = _step(cell, *prepared(gates_BHF, recurrent_HKF, bias_HK), state_BSHK)
+    return h_BHK, state_BSHK
+
+
+def wants_gradient(*given: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
+def prepared(gates: Tensor, recurrent: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Contiguous, the matrices in the dtype of the gates."""
+    bias = None if bias is None else bias.contiguous()
+    return gates.contiguous(), recurrent.to(gates.dtype).contiguous(), bias
 
 
 def lstm_triton(
@@ -696,3 +728,24 @@ def slstm_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `slstm_reference`, on a GPU. Products have operands of the gates' dtype."""
     return run("slstm", gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
+
+
+def lstm_step_triton(
+    gates_BHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `lstm_step`, in one kernel. The state must be float32 and contiguous."""
+    return run_token("lstm", gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
+
+
+def gru_step_triton(
+    gates_BHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `gru_step`, in one kernel. The state must be float32 and contiguous."""
+    return run_token("gru", gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
+
+
+def slstm_step_triton(
+    gates_BHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `slstm_step`, in one kernel. The state must be float32 and contiguous."""
+    return run_token("slstm", gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
