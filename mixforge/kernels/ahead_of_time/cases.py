@@ -243,13 +243,13 @@ CASES: tuple[Case, ...] = (
     _case("short_conv", "silu", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
     _case("short_conv", "none", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
     _case("short_conv step", "silu", _short_conv_step, {**_ROWS, "W": 4}),
-    _case("norm", "plain", _norm, _WIDE, rms_norm_reference),
-    _case("norm", "gated", _norm, _WIDE, rms_norm_gated_reference),
-    _case("norm", "gated", _norm, {"B": 8, "T": 65536, "D": 128}, rms_norm_gated_reference),
     # The widest heads whose matrices are held, and some whose are not.
     _cell("slstm", 128),
     _cell("gru", 128),
     _cell("slstm", 64, torch.float32),
     _cell("lstm", 512),
     _case("recurrent_cells step", "slstm", _recurrent_cell_step, {"B": 64, "H": 16, "K": 64}),
+    _case("norm", "plain", _norm, _WIDE, rms_norm_reference),
+    _case("norm", "gated", _norm, _WIDE, rms_norm_gated_reference),
+    _case("norm", "gated", _norm, {"B": 8, "T": 65536, "D": 128}, rms_norm_gated_reference),
 )
