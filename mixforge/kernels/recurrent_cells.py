@@ -227,6 +227,9 @@ def lstm_torch(
     gates_BTHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None = None, state_BSHK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `lstm_reference`, with its derivative written out."""
+    # A compiler writes one of its own, and makes wrong numbers of results that are written into views.
+    if torch.compiler.is_compiling():
+        return one_by_one(lstm_advance, LSTM, gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
     gates, recurrent, _, state = by_heads(LSTM, gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
     results = LstmLoop.apply(gates, recurrent, state, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return by_batch(results, gates_BTHF.dtype)
@@ -236,6 +239,9 @@ def gru_torch(
     gates_BTHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None = None, state_BSHK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `gru_reference`, with its derivative written out."""
+    # A compiler writes one of its own, and makes wrong numbers of results that are written into views.
+    if torch.compiler.is_compiling():
+        return one_by_one(gru_advance, GRU, gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
     gates, recurrent, bias, state = by_heads(GRU, gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
     results = GruLoop.apply(gates, recurrent, bias, state, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return by_batch(results, gates_BTHF.dtype)
@@ -245,6 +251,9 @@ def slstm_torch(
     gates_BTHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None = None, state_BSHK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `slstm_reference`, with its derivative written out."""
+    # A compiler writes one of its own, and makes wrong numbers of results that are written into views.
+    if torch.compiler.is_compiling():
+        return one_by_one(slstm_advance, SLSTM, gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
     gates, recurrent, _, state = by_heads(SLSTM, gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
     results = SlstmLoop.apply(gates, recurrent, state, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return by_batch(results, gates_BTHF.dtype)
