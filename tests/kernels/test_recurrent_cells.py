@@ -159,17 +159,14 @@ def test_bfloat16_keeps_its_state_in_float32(backend: str, cell: str) -> None:
     assert (h.dtype, state.dtype) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_compiles_as_one_graph(cell: str) -> None:
-    inputs = [x if x is None else x.requires_grad_() for x in draw(cell, 4)]
+def test_compiles_as_one_graph() -> None:
+    inputs = [x if x is None else x.requires_grad_() for x in draw("gru", 2)]
     leaves = [x for x in inputs if x is not None]
-    compiled = torch.compile(form("torch", cell), fullgraph=True, backend="aot_eager")
-    expected, found = form("torch", cell)(*inputs)[0], compiled(*inputs)[0]
+    compiled = torch.compile(form("torch", "gru"), fullgraph=True, backend="aot_eager")
+    expected, found = form("torch", "gru")(*inputs)[0], compiled(*inputs)[0]
     torch.testing.assert_close(found, expected)
     for actual, wanted in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
         torch.testing.assert_close(actual, wanted)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs)[0], expected)
 
 
 def test_no_state_is_the_first_of_its_cell() -> None:
