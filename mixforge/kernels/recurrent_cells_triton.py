@@ -92,8 +92,12 @@ def advance(x0, x1, x2, x3, h, c, n, m, CELL: tl.constexpr):
 @triton.jit
 def load_matrix(recurrent_ptr, head, gate, row, column, dim: tl.constexpr, GATES: tl.constexpr):
     """Rows and columns of one gate's matrix of a head; zeros outside."""
-    offsets = (head * dim + row) * (GATES * dim) + gate * dim + column
-    return tl.load(recurrent_ptr + offsets, mask=(row < dim) & (column < dim), other=0.0)
+    offsets = row * (GATES * dim) + gate * dim + column
+    return tl.load(
+        recurrent_ptr + head.to(tl.int64) * (dim * GATES * dim) + offsets,
+        mask=(row < dim) & (column < dim),
+        other=0.0,
+    )
 
 
 @triton.jit
