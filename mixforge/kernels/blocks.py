@@ -149,6 +149,27 @@ TABLE: tuple[Row, ...] = (
     Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 2}), key=64),
     Row("selective_step", Config({"BLOCK_D": 32}), key=16),
     Row("selective_step", Config({"BLOCK_D": 8})),
+    # recurrent_cells: a wave of AMD's holds 16 columns
+    Row("cell_forward", Config({"BLOCK_B": 16}, warps=2), generation="gfx", key=32),
+    Row("cell_forward", Config({"BLOCK_B": 16}, warps=4), generation="gfx", key=64),
+    Row("cell_forward", Config({"BLOCK_B": 16}, warps=4), key=32),
+    Row("cell_forward", Config({"BLOCK_B": 16}, warps=8)),
+    Row("cell_backward", Config({"BLOCK_B": 16}, warps=2), generation="gfx", key=32),
+    Row("cell_backward", Config({"BLOCK_B": 16}, warps=4), generation="gfx", key=64),
+    Row("cell_backward", Config({"BLOCK_B": 16}, warps=4), key=32),
+    Row("cell_backward", Config({"BLOCK_B": 16}, warps=8), itemsize=2, key=64),
+    Row("cell_backward", Config({"BLOCK_B": 16}, warps=8, stages=1), generation="sm_8"),
+    Row("cell_backward", Config({"BLOCK_B": 16}, warps=8)),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 16}), generation="cpu", key=64),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}), generation="gfx", itemsize=2),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 32}), generation="gfx"),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}, warps=8, stages=3), itemsize=2),
+    Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 32}, stages=3)),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 16}), generation="cpu", key=64),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}), generation="gfx", itemsize=2),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 32}), generation="gfx"),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}, warps=8, stages=3), itemsize=2),
+    Row("cell_backward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 32}, stages=3)),
 )
 
 

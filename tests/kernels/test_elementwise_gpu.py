@@ -1,4 +1,4 @@
-"""Scans, convolution and norms on a GPU: errors against float64 at most twice those of the torch form."""
+"""Scans, cells, convolution and norms on a GPU: errors against float64 at most twice those of the torch form."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from tolerance import assert_as_good
+from tolerance import assert_as_good, assert_close
 from torch import Tensor
 
-from mixforge.kernels import gated_scan, gated_scan_complex, norm, selective_scan, short_conv
+from mixforge.kernels import gated_scan, gated_scan_complex, norm, recurrent_cells, selective_scan, short_conv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,9 +26,9 @@ def normal(*shape: int) -> Tensor:
 
 
 def check(
-    forms: list[Callable[..., Tensor | tuple[Tensor, ...]]], inputs: list[Tensor], dtype: torch.dtype
+    forms: list[Callable[..., Tensor | tuple[Tensor, ...]]], inputs: list[Tensor | None], dtype: torch.dtype
 ) -> None:
-    assert_as_good(*forms, [x.to("cuda", dtype) for x in inputs])
+    assert_as_good(*forms, [None if x is None else x.to("cuda", dtype) for x in inputs])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,3 +74,32 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
     for first in (True, False):
         forms = [partial(norm.gated_form(name), norm_before_gate=first) for name in BACKENDS]
         check(forms, [x, gate, weight], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+# Of matrices that are held, and that are not.
+@pytest.mark.parametrize("dim", [20, 64, 128, 300])
+@pytest.mark.parametrize("length", [1, 63, 200])
+@pytest.mark.parametrize("cell", recurrent_cells.CELLS)
+def test_recurrent_cells(cell: str, length: int, dim: int, dtype: torch.dtype) -> None:
+    about = recurrent_cells.CELLS[cell]
+    bias = normal(3, dim) if about.has_bias else None
+    matrices, state = normal(3, dim, about.gates * dim) / dim**0.5, normal(21, len(about.first), 3, dim)
+    inputs = [normal(21, length, 3, about.gates * dim), matrices, bias, state.abs() + 0.1]
+    check([recurrent_cells.form(name, cell) for name in BACKENDS], inputs, dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dim", [64, 300])
+@pytest.mark.parametrize("cell", recurrent_cells.CELLS)
+def test_steps_of_recurrent_cells(cell: str, dim: int) -> None:
+    about = recurrent_cells.CELLS[cell]
+    bias = normal(3, dim).cuda() if about.has_bias else None
+    gates, state = normal(21, 5, 3, about.gates * dim).cuda(), normal(21, len(about.first), 3, dim).cuda()
+    state = state.abs() + 0.1
+    matrices = (normal(3, dim, about.gates * dim) / dim**0.5).cuda()
+    expected, last = recurrent_cells.form("reference", cell)(gates, matrices, bias, state)
+    for t in range(5):
+        h, state = recurrent_cells.step_form("triton", cell)(gates[:, t], matrices, bias, state)
+        assert_close("h", h, expected[:, t], 1e-5)
+    assert_close("last states", state, last, 1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixforge.kernels import recurrent_cells
 from mixforge.kernels.ahead_of_time.case import Call, Case
 from mixforge.kernels.chunked_linear import chunked_linear_reference
 from mixforge.kernels.chunked_linear_triton import chunked_linear_triton, linear_step_triton
@@ -195,6 +196,28 @@ def _norm(case: Case) -> Call:
     return rms_norm_triton, (x, weight)
 
 
+def _recurrent_cell(case: Case) -> Call:
+    wide, biases = _of_cell(case), ("H", "K") if recurrent_cells.CELLS[case.variant].has_bias else None
+    return recurrent_cells.form("triton", case.variant), (
+        wide.tensor("B", "T", "H", "F"),
+        wide.tensor("H", "K", "F", low=-(case.sizes["K"] ** -0.5), high=case.sizes["K"] ** -0.5),
+        None if biases is None else wide.tensor(*biases),
+    )
+
+
+def _recurrent_cell_step(case: Case) -> Call:
+    wide = _of_cell(case)
+    weights = _still(wide, "B", "H", "F"), _still(wide, "H", "K", "F")
+    state = _still(wide, "B", "S", "H", "K", dtype=torch.float32)
+    return recurrent_cells.step_form("triton", case.variant), (*weights, None, state)
+
+
+def _of_cell(case: Case) -> Case:
+    """With the widths of its gates and the number of its states."""
+    cell = recurrent_cells.CELLS[case.variant]
+    return replace(case, sizes={**case.sizes, "F": cell.gates * case.sizes["K"], "S": len(cell.first)})
+
+
 def _still(case: Case, *letters: str, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor that gets no gradient."""
     return case.tensor(*letters, dtype=dtype, grad=False)
@@ -225,6 +248,12 @@ def _fine(op: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
 def _linear(variant: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     sizes = {"B": 8, "T": 4096, "H": 16, "G": 16, "K": dim, "V": dim}
     return _case("chunked_linear", variant, _chunked_linear, sizes, chunked_linear_reference, dtype)
+
+
+def _cell(name: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    sizes = {"B": 16, "T": 2048, "H": 1024 // dim, "K": dim}
+    reference = recurrent_cells.form("reference", name)
+    return _case("recurrent_cells", name, _recurrent_cell, sizes, reference, dtype)
 
 
 _WIDE = {"B": 8, "T": 4096, "D": 2048}
@@ -261,6 +290,12 @@ CASES: tuple[Case, ...] = (
     _case("short_conv", "silu", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
     _case("short_conv", "none", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
     _case("short_conv step", "silu", _short_conv_step, {**_ROWS, "W": 4}),
+    # The widest heads whose matrices are held, and some whose are not.
+    _cell("slstm", 128),
+    _cell("gru", 128),
+    _cell("slstm", 64, torch.float32),
+    _cell("lstm", 512),
+    _case("recurrent_cells step", "slstm", _recurrent_cell_step, {"B": 64, "H": 16, "K": 64}),
     _case("norm", "plain", _norm, _WIDE, rms_norm_reference),
     _case("norm", "gated", _norm, _WIDE, rms_norm_gated_reference),
     _case("norm", "gated", _norm, {"B": 8, "T": 65536, "D": 128}, rms_norm_gated_reference),

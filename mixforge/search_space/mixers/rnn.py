@@ -15,7 +15,8 @@ conv=k: a depthwise convolution with SiLU in front of the input and forget gates
 block (figure 10 there; NX-AI/xlstm).
 
 lstm and gru have one head unless `heads` says more, slstm has several. One head without a convolution runs by torch's
-own LSTM and GRU over sequences; the others loop in Python, with the products of the whole input taken at once.
+own LSTM and GRU over sequences; the others, and single tokens, by `mixforge.kernels.recurrent_cells`, with the products
+of the whole input taken at once.
 
 Departures: the output projection, which none of the three has. xLSTM's code makes the projections of the input block
 diagonal too, its paper does not; its convolution has a bias and its forget gate a positive bias at first. Its block's
@@ -29,13 +30,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
-from mixforge.kernels import short_conv
+from mixforge.kernels import recurrent_cells, short_conv
 from mixforge.search_space.genes import Choice, GeneValue, Whole, replace
 from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
-from mixforge.search_space.parts.nonlinear_cells import GruCell, LstmCell, SlstmCell
-from mixforge.search_space.parts.nonlinear_recurrence import HeadNorm, Recurrence, whole_gru, whole_lstm
+from mixforge.search_space.parts.nonlinear_recurrence import (
+    HeadNorm,
+    Recurrence,
+    RecurrentWeights,
+    whole_gru,
+    whole_lstm,
+)
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 
 
@@ -99,11 +105,11 @@ class Rnn(Mixer):
     def cost(self, width: int, length: int, itemsize: int = 4) -> Cost:
         heads, head_dim = self.sizes(width)
         inner, taps = heads * head_dim, self.taps()
-        cell = _CELLS[self.cell]
+        cell = recurrent_cells.CELLS[self.cell]
         products = cell.gates * inner * (width + head_dim) + inner * width
         products += width * taps if taps > 1 else 0
         vectors = cell.gates * inner + (0 if self.cell == "lstm" else inner)
-        state = 4 * len(cell.held) * inner + width * (taps - 1) * itemsize
+        state = 4 * len(cell.first) * inner + width * (taps - 1) * itemsize
         params = products + vectors
         return Cost(
             params=params,
@@ -115,12 +121,8 @@ class Rnn(Mixer):
     def build(self, width: int, backend: Backend) -> Part:
         heads, head_dim = self.sizes(width)
         taps = self.taps()
+        cell = recurrent_cells.CELLS[self.cell]
         is_whole = heads == 1 and taps == 1 and self.cell in _WHOLE
-        if backend == "triton" and not is_whole:
-            raise ValueError(
-                f"backend='triton' has no loop over tokens for cell={self.cell} with {heads} heads and conv={taps} "
-                "(mixer rnn): say cell=lstm or gru with one head and no convolution, or build with backend='torch'"
-            )
         conv = Part(
             ShortConvolution,
             channels=width,
@@ -135,15 +137,16 @@ class Rnn(Mixer):
             heads=heads,
             head_dim=head_dim,
             conv=conv if taps > 1 else None,
-            cell=Part(_CELLS[self.cell], heads=heads, head_dim=head_dim),
+            gates=cell.gates,
+            first=list(cell.first),
+            cell=Part(
+                RecurrentWeights, heads=heads, head_dim=head_dim, gates=cell.gates, has_bias=cell.has_bias
+            ),
+            operation=recurrent_cells.form(backend, self.cell),
+            one_step=recurrent_cells.step_form(backend, self.cell),
             whole=_WHOLE[self.cell] if is_whole and backend != "reference" else None,
             norm=Part(HeadNorm, channels=heads * head_dim) if self.cell == "slstm" else None,
         )
 
 
-_CELLS: dict[str, type[LstmCell] | type[GruCell] | type[SlstmCell]] = {
-    "lstm": LstmCell,
-    "gru": GruCell,
-    "slstm": SlstmCell,
-}
 _WHOLE = {"lstm": whole_lstm, "gru": whole_gru}

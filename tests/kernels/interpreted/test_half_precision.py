@@ -16,6 +16,7 @@ from mixforge.kernels import (
     gated_scan,
     gated_scan_complex,
     norm,
+    recurrent_cells,
     selective_scan,
     short_conv,
     twofold_linear,
@@ -130,3 +131,14 @@ def test_norms(dtype: torch.dtype) -> None:
     for first in (True, False):
         forms = [partial(norm.gated_form(name), norm_before_gate=first) for name in BACKENDS]
         assert_as_good(*forms, [x, gate, weight])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", recurrent_cells.CELLS)
+def test_recurrent_cells(cell: str, dtype: torch.dtype) -> None:
+    about = recurrent_cells.CELLS[cell]
+    width, states = about.gates * 16, len(about.first)
+    bias = normal(2, 16) if about.has_bias else None
+    inputs = [normal(3, 12, 2, width), normal(2, 16, width) / 4, bias, normal(3, states, 2, 16).abs() + 0.1]
+    forms = [recurrent_cells.form(name, cell) for name in BACKENDS]
+    assert_as_good(*forms, [None if x is None else x.to(dtype) for x in inputs])

@@ -36,6 +36,9 @@ MIXERS = [
     "ssm(state=4, expand=1)",
     "ssm(rule=s4d, gate=glu, state=4)",
     "hgrn",
+    "slstm",
+    "lstm(heads=2)",
+    "rnn(cell=gru, heads=1, conv=4)",
 ]
 
 

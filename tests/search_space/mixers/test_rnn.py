@@ -111,8 +111,3 @@ def test_the_counter_of_the_evaluator_sees_the_formula(word: str) -> None:
     architecture = parse(f"lm({word} + swiglu, width=24, vocab=11)")
     counted = count_flops(architecture.build(), torch.zeros(1, 13, dtype=torch.int64))
     assert counted == architecture.cost(13).flops
-
-
-def test_what_loops_in_python_is_refused_for_triton() -> None:
-    with pytest.raises(ValueError, match=r"no loop over tokens for cell=slstm.*backend='torch'"):
-        Rnn(cell="slstm").build(WIDTH, "triton")
