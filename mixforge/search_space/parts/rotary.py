@@ -11,6 +11,7 @@ and not as neighbours, which is the same map after a permutation of the channels
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,5 +42,30 @@ def turn(x_BTHK: Tensor, angle: Tensor) -> Tensor:
     """Turn the first channels of [B, T, H, K], twice as many as there are angles [..., T, H or 1, pairs]."""
     turned = 2 * angle.shape[-1]
     cos, sin = angle.cos().to(x_BTHK.dtype), angle.sin().to(x_BTHK.dtype)
-    left, right = x_BTHK[..., :turned].chunk(2, -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin, x_BTHK[..., turned:]], -1)
+    pairs, rest = x_BTHK.tensor_split((turned,), -1)
+    y: Tensor = Turned.apply(pairs, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))  # type: ignore[no-untyped-call]
+    return torch.cat([y, rest], -1) if rest.shape[-1] else y
+
+
+class Turned(torch.autograd.Function):
+    """x cos + swapped(x) sin, sin with a minus in its first half; whole rows take half of the time of halves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, cos, sin)
+        return swapped(x).mul_(sin).addcmul_(x, cos)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, cos, sin = ctx.saved_tensors
+        # Begun with the copy, which lies as x does: attention gives gradients that lie otherwise.
+        dx = (swapped(gradient) * -sin).addcmul_(gradient, cos)
+        if x is None:
+            return dx, None, None
+        return dx, (gradient * x).sum_to_size(cos.shape), (gradient * swapped(x)).sum_to_size(sin.shape)
+
+
+def swapped(x: Tensor) -> Tensor:
+    """The second half of the last axis before the first, as a copy."""
+    left, right = x.chunk(2, -1)
+    return torch.cat([right, left], -1)

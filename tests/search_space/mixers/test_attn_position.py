@@ -14,6 +14,7 @@ from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.attn import Attn
 from mixforge.search_space.parts.attention_scores import alibi_slopes
 from mixforge.search_space.parts.layer import Pass
+from mixforge.search_space.parts.rotary import turn
 
 
 def out(o_TF: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -26,6 +27,25 @@ def test_rotary_turns_a_share_of_the_channels_with_its_base() -> None:
         return out(attention(rope(q_THK, 6, 500.0), rope(k_THK, 6, 500.0), v_THK), w)
 
     agree(Attn(heads=2, theta=500.0, rotary=0.5), expected)
+
+
+@pytest.mark.parametrize("turned", [6, 4])
+def test_a_turn_has_both_derivatives(turned: int) -> None:
+    """Of what is turned and of learned angles; channels beyond the angles pass as they are."""
+    dice = torch.Generator().manual_seed(0)
+    x_BTHK = torch.randn(2, 3, 2, 6, generator=dice, dtype=torch.float64, requires_grad=True)
+    angle = torch.randn(3, 2, turned // 2, generator=dice, dtype=torch.float64, requires_grad=True)
+    pairs = torch.view_as_complex(
+        torch.stack(x_BTHK[..., :turned].detach().chunk(2, -1), -1).contiguous()
+    ) * torch.polar(torch.ones_like(angle), angle.detach())
+    expected = torch.cat([pairs.real, pairs.imag, x_BTHK[..., turned:].detach()], -1)
+    torch.testing.assert_close(turn(x_BTHK, angle), expected)
+    assert torch.autograd.gradcheck(turn, (x_BTHK, angle))
+    assert torch.autograd.gradgradcheck(turn, (x_BTHK, angle))
+    # Gradients come in the layout of attention.
+    lying = turn(x_BTHK, angle.detach()).transpose(1, 2).contiguous()
+    (dx,) = torch.autograd.grad(lying.square().sum(), x_BTHK)
+    torch.testing.assert_close(dx, 2 * x_BTHK.detach())
 
 
 def test_xpos_lets_channels_decay_with_the_distance() -> None:
