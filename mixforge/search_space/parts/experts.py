@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,14 @@ def visit_sorted(
     """
     chosen = index_MA.shape[1]
     order_N = index_MA.flatten().argsort(stable=True)
+    place_N = torch.empty_like(order_N).index_copy_(
+        0, order_N, torch.arange(len(order_N), device=x_MD.device)
+    )
     counts = torch.bincount(index_MA.flatten(), minlength=weights.up_EGD.shape[0]).tolist()
-    pieces = torch.split(x_MD[order_N // chosen], counts)
+    # Each token once for each of its experts, and put back below: nothing is added up in the gradient but these, as a
+    # scattered sum has no fixed order on a GPU.
+    x_ND = x_MD[:, None].expand(-1, chosen, -1).flatten(0, 1)
+    pieces = torch.split(permuted(x_ND, order_N, place_N), counts)
     # Taken apart at once: the gradient of one expert's slice would be as large as the weights of all.
     ups, outs = weights.up_EGD.unbind(0), weights.out_EDF.unbind(0)
     up_biases = _apart(weights.up_bias_EG, len(ups))
@@ -82,9 +89,27 @@ def visit_sorted(
         )
         if x_ND.shape[0] > 0
     ]
-    y_ND = torch.cat(visited)
-    # Put back, and not added up: a scattered sum has no fixed order on a GPU.
-    return torch.empty_like(y_ND).index_copy(0, order_N, y_ND).view(*index_MA.shape, -1)
+    return permuted(torch.cat(visited), place_N, order_N).view(*index_MA.shape, -1)
+
+
+def permuted(x_ND: Tensor, order_N: Tensor, place_N: Tensor) -> Tensor:
+    """x[order], where place[order] counts from 0."""
+    y_ND: Tensor = Permuted.apply(x_ND, order_N, place_N)  # type: ignore[no-untyped-call]
+    return y_ND
+
+
+class Permuted(torch.autograd.Function):
+    """`permuted`, whose adjoint puts rows back, where that of an index adds them up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_N: Tensor, place_N: Tensor) -> Tensor:
+        ctx.save_for_backward(place_N)
+        return x_ND.index_select(0, order_N)
+
+    @staticmethod
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None, None]:
+        (place_N,) = ctx.saved_tensors
+        return dy_ND.index_select(0, place_N), None, None
 
 
 def _apart(stacked: Tensor | None, experts: int) -> Sequence[Tensor | None]:

@@ -67,7 +67,7 @@ class Router(nn.Module):
         if self.renorm:
             weight_MA = weight_MA / (weight_MA.sum(-1, keepdim=True) + 1e-20)
         loss = None
-        if self.training and torch.is_grad_enabled():
+        if self.balance != "none" and self.training and torch.is_grad_enabled():
             load_E = F.one_hot(index_MA, score_ME.shape[1]).sum((0, 1)).to(exact)
             if self.bias is not None:
                 with torch.no_grad():

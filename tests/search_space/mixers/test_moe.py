@@ -129,6 +129,20 @@ def test_experts_are_their_equations(mixer: Moe) -> None:
     torch.testing.assert_close(y_BD, y_TD)
 
 
+@pytest.mark.parametrize("mixer", [MIXTRAL, GPT_OSS])
+def test_gradients_of_experts_are_those_of_their_equations(mixer: Moe) -> None:
+    module, x_BTD, _ = trained_pass(mixer)
+    x_TD = x_BTD[0].requires_grad_()
+    w = dict(module.named_parameters())
+    shift = torch.zeros(mixer.experts, dtype=torch.float64)
+    y_TD = torch.stack([expected(x, w, mixer, shift) for x in x_TD])
+    given = torch.randn_like(y_TD)
+    wanted = torch.autograd.grad(y_TD, (x_TD, *w.values()), given)
+    y_BTD, _ = module(x_TD[None], None, Pass(torch.arange(TOKENS), 0))
+    for found, want in zip(torch.autograd.grad(y_BTD[0], (x_TD, *w.values()), given), wanted, strict=True):
+        torch.testing.assert_close(found, want)
+
+
 def trained_pass(mixer: Moe) -> tuple[torch.nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     module = mixer.build(WIDTH, "torch").build().double().train()
