@@ -38,12 +38,15 @@ class Gates(ABC):
 
     # The factors of `reading`, [C, B, G, 1, L, 1]; None where rows need none.
     read: Tensor | None = None
-    # What takes long to make, for the adjoint to be given.
-    made: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    @abstractmethod
+    def powers(log: Tensor | None) -> tuple[Tensor, ...]:
+        """What takes long to make of the log decays: once for all chunks, and kept for the adjoint."""
 
     @abstractmethod
-    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
-        """From the log decays, None for none, and perhaps from what was `made` of them before."""
+    def __init__(self, log: Tensor | None, *powers: Tensor) -> None:
+        """From the log decays of some chunks, None for none, and their powers."""
 
     @abstractmethod
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
@@ -88,7 +91,11 @@ class Gates(ABC):
 class PlainGates(Gates):
     """No decay."""
 
-    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
+    @staticmethod
+    def powers(log: Tensor | None) -> tuple[Tensor, ...]:
+        return ()
+
+    def __init__(self, log: Tensor | None, *powers: Tensor) -> None:
         assert log is None
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
@@ -121,15 +128,10 @@ class ScalarGates(Gates):
 
     read: Tensor
 
-    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
-        assert log is not None
-        self.shape = log.shape
-        self.made = made or self.powers(log)
-        self.pairs, self.read, self.write = self.made
-
     @staticmethod
-    def powers(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def powers(log: Tensor | None) -> tuple[Tensor, ...]:
         """e^(G_i - G_j) for i >= j, else 0; e^G; e^(G_L - G)."""
+        assert log is not None
         # Summed in float64 and differenced as two parts: after a decay of -1000 a float32 sum would leave the
         # later pairs with a relative error of 1e-4.
         total = log.double().cumsum(-2)
@@ -140,6 +142,9 @@ class ScalarGates(Gates):
         pairs -= low.mT
         write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp_().to(log.dtype)
         return pairs.clamp_(FLOOR, 0).exp_().tril_(), total.clamp_(min=FLOOR).exp_().to(log.dtype), write
+
+    def __init__(self, log: Tensor | None, *powers: Tensor) -> None:
+        self.pairs, self.read, self.write = powers
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
@@ -171,7 +176,7 @@ class ScalarGates(Gates):
     def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         d = total_grad(rows, columns).sum(-1, keepdim=True)
         d[..., -1, :] += (states[1:] * dstates[1:]).sum((-2, -1))[..., None, None]
-        out.copy_(d.flip(-2).cumsum(-2).flip(-2).sum_to_size(self.shape))
+        out.copy_(d.flip(-2).cumsum(-2).flip(-2).sum_to_size(out.shape))
 
 
 class ChannelGates(Gates):
@@ -181,25 +186,25 @@ class ChannelGates(Gates):
     inside the range of float32.
     """
 
-    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
-        assert log is not None
-        self.made = made or (self.powers(log),)
-        (self.left,) = self.made
-        self.right = self.left.reciprocal()
-        first = log[..., 0, :, None].exp()
-        self.first, self.kept = first[0, :, :, 0], self.left[..., 0, -1, :, None].clone()
-        self.kept[:-1] *= first[1:, :, :, 0]
-
     @staticmethod
-    def powers(log: Tensor) -> Tensor:
+    def powers(log: Tensor | None) -> tuple[Tensor, ...]:
         """e^(G - g'). The anchor is the chunk's first row, so that nothing of a later row enters an earlier one."""
+        assert log is not None
         total = torch.empty(log.shape, dtype=log.dtype, device=log.device)
         # Row after row, which takes a third of the time of `cumsum`.
         sums = total.unbind(-2)
         sums[0].zero_()
         for row, before, now in zip(log.unbind(-2)[1:], sums[:-1], sums[1:], strict=True):
             torch.add(before, row, out=now)
-        return total.exp_()
+        return (total.exp_(),)
+
+    def __init__(self, log: Tensor | None, *powers: Tensor) -> None:
+        assert log is not None
+        (self.left,) = powers
+        self.right = self.left.reciprocal()
+        first = log[..., 0, :, None].exp()
+        self.first, self.kept = first[0, :, :, 0], self.left[..., 0, -1, :, None].clone()
+        self.kept[:-1] *= first[1:, :, :, 0]
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.mul(x, self.left, out=out)

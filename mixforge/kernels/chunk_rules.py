@@ -239,40 +239,46 @@ class Chunks(torch.autograd.Function):
         count: int,
     ) -> tuple[Tensor, Tensor]:
         o = space(v)
+        cut = [chunks(x, size) for x in (q, k, v, log, beta, o)]
+        powers = gates_of.powers(cut[3])
         kept: list[Tensor] = []
-        for q_, k_, v_, log_, beta_, o_ in slabs((q, k, v, log, beta, o), size, count):
-            gates = gates_of(log_)
-            state, made = rule.forward(gates, q_, k_, v_, beta_, state, o_)
+        for q_, k_, v_, log_, beta_, o_, *powers_ in slabs((*cut, *powers), count):
+            state, made = rule.forward(gates_of(log_, *powers_), q_, k_, v_, beta_, state, o_)
             if any(ctx.needs_input_grad):
-                kept.extend((*made, *gates.made))
-        ctx.save_for_backward(q, k, v, log, beta, *kept)
-        ctx.how = rule, gates_of, size, count, len(gates.made)
+                kept.extend(made)
+        ctx.save_for_backward(q, k, v, log, beta, *powers, *kept)
+        ctx.how = rule, gates_of, size, count, len(powers)
         return o, state.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         rule, gates_of, size, count, of_gates = ctx.how
-        inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        inputs, made = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        powers, kept = made[:of_gates], made[of_gates:]
         decays = ctx.needs_input_grad[3]
         grads = [None if x is None or (x is inputs[3] and not decays) else space(x) for x in inputs]
-        parts = list(zip(slabs(inputs, size, count), slabs((do, *grads), size, count), strict=True))
+        cut = [chunks(x, size) for x in (*inputs, do, *grads)]
+        parts = slabs((*cut, *powers), count)
         each = len(kept) // len(parts)
-        for slab, (tokens, (do_, *into)) in reversed(list(enumerate(parts))):
+        for slab in reversed(range(len(parts))):
+            tokens, (do_, *into), powers_ = parts[slab][:5], parts[slab][5:11], parts[slab][11:]
             made = kept[each * slab : each * (slab + 1)]
-            gates = gates_of(tokens[3], *made[each - of_gates :])
-            dstate = rule.backward(gates, made[: each - of_gates], tokens, do_, dstate, into)
+            dstate = rule.backward(gates_of(tokens[3], *powers_), made, tokens, do_, dstate, into)
         return *grads, dstate, None, None, None, None
 
 
-def slabs(tensors: Sequence[Tensor | None], size: int, count: int) -> list[tuple[Any, ...]]:
-    """Views of [B, T, G, *] in chunks, [C, B, G, 1, size, *], and at most `count` of these in each slab."""
-    chunks = [
-        None if x is None else x.view(len(x), -1, size, *x.shape[2:]).permute(1, 0, 3, 2, 4).unsqueeze(3)
-        for x in tensors
-    ]
-    total = next(len(x) for x in chunks if x is not None)
-    return [tuple(None if x is None else x[i : i + count] for x in chunks) for i in range(0, total, count)]
+def chunks(x: Tensor | None, size: int) -> Tensor | None:
+    """[B, T, G, *] as a view in chunks, [C, B, G, 1, size, *]."""
+    if x is None:
+        return None
+    return x.view(len(x), -1, size, *x.shape[2:]).permute(1, 0, 3, 2, 4).unsqueeze(3)
+
+
+def slabs(tensors: Sequence[Tensor | None], count: int) -> list[tuple[Any, ...]]:
+    """Views of at most `count` chunks of each [C, ...]."""
+    total = next(len(x) for x in tensors if x is not None)
+    return [tuple(None if x is None else x[i : i + count] for x in tensors) for i in range(0, total, count)]
 
 
 def add_kept(keep: Tensor | None, state: Tensor, total: Tensor) -> None:
