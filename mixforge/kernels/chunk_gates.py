@@ -84,8 +84,11 @@ class Gates(ABC):
         """For each chunk, the factor of the state over all of it, [B, G, K or 1, 1]; None for one."""
 
     @abstractmethod
-    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        """Fills `out` with the gradient of the log decays, from (x, dx) of rows and columns and from the states."""
+    def log_grad(self, rows: Pair, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        """Fills `out` with the gradient of the log decays. Uses up the first of `rows`, and `dstates`.
+
+        From (x, dx) of rows, x * dx of columns, which may be summed over channels of one decay, and the states.
+        """
 
 
 class PlainGates(Gates):
@@ -119,7 +122,7 @@ class PlainGates(Gates):
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
         return [None] * chunks
 
-    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+    def log_grad(self, rows: Pair, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         raise AssertionError("there is no decay to have a gradient")
 
 
@@ -173,10 +176,12 @@ class ScalarGates(Gates):
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
         return self.read[:, :, :, 0, -1:, :].unbind()
 
-    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        d = total_grad(rows, columns).sum(-1, keepdim=True)
-        d[..., -1, :] += (states[1:] * dstates[1:]).sum((-2, -1))[..., None, None]
-        out.copy_(d.flip(-2).cumsum(-2).flip(-2).sum_to_size(out.shape))
+    def log_grad(self, rows: Pair, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        x, dx = rows
+        d = x.mul_(dx).sum(-1, keepdim=True).sum(3, keepdim=True)
+        d -= columns.sum(-1, keepdim=True)
+        d[..., -1, :] += dstates[1:].mul_(states[1:]).sum((-2, -1))[..., None, None]
+        out.copy_(d.sum_to_size(out.shape).flip(-2).cumsum(-2).flip(-2))
 
 
 class ChannelGates(Gates):
@@ -227,20 +232,16 @@ class ChannelGates(Gates):
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
         return self.kept.unbind()
 
-    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+    def log_grad(self, rows: Pair, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         ends = torch.linalg.vecdot(states, dstates).unsqueeze(3)
         *into, last = out.unbind(-2)
-        *of_rows, of_last = total_grad(rows, columns).unbind(-2)
+        x, dx = rows
+        first, *others = x.mul_(dx).chunk(x.shape[3], 3)
+        for other in others:
+            first += other
+        *of_rows, of_last = first.sub_(columns).unbind(-2)
         torch.add(ends[1:], of_last, out=last)
         for row, of_row in zip(reversed(into[1:]), reversed(of_rows[1:]), strict=True):
             last = torch.add(last, of_row, out=row)
         into[0].copy_(ends[:-1])
 
-
-def total_grad(rows: Pair, columns: Pair) -> Tensor:
-    """Gradient of G, for each row and channel."""
-    (first, *others), (dfirst, *dothers) = (z.chunk(z.shape[3], 3) for z in rows)
-    d = first * dfirst
-    for x, dx in zip(others, dothers, strict=True):
-        d.addcmul_(x, dx)
-    return d.addcmul_(*columns, value=-1)

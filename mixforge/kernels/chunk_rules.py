@@ -109,7 +109,7 @@ class AddRule(Rule):
         add_product(dq_, dinner, w_)
         add_product(dw_, dinner.mT, q_)
         if into_log is not None:
-            gates.log_grad((q, dq), (w, dw), states, dstates, into_log)
+            gates.log_grad((q, dq), w.mul_(dw), states, dstates, into_log)
         gates.rows(dq, into_q)
         gates.columns(dw, into_k)
         return gates.enter(each[0])
@@ -208,10 +208,12 @@ class DeltaRule(Rule):
         gates.writing(dw, dw)
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
-        if into_log is not None:
-            gates.log_grad((rows, drows), (w, dw), states, dstates, into_log)
         gates.columns(dw, dw)
         torch.sum(torch.mul(k, dw, out=w), -1, keepdim=True, out=into_beta)
+        if into_log is not None:
+            # Of one decay for all channels the sum over these is enough.
+            of_columns = beta * (w if gates.read is None else into_beta)
+            gates.log_grad((rows, drows), of_columns, states, dstates, into_log)
         dof_q, dof_k = drows.chunk(2, 3)
         gates.rows(dof_q, into_q)
         torch.addcmul(gates.rows(dof_k, dof_k), dw, beta, out=into_k)
