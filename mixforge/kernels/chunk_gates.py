@@ -30,8 +30,6 @@ from torch import Tensor
 # denormal numbers, on which a CPU is up to eighty times slower.
 FLOOR = -60.0
 
-Pair = tuple[Tensor, Tensor]
-
 
 class Gates(ABC):
     """The scalings of all chunks under one decay. Each is its own adjoint."""
@@ -45,8 +43,8 @@ class Gates(ABC):
         """What takes long to make of the log decays: once for all chunks, and kept for the adjoint."""
 
     @abstractmethod
-    def __init__(self, log: Tensor | None, *powers: Tensor) -> None:
-        """From the log decays of some chunks, None for none, and their powers."""
+    def __init__(self, *powers: Tensor) -> None:
+        """From the powers of some chunks."""
 
     @abstractmethod
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
@@ -84,10 +82,10 @@ class Gates(ABC):
         """For each chunk, the factor of the state over all of it, [B, G, K or 1, 1]; None for one."""
 
     @abstractmethod
-    def log_grad(self, rows: Pair, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        """Fills `out` with the gradient of the log decays. Uses up the first of `rows`, and `dstates`.
+    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        """Fills `out` with the gradient of the log decays. Uses `rows` and `dstates` up.
 
-        From (x, dx) of rows, x * dx of columns, which may be summed over channels of one decay, and the states.
+        From x * dx of rows and of columns, which may be summed over channels that have one decay, and the states.
         """
 
 
@@ -98,8 +96,8 @@ class PlainGates(Gates):
     def powers(log: Tensor | None) -> tuple[Tensor, ...]:
         return ()
 
-    def __init__(self, log: Tensor | None, *powers: Tensor) -> None:
-        assert log is None
+    def __init__(self, *powers: Tensor) -> None:
+        pass
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
@@ -122,7 +120,7 @@ class PlainGates(Gates):
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
         return [None] * chunks
 
-    def log_grad(self, rows: Pair, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         raise AssertionError("there is no decay to have a gradient")
 
 
@@ -133,7 +131,7 @@ class ScalarGates(Gates):
 
     @staticmethod
     def powers(log: Tensor | None) -> tuple[Tensor, ...]:
-        """e^(G_i - G_j) for i >= j, else 0; e^G; e^(G_L - G)."""
+        """e^(G_i - G_j) for i >= j, else 0; e^G; e^(G_L - G); e^(G_L)."""
         assert log is not None
         # Summed in float64 and differenced as two parts: after a decay of -1000 a float32 sum would leave the
         # later pairs with a relative error of 1e-4.
@@ -144,10 +142,11 @@ class ScalarGates(Gates):
         pairs += low
         pairs -= low.mT
         write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp_().to(log.dtype)
-        return pairs.clamp_(FLOOR, 0).exp_().tril_(), total.clamp_(min=FLOOR).exp_().to(log.dtype), write
+        read = total.clamp_(min=FLOOR).exp_().to(log.dtype)
+        return pairs.clamp_(FLOOR, 0).exp_().tril_(), read, write, read[:, :, :, 0, -1:].clone()
 
-    def __init__(self, log: Tensor | None, *powers: Tensor) -> None:
-        self.pairs, self.read, self.write = powers
+    def __init__(self, *powers: Tensor) -> None:
+        self.pairs, self.read, self.write, self.kept = powers
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
@@ -174,13 +173,12 @@ class ScalarGates(Gates):
         return state
 
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
-        return self.read[:, :, :, 0, -1:, :].unbind()
+        return self.kept.unbind()
 
-    def log_grad(self, rows: Pair, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        x, dx = rows
-        d = x.mul_(dx).sum(-1, keepdim=True).sum(3, keepdim=True)
-        d -= columns.sum(-1, keepdim=True)
-        d[..., -1, :] += dstates[1:].mul_(states[1:]).sum((-2, -1))[..., None, None]
+    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        d = rows.sum(-1, keepdim=True).sum(3, keepdim=True).sub_(columns.sum(-1, keepdim=True))
+        last = d[..., 0, -1, 0]
+        last += dstates[1:].mul_(states[1:]).sum((-2, -1))
         out.copy_(d.sum_to_size(out.shape).flip(-2).cumsum(-2).flip(-2))
 
 
@@ -193,7 +191,10 @@ class ChannelGates(Gates):
 
     @staticmethod
     def powers(log: Tensor | None) -> tuple[Tensor, ...]:
-        """e^(G - g'). The anchor is the chunk's first row, so that nothing of a later row enters an earlier one."""
+        """e^(G - g'); e^g'; their product from one chunk's first row to the next one's.
+
+        The anchor is the chunk's first row, so that nothing of a later row enters an earlier one.
+        """
         assert log is not None
         total = torch.empty(log.shape, dtype=log.dtype, device=log.device)
         # Row after row, which takes a third of the time of `cumsum`.
@@ -201,15 +202,14 @@ class ChannelGates(Gates):
         sums[0].zero_()
         for row, before, now in zip(log.unbind(-2)[1:], sums[:-1], sums[1:], strict=True):
             torch.add(before, row, out=now)
-        return (total.exp_(),)
+        left, first = total.exp_(), log[:, :, :, 0, 0, :, None].exp()
+        kept = left[..., 0, -1, :, None].clone()
+        kept[:-1] *= first[1:]
+        return left, first, kept
 
-    def __init__(self, log: Tensor | None, *powers: Tensor) -> None:
-        assert log is not None
-        (self.left,) = powers
+    def __init__(self, *powers: Tensor) -> None:
+        self.left, self.first, self.kept = powers
         self.right = self.left.reciprocal()
-        first = log[..., 0, :, None].exp()
-        self.first, self.kept = first[0, :, :, 0], self.left[..., 0, -1, :, None].clone()
-        self.kept[:-1] *= first[1:, :, :, 0]
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return torch.mul(x, self.left, out=out)
@@ -227,21 +227,19 @@ class ChannelGates(Gates):
         return torch.mul(x, self.kept.mT.unsqueeze(3), out=out)
 
     def enter(self, state: Tensor) -> Tensor:
-        return state * self.first
+        return state * self.first[0]
 
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
         return self.kept.unbind()
 
-    def log_grad(self, rows: Pair, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         ends = torch.linalg.vecdot(states, dstates).unsqueeze(3)
         *into, last = out.unbind(-2)
-        x, dx = rows
-        first, *others = x.mul_(dx).chunk(x.shape[3], 3)
+        d, *others = rows.chunk(rows.shape[3], 3)
         for other in others:
-            first += other
-        *of_rows, of_last = first.sub_(columns).unbind(-2)
+            d += other
+        *of_rows, of_last = d.sub_(columns).unbind(-2)
         torch.add(ends[1:], of_last, out=last)
         for row, of_row in zip(reversed(into[1:]), reversed(of_rows[1:]), strict=True):
             last = torch.add(last, of_row, out=row)
         into[0].copy_(ends[:-1])
-
