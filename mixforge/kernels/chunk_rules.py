@@ -303,24 +303,23 @@ class Chunks(torch.autograd.Function):
         count: int,
     ) -> tuple[Tensor, Tensor]:
         o = space(v)
-        powers = gates_of.powers(cut(log, size))
+        # Without gradients a slab's states and powers take the place of those of the slab before.
         is_kept = any(ctx.needs_input_grad)
-        # Without gradients one slab's states take the place of the other's.
-        chunks = q.shape[1] // size if is_kept else min(count, q.shape[1] // size)
-        states = state.new_empty(chunks + 1, *state.shape)
+        whole = [cut(x, size) for x in (q, k, v, log, beta, o)]
+        powers = gates_of.powers(whole[3]) if is_kept else ()
+        chunks = q.shape[1] // size
+        states = state.new_empty((chunks if is_kept else min(count, chunks)) + 1, *state.shape)
         kept: list[Tensor] = []
         passes: dict[int, Forward] = {}
-        parts = slabs((*(cut(x, size) for x in (q, k, v, beta, o)), *powers), count)
-        for slab, (q_, k_, v_, beta_, o_, *powers_) in enumerate(parts):
-            gates, first = gates_of(*powers_), slab * count if is_kept else 0
+        for slab, (q_, k_, v_, log_, beta_, o_, *powers_) in enumerate(slabs((*whole, *powers), count)):
+            gates = gates_of(*(powers_ if is_kept else gates_of.powers(log_)))
             # The last slab may be shorter.
             if len(q_) not in passes:
                 passes[len(q_)] = rule.forward(q_, v_)
+            first = slab * count if is_kept else 0
             here = states[first : first + len(q_) + 1]
-            if slab == 0:
+            if slab == 0 or not is_kept:
                 here[0] = gates.enter(state)
-            elif not is_kept:
-                here[0] = state
             made = passes[len(q_)].run(gates, q_, k_, v_, beta_, here, o_)
             state = here[-1]
             if is_kept:

@@ -195,12 +195,16 @@ def test_a_state_carries_a_sequence_across_pieces(decay: str, rule: str) -> None
     torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("slab", [1, 400])
 @pytest.mark.parametrize(("decay", "rule"), MEMBERS)
-def test_slabs_change_nothing(decay: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_change_nothing(decay: str, rule: str, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the thirteen chunks at a time, and three, so that the last slab is shorter."""
     inputs = draw(decay, rule, 200)
     expected = results(lambda x: run(FORMS["torch"], x), inputs)
-    monkeypatch.setattr(chunked_linear, "SLAB", 1)
+    monkeypatch.setattr(chunked_linear, "SLAB", slab)
     assert_near(results(lambda x: run(FORMS["torch"], x), inputs), expected, 1e-12)
+    # Without gradients nothing is kept, and slabs share more room.
+    torch.testing.assert_close(run(FORMS["torch"], inputs), expected["o and state"], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("decay", ["none", "channel"])
