@@ -354,14 +354,14 @@ def cut(x: Tensor | None, size: int) -> Tensor | None:
     """[B, T, G, *] as a view in chunks, [C, B, G, 1, size, *]."""
     if x is None:
         return None
-    return x.view(len(x), -1, size, *x.shape[2:]).permute(1, 0, 3, 2, 4).unsqueeze(3)
+    batch, _, heads, dim = x.shape
+    return x.view(batch, -1, size, heads, 1, dim).permute(1, 0, 3, 4, 2, 5)
 
 
 def slabs(of_all: Sequence[Tensor | None], count: int) -> list[tuple[Any, ...]]:
     """Views of [C, *], at most `count` chunks in each slab."""
-    pieces = [None if x is None else torch.split(x, count) for x in of_all]
-    number = next(len(x) for x in pieces if x is not None)
-    return [tuple(None if x is None else x[slab] for x in pieces) for slab in range(number)]
+    total = next(len(x) for x in of_all if x is not None)
+    return [tuple(None if x is None else x[i : i + count] for x in of_all) for i in range(0, total, count)]
 
 
 def by_chunk(count: int, *of_all: Tensor) -> list[tuple[Tensor, ...]]:
@@ -406,4 +406,4 @@ def space(view: Tensor, roles: int = 1) -> Tensor:
     shape = list(view.shape)
     if roles > 1:
         shape[3] = roles
-    return torch.empty(shape, dtype=view.dtype, device=view.device)
+    return view.new_empty(shape)
