@@ -21,7 +21,7 @@ differences that are cut before the exponential; channel decays take the chunk's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,11 +66,11 @@ class Gates(ABC):
         return products
 
     @abstractmethod
-    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """From rows(X), what reads the state: in `out`, which may be x, or where that is None perhaps x itself."""
+    def reading(self, x: Tensor, out: Tensor) -> Tensor:
+        """From rows(X), what reads the state: in `out`, which may be x, or where nothing changes x itself."""
 
     @abstractmethod
-    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def writing(self, x: Tensor, out: Tensor) -> Tensor:
         """From columns(X), what is left in the state: as `reading`."""
 
     @abstractmethod
@@ -108,10 +108,10 @@ class PlainGates(Gates):
     def scale_(self, products: Tensor) -> Tensor:
         return products
 
-    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def reading(self, x: Tensor, out: Tensor) -> Tensor:
         return x
 
-    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def writing(self, x: Tensor, out: Tensor) -> Tensor:
         return x
 
     def enter(self, state: Tensor) -> Tensor:
@@ -163,11 +163,11 @@ class ScalarGates(Gates):
         # The pairs are zeros there.
         return self.scale_(products)
 
-    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, self.read, out=out)
+    def reading(self, x: Tensor, out: Tensor) -> Tensor:
+        return fill(out, torch.mul, x, self.read)
 
-    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, self.write, out=out)
+    def writing(self, x: Tensor, out: Tensor) -> Tensor:
+        return fill(out, torch.mul, x, self.write)
 
     def enter(self, state: Tensor) -> Tensor:
         return state
@@ -201,7 +201,7 @@ class ChannelGates(Gates):
         sums = total.unbind(-2)
         sums[0].zero_()
         for row, before, now in zip(log.unbind(-2)[1:], sums[:-1], sums[1:], strict=True):
-            torch.add(before, row, out=now)
+            fill(now, torch.add, before, row)
         left, first = total.exp_(), log[:, :, :, 0, 0, :, None].exp()
         kept = left[..., 0, -1, :, None].clone()
         kept[:-1] *= first[1:]
@@ -212,19 +212,19 @@ class ChannelGates(Gates):
         self.right = self.left.reciprocal()
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
-        return torch.mul(x, self.left, out=out)
+        return fill(out, torch.mul, x, self.left)
 
     def columns(self, x: Tensor, out: Tensor) -> Tensor:
-        return torch.mul(x, self.right, out=out)
+        return fill(out, torch.mul, x, self.right)
 
     def scale_(self, products: Tensor) -> Tensor:
         return products
 
-    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def reading(self, x: Tensor, out: Tensor) -> Tensor:
         return x
 
-    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, self.kept.mT.unsqueeze(3), out=out)
+    def writing(self, x: Tensor, out: Tensor) -> Tensor:
+        return fill(out, torch.mul, x, self.kept.mT.unsqueeze(3))
 
     def enter(self, state: Tensor) -> Tensor:
         return state * self.first[0]
@@ -239,7 +239,13 @@ class ChannelGates(Gates):
         for other in others:
             d += other
         *of_rows, of_last = d.sub_(columns).unbind(-2)
-        torch.add(ends[1:], of_last, out=last)
+        fill(last, torch.add, ends[1:], of_last)
         for row, of_row in zip(reversed(into[1:]), reversed(of_rows[1:]), strict=True):
-            last = torch.add(last, of_row, out=row)
+            last = fill(row, torch.add, last, of_row)
         into[0].copy_(ends[:-1])
+
+
+def fill(out: Tensor, operation: Callable[..., Tensor], *x: Tensor) -> Tensor:
+    """Fill `out`, of any strides, with operation(*x), and return it."""
+    # torch.compile refuses `out=` where the tensor is not contiguous.
+    return out.copy_(operation(*x)) if torch.compiler.is_compiling() else operation(*x, out=out)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixforge.kernels.chunk_gates import Gates
+from mixforge.kernels.chunk_gates import Gates, fill
 
 # q, k, v, log decays and beta, or their gradients.
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -158,7 +158,7 @@ class DeltaForward(Forward):
         self, gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, o: Tensor
     ) -> tuple[Tensor, ...]:
         assert beta is not None
-        w, x = torch.mul(k, beta, out=self.w), self.x.copy_(v)
+        w, x = fill(self.w, torch.mul, k, beta), self.x.copy_(v)
         q, k, w = gates.rows(q, self.q), gates.rows(k, self.k), gates.columns(w, w)
         q_, w_, x_ = self.q_, self.w_, self.x_
         inner, keys = gates.mask_(torch.bmm(q_, w_.mT)), torch.bmm(self.k_, w_.mT, out=self.keys)
@@ -226,7 +226,7 @@ class DeltaAdjoint(Adjoint):
         of_q, of_k = rows.chunk(2, 3)
         gates.rows(q, of_q)
         gates.rows(k, of_k)
-        w = torch.mul(k, beta, out=self.w)
+        w = fill(self.w, torch.mul, k, beta)
         gates.columns(w, w)
         down_of_q, down_of_k = self.down.chunk(2, 3)
         down_of_q.copy_(do)
@@ -244,11 +244,11 @@ class DeltaAdjoint(Adjoint):
             torch.baddbmm(dy_c, write, after_c, out=dy_c)
             torch.bmm(solve, dy_c, out=dv_c)
             found, into_scaled = self.found[chunk]
-            torch.mul(found, minus[chunk], out=into_scaled)
+            fill(into_scaled, torch.mul, found, minus[chunk])
             keep_state(keeps[chunk], each[chunk + 1], each[chunk])
             add_product(before_c, read, scaled_c)
         if self.scaled is not self.down:
-            torch.neg(dv, out=down_of_k)
+            fill(down_of_k, torch.neg, dv)
         into_v.copy_(dv)
         dgrams = gates.mask_(torch.bmm(down_, y_.mT))
         dgrams[:, inner.shape[1] :].diagonal(dim1=-2, dim2=-1).zero_()
@@ -259,14 +259,14 @@ class DeltaAdjoint(Adjoint):
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
         gates.columns(dw, dw)
-        torch.sum(torch.mul(k, dw, out=w), -1, keepdim=True, out=into_beta)
+        into_beta[..., 0] = fill(w, torch.mul, k, dw).sum(-1)
         if into_log is not None:
             # Of one decay for all channels the sum over these is enough.
             of_columns = beta * (w if gates.read is None else into_beta)
             gates.log_grad(rows.mul_(drows), of_columns, states, self.dstates, into_log)
         dof_q, dof_k = drows.chunk(2, 3)
         gates.rows(dof_q, into_q)
-        torch.addcmul(gates.rows(dof_k, dof_k), dw, beta, out=into_k)
+        fill(into_k, torch.addcmul, gates.rows(dof_k, dof_k), dw, beta)
         return each[0]
 
 

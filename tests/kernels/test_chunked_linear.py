@@ -323,6 +323,18 @@ def test_refuses_what_it_cannot_run(operation: Callable[..., tuple[Tensor, Tenso
         operation(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 4), None, None, None)
 
 
+# Dynamo makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("decay", "backend"), [("head", "aot_eager"), ("channel", "eager")])
+def test_compiles_as_one_graph(decay: str, backend: str) -> None:
+    """Forward and backward; without views and writes in place for `aot_eager`, as compilers want it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(form("torch", "delta", decay), fullgraph=True, backend=backend)
+    inputs = draw(decay, "delta", 17)
+    expected = results(lambda x: run(FORMS["torch"], x), inputs)
+    assert_near(results(lambda x: run(compiled, x), inputs), expected, 1e-12)
+
+
 @pytest.mark.parametrize(("decay", "rule"), MEMBERS)
 def test_inputs_need_not_be_contiguous(decay: str, rule: str) -> None:
     inputs = draw(decay, rule, 64)
