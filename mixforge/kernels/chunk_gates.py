@@ -21,7 +21,7 @@ differences that are cut before the exponential; channel decays take the chunk's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,20 +30,21 @@ from torch import Tensor
 # denormal numbers, on which a CPU is up to eighty times slower.
 FLOOR = -60.0
 
-Pair = tuple[Tensor, Tensor]
-
 
 class Gates(ABC):
     """The scalings of all chunks under one decay. Each is its own adjoint."""
 
     # The factors of `reading`, [C, B, G, 1, L, 1]; None where rows need none.
     read: Tensor | None = None
-    # What takes long to make, for the adjoint to be given.
-    made: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    @abstractmethod
+    def powers(log: Tensor | None) -> tuple[Tensor, ...]:
+        """What takes long to make of the log decays: once for all chunks, and kept for the adjoint."""
 
     @abstractmethod
-    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
-        """From the log decays, None for none, and perhaps from what was `made` of them before."""
+    def __init__(self, *powers: Tensor) -> None:
+        """From the powers of some chunks."""
 
     @abstractmethod
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
@@ -65,11 +66,11 @@ class Gates(ABC):
         return products
 
     @abstractmethod
-    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """From rows(X), what reads the state: in `out`, which may be x, or where that is None perhaps x itself."""
+    def reading(self, x: Tensor, out: Tensor) -> Tensor:
+        """From rows(X), what reads the state: in `out`, which may be x, or where nothing changes x itself."""
 
     @abstractmethod
-    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def writing(self, x: Tensor, out: Tensor) -> Tensor:
         """From columns(X), what is left in the state: as `reading`."""
 
     @abstractmethod
@@ -81,15 +82,22 @@ class Gates(ABC):
         """For each chunk, the factor of the state over all of it, [B, G, K or 1, 1]; None for one."""
 
     @abstractmethod
-    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        """Fills `out` with the gradient of the log decays, from (x, dx) of rows and columns and from the states."""
+    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        """Fills `out` with the gradient of the log decays. Uses `rows` and `dstates` up.
+
+        From x * dx of rows and of columns, which may be summed over channels that have one decay, and the states.
+        """
 
 
 class PlainGates(Gates):
     """No decay."""
 
-    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
-        assert log is None
+    @staticmethod
+    def powers(log: Tensor | None) -> tuple[Tensor, ...]:
+        return ()
+
+    def __init__(self, *powers: Tensor) -> None:
+        pass
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
@@ -100,10 +108,10 @@ class PlainGates(Gates):
     def scale_(self, products: Tensor) -> Tensor:
         return products
 
-    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def reading(self, x: Tensor, out: Tensor) -> Tensor:
         return x
 
-    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def writing(self, x: Tensor, out: Tensor) -> Tensor:
         return x
 
     def enter(self, state: Tensor) -> Tensor:
@@ -112,7 +120,7 @@ class PlainGates(Gates):
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
         return [None] * chunks
 
-    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         raise AssertionError("there is no decay to have a gradient")
 
 
@@ -121,15 +129,10 @@ class ScalarGates(Gates):
 
     read: Tensor
 
-    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
-        assert log is not None
-        self.shape = log.shape
-        self.made = made or self.powers(log)
-        self.pairs, self.read, self.write = self.made
-
     @staticmethod
-    def powers(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """e^(G_i - G_j) for i >= j, else 0; e^G; e^(G_L - G)."""
+    def powers(log: Tensor | None) -> tuple[Tensor, ...]:
+        """e^(G_i - G_j) for i >= j, else 0; e^G; e^(G_L - G); e^(G_L)."""
+        assert log is not None
         # Summed in float64 and differenced as two parts: after a decay of -1000 a float32 sum would leave the
         # later pairs with a relative error of 1e-4.
         total = log.double().cumsum(-2)
@@ -139,7 +142,11 @@ class ScalarGates(Gates):
         pairs += low
         pairs -= low.mT
         write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp_().to(log.dtype)
-        return pairs.clamp_(FLOOR, 0).exp_().tril_(), total.clamp_(min=FLOOR).exp_().to(log.dtype), write
+        read = total.clamp_(min=FLOOR).exp_().to(log.dtype)
+        return pairs.clamp_(FLOOR, 0).exp_().tril_(), read, write, read[:, :, :, 0, -1:].clone()
+
+    def __init__(self, *powers: Tensor) -> None:
+        self.pairs, self.read, self.write, self.kept = powers
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
         return out.copy_(x)
@@ -156,22 +163,23 @@ class ScalarGates(Gates):
         # The pairs are zeros there.
         return self.scale_(products)
 
-    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, self.read, out=out)
+    def reading(self, x: Tensor, out: Tensor) -> Tensor:
+        return fill(out, torch.mul, x, self.read)
 
-    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, self.write, out=out)
+    def writing(self, x: Tensor, out: Tensor) -> Tensor:
+        return fill(out, torch.mul, x, self.write)
 
     def enter(self, state: Tensor) -> Tensor:
         return state
 
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
-        return self.read[:, :, :, 0, -1:, :].unbind()
+        return self.kept.unbind()
 
-    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        d = total_grad(rows, columns).sum(-1, keepdim=True)
-        d[..., -1, :] += (states[1:] * dstates[1:]).sum((-2, -1))[..., None, None]
-        out.copy_(d.flip(-2).cumsum(-2).flip(-2).sum_to_size(self.shape))
+    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        d = rows.sum(-1, keepdim=True).sum(3, keepdim=True).sub_(columns.sum(-1, keepdim=True))
+        last = d[..., 0, -1, 0]
+        last += dstates[1:].mul_(states[1:]).sum((-2, -1))
+        out.copy_(d.sum_to_size(out.shape).flip(-2).cumsum(-2).flip(-2))
 
 
 class ChannelGates(Gates):
@@ -181,61 +189,63 @@ class ChannelGates(Gates):
     inside the range of float32.
     """
 
-    def __init__(self, log: Tensor | None, *made: Tensor) -> None:
-        assert log is not None
-        self.made = made or (self.powers(log),)
-        (self.left,) = self.made
-        self.right = self.left.reciprocal()
-        first = log[..., 0, :, None].exp()
-        self.first, self.kept = first[0, :, :, 0], self.left[..., 0, -1, :, None].clone()
-        self.kept[:-1] *= first[1:, :, :, 0]
-
     @staticmethod
-    def powers(log: Tensor) -> Tensor:
-        """e^(G - g'). The anchor is the chunk's first row, so that nothing of a later row enters an earlier one."""
+    def powers(log: Tensor | None) -> tuple[Tensor, ...]:
+        """e^(G - g'); e^g'; their product from one chunk's first row to the next one's.
+
+        The anchor is the chunk's first row, so that nothing of a later row enters an earlier one.
+        """
+        assert log is not None
         total = torch.empty(log.shape, dtype=log.dtype, device=log.device)
         # Row after row, which takes a third of the time of `cumsum`.
         sums = total.unbind(-2)
         sums[0].zero_()
         for row, before, now in zip(log.unbind(-2)[1:], sums[:-1], sums[1:], strict=True):
-            torch.add(before, row, out=now)
-        return total.exp_()
+            fill(now, torch.add, before, row)
+        left, first = total.exp_(), log[:, :, :, 0, 0, :, None].exp()
+        kept = left[..., 0, -1, :, None].clone()
+        kept[:-1] *= first[1:]
+        return left, first, kept
+
+    def __init__(self, *powers: Tensor) -> None:
+        self.left, self.first, self.kept = powers
+        self.right = self.left.reciprocal()
 
     def rows(self, x: Tensor, out: Tensor) -> Tensor:
-        return torch.mul(x, self.left, out=out)
+        return fill(out, torch.mul, x, self.left)
 
     def columns(self, x: Tensor, out: Tensor) -> Tensor:
-        return torch.mul(x, self.right, out=out)
+        return fill(out, torch.mul, x, self.right)
 
     def scale_(self, products: Tensor) -> Tensor:
         return products
 
-    def reading(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def reading(self, x: Tensor, out: Tensor) -> Tensor:
         return x
 
-    def writing(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(x, self.kept.mT.unsqueeze(3), out=out)
+    def writing(self, x: Tensor, out: Tensor) -> Tensor:
+        return fill(out, torch.mul, x, self.kept.mT.unsqueeze(3))
 
     def enter(self, state: Tensor) -> Tensor:
-        return state * self.first
+        return state * self.first[0]
 
     def keeps(self, chunks: int) -> Sequence[Tensor | None]:
         return self.kept.unbind()
 
-    def log_grad(self, rows: Pair, columns: Pair, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         ends = torch.linalg.vecdot(states, dstates).unsqueeze(3)
         *into, last = out.unbind(-2)
-        *of_rows, of_last = total_grad(rows, columns).unbind(-2)
-        torch.add(ends[1:], of_last, out=last)
+        d, *others = rows.chunk(rows.shape[3], 3)
+        for other in others:
+            d += other
+        *of_rows, of_last = d.sub_(columns).unbind(-2)
+        fill(last, torch.add, ends[1:], of_last)
         for row, of_row in zip(reversed(into[1:]), reversed(of_rows[1:]), strict=True):
-            last = torch.add(last, of_row, out=row)
+            last = fill(row, torch.add, last, of_row)
         into[0].copy_(ends[:-1])
 
 
-def total_grad(rows: Pair, columns: Pair) -> Tensor:
-    """Gradient of G, for each row and channel."""
-    (first, *others), (dfirst, *dothers) = (z.chunk(z.shape[3], 3) for z in rows)
-    d = first * dfirst
-    for x, dx in zip(others, dothers, strict=True):
-        d.addcmul_(x, dx)
-    return d.addcmul_(*columns, value=-1)
+def fill(out: Tensor, operation: Callable[..., Tensor], *x: Tensor) -> Tensor:
+    """Fill `out`, of any strides, with operation(*x), and return it."""
+    # torch.compile refuses `out=` where the tensor is not contiguous.
+    return out.copy_(operation(*x)) if torch.compiler.is_compiling() else operation(*x, out=out)

@@ -20,31 +20,48 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixforge.kernels.chunk_gates import Gates
+from mixforge.kernels.chunk_gates import Gates, fill
 
 # q, k, v, log decays and beta, or their gradients.
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-class Rule(ABC):
-    """One rule over the chunks of a slab, and its adjoint. Tensors are [C, B, G, 1, L, *], views of any strides."""
+class Forward(ABC):
+    """The forward pass of a rule, slab by slab. Tensors are [C, B, G, 1, L, *], views of any strides.
 
-    @staticmethod
-    @abstractmethod
-    def forward(
-        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor, o: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Fills o. Returns the state after the last chunk, [B, G, K, V], and what `backward` needs."""
+    What one operation leaves for the next has room of its own, made once with the views into it: new tensors for every
+    slab take longer than some of the operations.
+    """
 
-    @staticmethod
     @abstractmethod
-    def backward(
+    def __init__(self, q: Tensor, v: Tensor) -> None:
+        """Room for slabs that are shaped as these."""
+
+    @abstractmethod
+    def run(
+        self, gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, o: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Fills o and, but for the first, the states [C + 1, B, G, K, V]. Returns what the adjoint needs."""
+
+
+class Adjoint(ABC):
+    """The adjoint of a rule, slab by slab from the last, with room as in `Forward`."""
+
+    @abstractmethod
+    def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
+        """Room for slabs that are shaped as these."""
+
+    @abstractmethod
+    def run(
+        self,
         gates: Gates,
+        states: Tensor,
         made: tuple[Tensor, ...],
         inputs: Inputs,
         do: Tensor,
@@ -54,168 +71,215 @@ class Rule(ABC):
         """Fills the gradients, that of the log decays where it is not None. Returns that of the state."""
 
 
-class AddRule(Rule):
+class AddForward(Forward):
     """Rule add."""
 
-    @staticmethod
-    def forward(
-        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor, o: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q, w, y = gates.rows(q, space(q)), gates.columns(k, space(k)), v.contiguous()
-        q_, w_, y_ = matrices(q), matrices(w), matrices(y)
+    def __init__(self, q: Tensor, v: Tensor) -> None:
+        self.q, self.w, self.y = space(q), space(q), space(v)
+        self.q_, self.w_, self.y_ = matrices(self.q), matrices(self.w), matrices(self.y)
+        self.o_ = torch.empty_like(self.y_)
+
+    def run(
+        self, gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, o: Tensor
+    ) -> tuple[Tensor, ...]:
+        q, w, y = gates.rows(q, self.q), gates.columns(k, self.w), self.y.copy_(v)
+        q_, w_, y_ = self.q_, self.w_, self.y_
         inner = gates.mask_(torch.bmm(q_, w_.mT))
         gates.reading(q, q)
         gates.writing(w, w)
-        states = state.new_empty(len(q) + 1, *state.shape)
         before, after = neighbours(states)
-        states[0] = gates.enter(state)
-        torch.bmm(w_.mT, y_, out=after)
         each = states.unbind()
+        torch.bmm(w_.mT, y_, out=after)
         for chunk, keep in enumerate(gates.keeps(len(q))):
             add_kept(keep, each[chunk], each[chunk + 1])
-        o.copy_(add_product(torch.bmm(q_, before), inner, y_).view_as(y))
-        return each[-1], (inner, states)
+        o.copy_(add_product(torch.bmm(q_, before, out=self.o_), inner, y_).view_as(y))
+        return (inner,)
 
-    @staticmethod
-    def backward(
+
+class AddAdjoint(Adjoint):
+    """The adjoint of the rule add."""
+
+    def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
+        self.q, self.w, self.y, self.do = space(q), space(q), space(v), space(v)
+        self.dq, self.dw, self.dv = space(q), space(q), space(v)
+        self.dstates = dstate.new_empty(len(q) + 1, *dstate.shape)
+
+    def run(
+        self,
         gates: Gates,
+        states: Tensor,
         made: tuple[Tensor, ...],
         inputs: Inputs,
         do: Tensor,
         dstate: Tensor,
         grads: Inputs,
     ) -> Tensor:
-        inner, states = made
+        (inner,) = made
         q, k, v, _, _ = inputs
         into_q, into_k, into_v, into_log, _ = grads
-        q, w = gates.rows(q, space(q)), gates.columns(k, space(k))
-        y, do = v.contiguous(), space(do).copy_(do)
+        q, w, y, do = gates.rows(q, self.q), gates.columns(k, self.w), self.y.copy_(v), self.do.copy_(do)
         q_, w_, y_, do_ = matrices(q), matrices(w), matrices(y), matrices(do)
+        dq_, dw_, dv_ = matrices(self.dq), matrices(self.dw), matrices(self.dv)
         dinner = gates.mask_(torch.bmm(do_, y_.mT))
-        dv = torch.bmm(inner.mT, do_)
+        torch.bmm(inner.mT, do_, out=dv_)
         gates.reading(do, do)
-        dstates = torch.empty_like(states)
-        dbefore, dafter = neighbours(dstates)
-        dstates[-1] = dstate
+        dbefore, dafter = neighbours(self.dstates)
+        each, keeps = self.dstates.unbind(), gates.keeps(len(q))
+        each[-1].copy_(dstate)
         torch.bmm(q_.mT, do_, out=dbefore)
-        each, keeps = dstates.unbind(), gates.keeps(len(q))
         for chunk in reversed(range(len(q))):
             add_kept(keeps[chunk], each[chunk + 1], each[chunk])
-        into_v.copy_(add_product(dv, matrices(gates.writing(w)), dafter).view_as(y))
+        add_product(dv_, matrices(gates.writing(w, self.dw)), dafter)
+        into_v.copy_(self.dv)
         before, _ = neighbours(states)
-        dq_, dw_ = torch.bmm(do_, before.mT), torch.bmm(y_, dafter.mT)
-        dq, dw = dq_.view_as(q), dw_.view_as(w)
-        gates.writing(dw, dw)
+        torch.bmm(do_, before.mT, out=dq_)
+        torch.bmm(y_, dafter.mT, out=dw_)
+        gates.writing(self.dw, self.dw)
         add_product(dq_, dinner, w_)
         add_product(dw_, dinner.mT, q_)
         if into_log is not None:
-            gates.log_grad((q, dq), (w, dw), states, dstates, into_log)
-        gates.rows(dq, into_q)
-        gates.columns(dw, into_k)
-        return gates.enter(each[0])
+            gates.log_grad(q.mul_(self.dq), w.mul_(self.dw), states, self.dstates, into_log)
+        gates.rows(self.dq, into_q)
+        gates.columns(self.dw, into_k)
+        return each[0]
 
 
-class DeltaRule(Rule):
-    """Rule delta, with step sizes beta [C, B, G, 1, L, 1].
+class DeltaForward(Forward):
+    """Rule delta, with step sizes beta [C, B, G, 1, L, 1]."""
 
-    In the adjoint the rows of k stand below those of q in one matrix, for both are multiplied by the same.
-    """
+    def __init__(self, q: Tensor, v: Tensor) -> None:
+        self.q, self.k, self.w, self.x = space(q), space(q), space(q), space(v)
+        self.q_, self.k_, self.w_, self.x_ = (matrices(z) for z in (self.q, self.k, self.w, self.x))
+        self.chunks = by_chunk(len(q), self.k_, self.w_.mT, self.x_)
+        self.unit = torch.eye(q.shape[4], dtype=q.dtype, device=q.device)
+        self.keys = q.new_empty(len(self.w_), *self.unit.shape)
 
-    @staticmethod
-    def forward(
-        gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, state: Tensor, o: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run(
+        self, gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, o: Tensor
+    ) -> tuple[Tensor, ...]:
         assert beta is not None
-        w, x = torch.mul(k, beta, out=space(k)), space(v).copy_(v)
-        q, k, w = gates.rows(q, space(q)), gates.rows(k, space(k)), gates.columns(w, w)
-        q_, k_, w_, x_ = matrices(q), matrices(k), matrices(w), matrices(x)
-        inner, keys = gates.mask_(torch.bmm(q_, w_.mT)), gates.scale_(torch.bmm(k_, w_.mT))
-        unit = torch.eye(q.shape[4], dtype=q.dtype, device=q.device)
+        w, x = fill(self.w, torch.mul, k, beta), self.x.copy_(v)
+        q, k, w = gates.rows(q, self.q), gates.rows(k, self.k), gates.columns(w, w)
+        q_, w_, x_ = self.q_, self.w_, self.x_
+        inner, keys = gates.mask_(torch.bmm(q_, w_.mT)), torch.bmm(self.k_, w_.mT, out=self.keys)
+        gates.scale_(keys)
         # The solver reads what is below the diagonal, and takes the diagonal for ones. From the right, where the
         # rows of a tensor are LAPACK's columns, it takes a third of the time that it takes from the left.
-        inverse = torch.linalg.solve_triangular(keys, unit, upper=False, left=False, unitriangular=True)
+        inverse = torch.linalg.solve_triangular(keys, self.unit, upper=False, left=False, unitriangular=True)
         gates.reading(q, q)
         gates.reading(k, k)
         gates.writing(w, w)
-        states = state.new_empty(len(q) + 1, *state.shape)
-        before, after = neighbours(states)
-        states[0] = gates.enter(state)
         y_ = torch.empty_like(x_)
+        before, after = neighbours(states)
         each, keeps = states.unbind(), gates.keeps(len(q))
-        parts = zip(*(z.chunk(len(q)) for z in (k_, w_.mT, inverse, x_, y_, before, after)), strict=True)
-        for chunk, (read, write, solve, x_c, y_c, before_c, after_c) in enumerate(parts):
+        made = by_chunk(len(q), inverse, y_, before, after)
+        for chunk, (read, write, x_c) in enumerate(self.chunks):
+            solve, y_c, before_c, after_c = made[chunk]
             torch.baddbmm(x_c, read, before_c, alpha=-1, out=x_c)
             torch.bmm(solve, x_c, out=y_c)
             keep_state(keeps[chunk], each[chunk], each[chunk + 1])
             add_product(after_c, write, y_c)
-        o.copy_(add_product(torch.bmm(q_, before), inner, y_).view_as(x))
-        return each[-1], (y_, inner, inverse, states)
+        # What was solved is not needed any more.
+        add_product(torch.bmm(q_, before, out=x_), inner, y_)
+        o.copy_(x)
+        return y_, inner, inverse
 
-    @staticmethod
-    def backward(
+
+class DeltaAdjoint(Adjoint):
+    """The adjoint of the rule delta.
+
+    The rows of k stand below those of q in one matrix, for both are multiplied by the same.
+    """
+
+    def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
+        self.rows, self.w = space(q, 2), space(q)
+        # Below the adjoint of what q reads stands that of what k reads, which the system has on its other side.
+        self.down = space(v, 2)
+        # What is left of these after `reading`: the states' adjoints come of it, and rows are not scaled for them.
+        self.scaled = self.down if gates.read is None else space(v, 2)
+        self.dy, self.dv = space(v), space(v)
+        self.drows, self.dw = space(q, 2), space(q)
+        self.dstates = dstate.new_empty(len(q) + 1, *dstate.shape)
+        self.each = self.dstates.unbind()
+        self.dbefore, self.dafter = neighbours(self.dstates)
+        flat = [matrices(z) for z in (self.rows, self.scaled, self.dy, self.dv)]
+        flat[0] = flat[0].mT
+        self.chunks = by_chunk(len(q), *flat, self.dbefore, self.dafter)
+        self.found = list(zip(self.dv.unbind(), self.scaled.chunk(2, 3)[1].unbind(), strict=True))
+
+    def run(
+        self,
         gates: Gates,
+        states: Tensor,
         made: tuple[Tensor, ...],
         inputs: Inputs,
         do: Tensor,
         dstate: Tensor,
         grads: Inputs,
     ) -> Tensor:
-        y_, inner, inverse, states = made
+        y_, inner, inverse = made
         q, k, _, _, beta = inputs
         into_q, into_k, into_v, into_log, into_beta = grads
         assert beta is not None
         assert into_beta is not None
-        rows, w = space(q, 2), torch.mul(k, beta, out=space(k))
+        rows, drows, dv, dw = self.rows, self.drows, self.dv, self.dw
         of_q, of_k = rows.chunk(2, 3)
         gates.rows(q, of_q)
         gates.rows(k, of_k)
+        w = fill(self.w, torch.mul, k, beta)
         gates.columns(w, w)
-        # Below the adjoint of what q reads stands that of what k reads, which the system has on its other side.
-        down, size = space(do, 2), inner.shape[1]
-        down_of_q, down_of_k = down.chunk(2, 3)
+        down_of_q, down_of_k = self.down.chunk(2, 3)
         down_of_q.copy_(do)
-        down_, rows_, w_ = matrices(down), matrices(rows), matrices(w)
-        dy = torch.bmm(inner.mT, down_[:, :size])
-        dv_ = torch.empty_like(dy)
-        dv = dv_.view(do.shape)
-        # What is left of these after `reading`: the states' adjoints come of it, and rows are not scaled for them.
-        scaled = down if gates.read is None else space(do, 2)
-        scaled_of_q, scaled_of_k = scaled.chunk(2, 3)
-        gates.reading(down_of_q, scaled_of_q)
-        dstates = torch.empty_like(states)
-        dbefore, dafter = neighbours(dstates)
-        dstates[-1] = dstate
-        each, keeps = dstates.unbind(), gates.keeps(len(q))
-        flat = (rows_.mT, matrices(gates.writing(w)), inverse.mT, dy, dv_, matrices(scaled))
-        parts = list(zip(*(z.chunk(len(q)) for z in (*flat, dbefore, dafter)), strict=True))
-        minus = -dv.new_ones(len(q)) if gates.read is None else -gates.read
-        found = list(zip(dv.unbind(), minus.unbind(), scaled_of_k.unbind(), strict=True))
+        rows_, w_, down_, drows_, dw_ = (matrices(z) for z in (rows, w, self.down, drows, dw))
+        torch.bmm(inner.mT, down_[:, : inner.shape[1]], out=matrices(self.dy))
+        gates.reading(down_of_q, self.scaled.chunk(2, 3)[0])
+        each, keeps = self.each, gates.keeps(len(q))
+        each[-1].copy_(dstate)
+        # What is written has its room where the gradient of w comes later.
+        written = by_chunk(len(q), matrices(gates.writing(w, dw)), inverse.mT)
+        minus = (-dv.new_ones(len(q)) if gates.read is None else -gates.read).unbind()
         for chunk in reversed(range(len(q))):
-            read, write, solve, dy_c, dv_c, scaled_c, before_c, after_c = parts[chunk]
+            read, scaled_c, dy_c, dv_c, before_c, after_c = self.chunks[chunk]
+            write, solve = written[chunk]
             torch.baddbmm(dy_c, write, after_c, out=dy_c)
             torch.bmm(solve, dy_c, out=dv_c)
-            torch.mul(*found[chunk][:2], out=found[chunk][2])
+            found, into_scaled = self.found[chunk]
+            fill(into_scaled, torch.mul, found, minus[chunk])
             keep_state(keeps[chunk], each[chunk + 1], each[chunk])
             add_product(before_c, read, scaled_c)
-        if scaled is not down:
-            torch.neg(dv, out=down_of_k)
+        if self.scaled is not self.down:
+            fill(down_of_k, torch.neg, dv)
         into_v.copy_(dv)
         dgrams = gates.mask_(torch.bmm(down_, y_.mT))
-        dgrams[:, size:].diagonal(dim1=-2, dim2=-1).zero_()
+        dgrams[:, inner.shape[1] :].diagonal(dim1=-2, dim2=-1).zero_()
         before, _ = neighbours(states)
-        drows_, dw_ = torch.bmm(matrices(scaled), before.mT), torch.bmm(y_, dafter.mT)
-        drows, dw = drows_.view_as(rows), dw_.view_as(w)
+        torch.bmm(matrices(self.scaled), before.mT, out=drows_)
+        torch.bmm(y_, self.dafter.mT, out=dw_)
         gates.writing(dw, dw)
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
-        if into_log is not None:
-            gates.log_grad((rows, drows), (w, dw), states, dstates, into_log)
         gates.columns(dw, dw)
-        torch.sum(torch.mul(k, dw, out=w), -1, keepdim=True, out=into_beta)
+        into_beta[..., 0] = fill(w, torch.mul, k, dw).sum(-1)
+        if into_log is not None:
+            # Of one decay for all channels the sum over these is enough.
+            of_columns = beta * (w if gates.read is None else into_beta)
+            gates.log_grad(rows.mul_(drows), of_columns, states, self.dstates, into_log)
         dof_q, dof_k = drows.chunk(2, 3)
         gates.rows(dof_q, into_q)
-        torch.addcmul(gates.rows(dof_k, dof_k), dw, beta, out=into_k)
-        return gates.enter(each[0])
+        fill(into_k, torch.addcmul, gates.rows(dof_k, dof_k), dw, beta)
+        return each[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A rule by its two passes."""
+
+    forward: type[Forward]
+    adjoint: type[Adjoint]
+
+
+ADD = Rule(forward=AddForward, adjoint=AddAdjoint)
+DELTA = Rule(forward=DeltaForward, adjoint=DeltaAdjoint)
 
 
 class Chunks(torch.autograd.Function):
@@ -233,46 +297,76 @@ class Chunks(torch.autograd.Function):
         log: Tensor | None,
         beta: Tensor | None,
         state: Tensor,
-        rule: type[Rule],
+        rule: Rule,
         gates_of: type[Gates],
         size: int,
         count: int,
     ) -> tuple[Tensor, Tensor]:
         o = space(v)
+        # Without gradients a slab's states and powers take the place of those of the slab before.
+        is_kept = any(ctx.needs_input_grad)
+        whole = [cut(x, size) for x in (q, k, v, log, beta, o)]
+        powers = gates_of.powers(whole[3]) if is_kept else ()
+        chunks = q.shape[1] // size
+        states = state.new_empty((chunks if is_kept else min(count, chunks)) + 1, *state.shape)
         kept: list[Tensor] = []
-        for q_, k_, v_, log_, beta_, o_ in slabs((q, k, v, log, beta, o), size, count):
-            gates = gates_of(log_)
-            state, made = rule.forward(gates, q_, k_, v_, beta_, state, o_)
-            if any(ctx.needs_input_grad):
-                kept.extend((*made, *gates.made))
-        ctx.save_for_backward(q, k, v, log, beta, *kept)
-        ctx.how = rule, gates_of, size, count, len(gates.made)
+        passes: dict[int, Forward] = {}
+        for slab, (q_, k_, v_, log_, beta_, o_, *powers_) in enumerate(slabs((*whole, *powers), count)):
+            gates = gates_of(*(powers_ if is_kept else gates_of.powers(log_)))
+            # The last slab may be shorter.
+            if len(q_) not in passes:
+                passes[len(q_)] = rule.forward(q_, v_)
+            first = slab * count if is_kept else 0
+            here = states[first : first + len(q_) + 1]
+            if slab == 0 or not is_kept:
+                here[0] = gates.enter(state)
+            made = passes[len(q_)].run(gates, q_, k_, v_, beta_, here, o_)
+            state = here[-1]
+            if is_kept:
+                kept.extend(made)
+        ctx.save_for_backward(q, k, v, log, beta, states, *powers, *kept)
+        ctx.how = rule, gates_of, size, count, len(powers)
         return o, state.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         rule, gates_of, size, count, of_gates = ctx.how
-        inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        inputs, states, made = ctx.saved_tensors[:5], ctx.saved_tensors[5], ctx.saved_tensors[6:]
+        powers, kept = made[:of_gates], made[of_gates:]
         decays = ctx.needs_input_grad[3]
         grads = [None if x is None or (x is inputs[3] and not decays) else space(x) for x in inputs]
-        parts = list(zip(slabs(inputs, size, count), slabs((do, *grads), size, count), strict=True))
+        parts = slabs((*(cut(x, size) for x in (do, *inputs, *grads)), *powers), count)
         each = len(kept) // len(parts)
-        for slab, (tokens, (do_, *into)) in reversed(list(enumerate(parts))):
+        passes: dict[int, Adjoint] = {}
+        for slab, (do_, *others) in reversed(list(enumerate(parts))):
+            tokens, into, gates = others[:5], others[5:10], gates_of(*others[10:])
+            if len(do_) not in passes:
+                passes[len(do_)] = rule.adjoint(gates, tokens[0], do_, dstate)
+            here = states[slab * count :][: len(do_) + 1]
             made = kept[each * slab : each * (slab + 1)]
-            gates = gates_of(tokens[3], *made[each - of_gates :])
-            dstate = rule.backward(gates, made[: each - of_gates], tokens, do_, dstate, into)
-        return *grads, dstate, None, None, None, None
+            dstate = passes[len(do_)].run(gates, here, made, tokens, do_, dstate, into)
+        # The gates of the first slab.
+        return *grads, gates.enter(dstate), None, None, None, None
 
 
-def slabs(tensors: Sequence[Tensor | None], size: int, count: int) -> list[tuple[Any, ...]]:
-    """Views of [B, T, G, *] in chunks, [C, B, G, 1, size, *], and at most `count` of these in each slab."""
-    chunks = [
-        None if x is None else x.view(len(x), -1, size, *x.shape[2:]).permute(1, 0, 3, 2, 4).unsqueeze(3)
-        for x in tensors
-    ]
-    total = next(len(x) for x in chunks if x is not None)
-    return [tuple(None if x is None else x[i : i + count] for x in chunks) for i in range(0, total, count)]
+def cut(x: Tensor | None, size: int) -> Tensor | None:
+    """[B, T, G, *] as a view in chunks, [C, B, G, 1, size, *]."""
+    if x is None:
+        return None
+    batch, _, heads, dim = x.shape
+    return x.view(batch, -1, size, heads, 1, dim).permute(1, 0, 3, 4, 2, 5)
+
+
+def slabs(of_all: Sequence[Tensor | None], count: int) -> list[tuple[Any, ...]]:
+    """Views of [C, *], at most `count` chunks in each slab."""
+    total = next(len(x) for x in of_all if x is not None)
+    return [tuple(None if x is None else x[i : i + count] for x in of_all) for i in range(0, total, count)]
+
+
+def by_chunk(count: int, *of_all: Tensor) -> list[tuple[Tensor, ...]]:
+    """For each chunk, its part of matrices [C * B * G, *, *]."""
+    return list(zip(*(x.chunk(count) for x in of_all), strict=True))
 
 
 def add_kept(keep: Tensor | None, state: Tensor, total: Tensor) -> None:
@@ -312,4 +406,4 @@ def space(view: Tensor, roles: int = 1) -> Tensor:
     shape = list(view.shape)
     if roles > 1:
         shape[3] = roles
-    return torch.empty(shape, dtype=view.dtype, device=view.device)
+    return view.new_empty(shape)

@@ -38,7 +38,7 @@ from torch import Tensor
 from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import ChannelGates, Gates, PlainGates, ScalarGates
-from mixforge.kernels.chunk_rules import AddRule, Chunks, DeltaRule, Rule
+from mixforge.kernels.chunk_rules import ADD, DELTA, Chunks, Rule
 
 # Fifteen steps of this size from a chunk's first row to its last stay inside the range of float32.
 CHANNEL_FLOOR = -5.0
@@ -208,7 +208,7 @@ def add_plain(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, no decay."""
-    return in_chunks(AddRule, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(ADD, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def add_scalar(
@@ -220,7 +220,7 @@ def add_scalar(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, a decay per head, or per token and head."""
-    return in_chunks(AddRule, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(ADD, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def add_channel(
@@ -232,7 +232,7 @@ def add_channel(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule add, a decay per key channel."""
-    return in_chunks(AddRule, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(ADD, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_plain(
@@ -244,7 +244,7 @@ def delta_plain(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, no decay."""
-    return in_chunks(DeltaRule, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DELTA, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_scalar(
@@ -256,7 +256,7 @@ def delta_scalar(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, a decay per head, or per token and head."""
-    return in_chunks(DeltaRule, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DELTA, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def delta_channel(
@@ -268,11 +268,11 @@ def delta_channel(
     state_BGKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks: rule delta, a decay per key channel."""
-    return in_chunks(DeltaRule, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return in_chunks(DELTA, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
 
 
 def in_chunks(
-    rule: type[Rule],
+    rule: Rule,
     gates: type[Gates],
     q_BTHK: Tensor,
     k_BTHK: Tensor,

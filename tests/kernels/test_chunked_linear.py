@@ -195,12 +195,16 @@ def test_a_state_carries_a_sequence_across_pieces(decay: str, rule: str) -> None
     torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("slab", [1, 400])
 @pytest.mark.parametrize(("decay", "rule"), MEMBERS)
-def test_slabs_change_nothing(decay: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_change_nothing(decay: str, rule: str, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the thirteen chunks at a time, and three, so that the last slab is shorter."""
     inputs = draw(decay, rule, 200)
     expected = results(lambda x: run(FORMS["torch"], x), inputs)
-    monkeypatch.setattr(chunked_linear, "SLAB", 1)
+    monkeypatch.setattr(chunked_linear, "SLAB", slab)
     assert_near(results(lambda x: run(FORMS["torch"], x), inputs), expected, 1e-12)
+    # Without gradients nothing is kept, and slabs share more room.
+    torch.testing.assert_close(run(FORMS["torch"], inputs), expected["o and state"], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("decay", ["none", "channel"])
@@ -317,6 +321,18 @@ def test_refuses_what_it_cannot_run(operation: Callable[..., tuple[Tensor, Tenso
         operation(*inputs[:3], inputs[3].index_fill(1, torch.tensor([3]), 0.25), None, None)
     with pytest.raises(ValueError, match="4 value heads are no multiple of 3 key heads"):
         operation(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 4), None, None, None)
+
+
+# Dynamo makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("decay", "backend"), [("head", "aot_eager"), ("channel", "eager")])
+def test_compiles_as_one_graph(decay: str, backend: str) -> None:
+    """Forward and backward; without views and writes in place for `aot_eager`, as compilers want it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(form("torch", "delta", decay), fullgraph=True, backend=backend)
+    inputs = draw(decay, "delta", 17)
+    expected = results(lambda x: run(FORMS["torch"], x), inputs)
+    assert_near(results(lambda x: run(compiled, x), inputs), expected, 1e-12)
 
 
 @pytest.mark.parametrize(("decay", "rule"), MEMBERS)
