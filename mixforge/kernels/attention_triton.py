@@ -2,7 +2,8 @@
 
 FlexAttention compiles the mask and what is done to a score into torch's own Triton kernel, which leaves out blocks of
 pairs that no query sees. The blocks are found by their bounds, never from a mask of all pairs. A forget gate and slopes
-are added to each score where it is made (`biased_attention_triton`), so that no matrix of them is in memory.
+are added to each score where it is made (`biased_attention_triton`), so that no matrix of them is in memory. The gradient
+of a forget gate is summed by atomics there, and may differ in its last bits from one run to the next.
 
 Source: Dong et al. 2024 (arXiv 2412.05496) for FlexAttention; `attention` for the equations.
 """
@@ -50,10 +51,12 @@ def biased(
     grouped: bool,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, H, T, V] and the logarithm of each softmax's sum [B, H, T]; compiled with what it adds to a score."""
+    # FlexAttention has no gradient of a tensor that is read at two places.
+    less_BHT = None if left_BHT is None else -left_BHT
 
     def bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        if left_BHT is not None:
-            score = score + left_BHT[batch, head, query] - left_BHT[batch, head, key]
+        if left_BHT is not None and less_BHT is not None:
+            score = score + left_BHT[batch, head, query] + less_BHT[batch, head, key]
         if slope_H is not None:
             score = score + slope_H[head] * (query - key)
         return score

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixforge.kernels.chunked_linear_triton import chunked_linear_triton
+from mixforge.kernels.chunked_linear_triton import check_limits, chunked_linear_triton
 from mixforge.kernels.log_linear import CHUNK_BITS, inside, joined, through_chunks
 
 
@@ -27,7 +27,11 @@ def log_linear_triton(
     weight_BTGE: Tensor,
     start: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `log_linear_reference`, on a GPU. With a state, what is before and after whole chunks goes token by token."""
+    """As `log_linear_reference`, on a GPU. With a state, what is before and after whole chunks goes token by token.
+
+    Raises ValueError where there are more key channels than the kernels take.
+    """
+    check_limits(q_BTHK, splits=beta_BTG is None)
     return through_chunks(by_levels, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE, start)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_as_good, results
+from functorch.compile import make_boxed_func
+from tolerance import assert_as_good, assert_close, results
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from mixforge.kernels.attention import (
     FORMS,
@@ -247,6 +251,35 @@ def test_flex_takes_gates_slopes_and_sinks(
         torch.testing.assert_close(value, wanted[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
+def test_flex_has_a_kernel_for_the_gradient_of_a_gate(
+    flex: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch's compiler for GPUs asks of the gradient of a score, which a plain run does not: one read a tensor."""
+    inner = importlib.import_module("torch._inductor.kernel.flex.flex_attention")
+    found = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        for node in graph.graph.nodes:
+            if "flex_attention_backward" in str(node.target):
+                names = [
+                    each.target
+                    for each in node.args
+                    if isinstance(each, torch.fx.Node) and each.op == "get_attr"
+                ]
+                found.extend(getattr(graph, name) for name in names if "joint" in name)
+        return make_boxed_func(graph.forward)
+
+    traced = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    monkeypatch.setattr(flex, "compiled_biased", torch.compile(flex.biased, fullgraph=True, backend=traced))
+    inputs = [x.float().requires_grad_() for x in biased_inputs(20, 4, 16)]
+    o = flex.biased_attention(*inputs[:3], 20, inputs[3], inputs[4].detach(), inputs[5], 0.3)
+    # What is traced is for a compiler: by itself it does not run.
+    with contextlib.suppress(RuntimeError):
+        o.sum().backward()
+    assert len(found) == 1
+    inner.validate_joint_graph(found[0].graph)
+
+
 def test_windows_and_lengths_compile_nothing_anew(flex: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for a first length, and once for every other."""
     count = importlib.import_module("torch._dynamo.testing").CompileCounter()
@@ -254,6 +287,27 @@ def test_windows_and_lengths_compile_nothing_anew(flex: ModuleType, monkeypatch:
     for length, window in [(150, 5), (300, 5), (400, 7), (500, 9), (350, 11), (270, 13)]:
         flex.flexible_attention(*draw(length, dim=16), window)
     assert count.frame_count == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [300, 64])
+def test_gates_slopes_and_sinks_on_a_gpu(window: int, dtype: torch.dtype) -> None:
+    module = importlib.import_module("mixforge.kernels.attention_triton")
+    q, k, v, left, slope, sink = (x.cuda().float() for x in biased_inputs(300, 2, 32))
+    inputs = [*(x.to(dtype) for x in (q, k, v)), left, sink]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, left: Tensor, sink: Tensor) -> Tensor:
+        found: Tensor = module.biased_attention_triton(q, k, v, window, left, slope, sink, 0.3)
+        return found
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, left: Tensor, sink: Tensor) -> Tensor:
+        return biased_reference(window, q, k, v, left, slope.to(left.dtype), sink)
+
+    wanted = results(plain, [x.double() for x in inputs])
+    for name, value in results(run, inputs).items():
+        assert_close(name, value, wanted[name], 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.gpu

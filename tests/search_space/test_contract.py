@@ -437,7 +437,7 @@ def test_every_gene_and_pair_of_genes_keeps_to_it(mixer: Mixer) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
 @pytest.mark.parametrize("word", CATALOGUE)
 def test_every_point_can_be_built_for_triton(word: str) -> None:
-    """But for one that says why: the delta rule over more key channels than its kernel can hold."""
+    """But for those that say why: rules that cannot cut a state, over more key channels than a kernel holds."""
     for mixer in pairs(word):
         if isinstance(mixer, Linear) and mixer.rule == "delta" and mixer.sizes(WIDTH).features > 256:
             with pytest.raises(ValueError, match="at most 256 key channels with rule=delta"):

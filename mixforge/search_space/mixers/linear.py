@@ -521,11 +521,8 @@ class Linear(Mixer):
 
     def build(self, width: int, backend: Backend) -> Part:
         size = self.sizes(width)
-        if backend == "triton" and self.rule == "delta" and size.features > 256:
-            raise ValueError(
-                f"backend='triton' takes at most 256 key channels with rule=delta, and this mixer has {size.features} "
-                "(mixer linear): give a smaller key_dim, or build with backend='torch'"
-            )
+        if backend == "triton":
+            self._check_kernels(size)
         made = self._pieces(width, backend).items()
         parts = {name: piece.part() for name, piece in made if piece.part is not None}
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
@@ -573,6 +570,17 @@ class Linear(Mixer):
             output=parts["output"],
             **{name: value for name, value in others.items() if value not in (None, False, usual.get(name))},
         )
+
+    def _check_kernels(self, size: Sizes) -> None:
+        """Raise ValueError where no kernel holds the state of a head; under the rule add its rows are cut into groups."""
+        slots = isinstance(self.rule, Form)
+        most = 128 if slots else 256
+        if (slots or self.rule in ("delta", "dplr") or self.decay == "both") and size.features > most:
+            genes = "decay=both" if self.decay == "both" else f"rule={self.rule}"
+            raise ValueError(
+                f"backend='triton' takes at most {most} key channels with {genes}, and this mixer has {size.features} "
+                "(mixer linear): give a smaller key_dim, or build with backend='torch'"
+            )
 
     def _operation(self, backend: Backend) -> tuple[Recurrence, Recurrence]:
         """The recurrence over a sequence and over one token."""

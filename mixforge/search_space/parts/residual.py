@@ -202,11 +202,15 @@ class Stack(Unit):
         units = [self.unit(index) for index in self.order]
         ends = list(accumulate(unit.states for unit in units))
         whole = sum(any(states[end - unit.states :]) for unit, end in zip(units, ends, strict=True))
-        after: list[dict[str, Tensor]] = []
-        for unit, end in zip(units[:whole], ends, strict=False):
-            x_BTD, new = unit(x_BTD, states[end - unit.states : end], at)
+        x_BD, after = x_BTD[:, -1], list[dict[str, Tensor]]()
+        for number, (unit, end) in enumerate(zip(units[:whole], ends, strict=False), start=1):
+            mine = states[end - unit.states : end]
+            if number == whole:
+                x_BD, new = unit.last(x_BTD, mine, at)
+            else:
+                x_BTD, new = unit(x_BTD, mine, at)
             after += new
-        x_BD, alone = x_BTD[:, -1], at.of_last()
+        alone = at.of_last()
         for unit in units[whole:]:
             x_BD, new = unit.step(x_BD, states[len(after) : len(after) + unit.states], alone)
             after += new
@@ -251,6 +255,12 @@ class ResidualStack(Unit):
     ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         y_BTD, after = self.body(x_BTD, states, at)
         return joined(x_BTD, y_BTD, self.stream, self.gate, self.after), after
+
+    def last(
+        self, x_BTD: Tensor, states: list[dict[str, Tensor]], at: Pass
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        y_BD, after = self.body.last(x_BTD, states, at)
+        return joined(x_BTD[:, -1], y_BD, self.stream, self.gate, self.after), after
 
     def step(
         self, x_BD: Tensor, states: list[dict[str, Tensor]], at: Pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -759,9 +760,24 @@ def test_values_that_no_layer_reads_are_not_lent() -> None:
     assert Linear(values="shared", heads=3).borrows(24) == mixer.lends(24)
 
 
-def test_what_triton_cannot_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="build with backend='torch'"):
-        Linear(rule="delta", phi=Form("taylor", (3,))).build(24, "triton")
+@pytest.mark.parametrize(
+    ("genes", "says"),
+    [
+        ({"rule": "delta", "phi": Form("taylor", (3,))}, "at most 256 key channels with rule=delta"),
+        (
+            {"rule": "dplr", "key_dim": 300, "heads": 1},
+            "at most 256 key channels with rule=dplr, and this mixer has 300",
+        ),
+        ({"decay": "both", "key_dim": 300, "heads": 1}, "at most 256 key channels with decay=both"),
+        (
+            {"rule": Form("slots", (4,)), "decay": "channel", "key_dim": 160, "heads": 1},
+            r"at most 128 key channels with rule=slots\(4\)",
+        ),
+    ],
+)
+def test_what_triton_cannot_run_is_refused(genes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Linear(**genes).build(24, "triton")
 
 
 @torch.no_grad()
