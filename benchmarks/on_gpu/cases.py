@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixforge.kernels import attention, chunked_linear, gated_scan, norm, selective_scan, short_conv
+from mixforge.kernels import (
+    attention,
+    chunked_linear,
+    dplr,
+    gated_scan,
+    norm,
+    recurrent_cells,
+    selective_scan,
+    short_conv,
+    twofold_linear,
+)
 from on_gpu import rivals
 
 DECAYS = ("none", "head", "scalar", "channel")
@@ -89,6 +99,29 @@ def sequences(size: Size) -> Iterator[Case]:
             draw=partial(draw_linear, decay, rule),
             reference=chunked_linear.FORMS["reference"],
             forms={**ours, **rivals.linear_rivals(decay, rule)},
+        )
+    yield make(
+        op="dplr",
+        variant="",
+        draw=draw_dplr,
+        reference=dplr.FORMS["reference"],
+        forms={**{name: dplr.form(name) for name in ("triton", "torch")}, **rivals.dplr_rivals()},
+    )
+    yield make(
+        op="twofold_linear",
+        variant="",
+        draw=draw_twofold,
+        reference=twofold_linear.FORMS["reference"],
+        forms={name: twofold_linear.form(name) for name in ("triton", "torch")},
+    )
+    if size.length <= 512:
+        # The torch form is a loop, whose every token takes several launches.
+        yield make(
+            op="recurrent_cell",
+            variant="slstm",
+            draw=draw_cell,
+            reference=recurrent_cells.form("reference", "slstm"),
+            forms={name: recurrent_cells.form(name, "slstm") for name in ("triton", "torch")},
         )
     yield make(
         op="attention",
@@ -223,6 +256,31 @@ def draw_linear(decay: str, rule: str, size: Size, device: torch.device, dtype: 
     of_decay = (*shape, size.dim) if decay == "channel" else shape
     beta = torch.rand(shape, device=device).to(dtype).requires_grad_() if rule == "delta" else None
     return q, k, v, log_decay(decay, device, size.heads, *of_decay), beta
+
+
+def draw_dplr(size: Size, device: torch.device, dtype: torch.dtype) -> Inputs:
+    q, k, v, decay, _ = draw_linear("channel", "add", size, device, dtype)
+    assert k is not None
+    removed = F.normalize(torch.randn(k.shape, device=device), dim=-1)
+    strength = removed * torch.rand(k.shape, device=device)
+    return q, k, v, decay, torch.stack([removed, strength], -2).to(dtype).requires_grad_()
+
+
+def draw_twofold(size: Size, device: torch.device, dtype: torch.dtype) -> Inputs:
+    q, k, v, decay, _ = draw_linear("channel", "add", size, device, dtype)
+    return (
+        q,
+        k,
+        v,
+        decay,
+        log_decay("channel", device, size.heads, size.batch, size.length, size.heads, size.dim),
+    )
+
+
+def draw_cell(size: Size, device: torch.device, dtype: torch.dtype) -> Inputs:
+    gates = normal(device, dtype, size.batch, size.length, size.heads, 4 * size.dim)
+    recurrent = torch.randn(size.heads, size.dim, 4 * size.dim, device=device) / math.sqrt(size.dim)
+    return gates, recurrent.to(dtype).requires_grad_()
 
 
 def draw_linear_step(decay: str, rule: str, size: Size, device: torch.device, dtype: torch.dtype) -> Inputs:

@@ -79,6 +79,19 @@ def sequence(operation: Operation, name: str, decay: str, extra: dict[str, objec
     return run
 
 
+def dplr_rivals() -> dict[str, Operation]:
+    """With the arguments (q, k, v, decay, removal) of `dplr`. fla adds what ours removes."""
+    operation = find("fla.ops.generalized_delta_rule.dplr", "chunk_dplr_delta_rule")
+    if operation is None:
+        return {}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, log: Tensor, removal: Tensor) -> Tensor | tuple[Tensor, ...]:
+        a, b = removal.unbind(-2)
+        return operation(q, k, v, a, -b, log, scale=1.0)
+
+    return {"fla chunk_dplr_delta_rule": run}
+
+
 def linear_step_rivals(decay: str, rule: str) -> dict[str, Operation]:
     """By name, with the arguments (q, k, v, decay, beta, state) of `linear_step`, of one token."""
     found: dict[str, Operation] = {}
