@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/laptop
 OLDER  := .venv-triton36
-OLDER_CASES ?= K128 V128 bfloat16
+OLDER_CASES ?= --targets sm_90,sm_100 --only 'K128 V128 bfloat16'
 ORACLE := .venv-oracle
 HF     := .venv-transformers
 
@@ -58,9 +58,9 @@ examples: $(VENV)/.ready-dev
 compiled: $(VENV)/.ready-dev
 	$(BIN)/python -m mixforge.kernels.ahead_of_time
 
-# Every kernel with OLDER_CASES empty, which takes as long as `make compiled`.
+# Every kernel for every target with OLDER_CASES empty, which takes as long as `make compiled`.
 older: $(VENV)/.ready-dev $(OLDER)/.ready
-	$(OLDER)/bin/python -m mixforge.kernels.ahead_of_time --only '$(OLDER_CASES)'
+	$(OLDER)/bin/python -m mixforge.kernels.ahead_of_time $(OLDER_CASES)
 	TRITON_INTERPRET=1 $(OLDER)/bin/python -m pytest tests/kernels/interpreted -k 13 \
 	  -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
