@@ -49,31 +49,29 @@ def run(
     size = workers or len(os.sched_getaffinity(0))
     if weights is not None:
         weights.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(campaign, store, environment(device))
-    pace = Pace(
-        clock=time.monotonic,
-        workers=size,
-        before_s=store.spent_s(ledger.id),
-        hours=campaign.hours,
-        durations=ledger.durations,
-    )
-    with (
-        listening() as interruption,
-        local_cluster(size, gpus=0 if device == "cpu" else 1) as folder,
-    ):
-        pool = Workers(size, folder=folder, device=device, do=do)
-        try:
-            loop = Loop(
-                campaign,
-                store,
-                ledger,
-                pool,
-                interruption,
-                pace,
-                weights=weights,
-                watch=watch,
-                grace_s=grace_s,
-            )
-            return loop.run()
-        finally:
-            pool.close()
+    with listening() as interruption:
+        ledger = Ledger(campaign, store, environment(device))
+        pace = Pace(
+            clock=time.monotonic,
+            workers=size,
+            before_s=store.spent_s(ledger.id),
+            hours=campaign.hours,
+            durations=ledger.durations,
+        )
+        with local_cluster(size, gpus=0 if device == "cpu" else 1) as folder:
+            pool = Workers(size, folder=folder, device=device, do=do)
+            try:
+                loop = Loop(
+                    campaign,
+                    store,
+                    ledger,
+                    pool,
+                    interruption,
+                    pace,
+                    weights=weights,
+                    watch=watch,
+                    grace_s=grace_s,
+                )
+                return loop.run()
+            finally:
+                pool.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -42,6 +44,16 @@ def wait_for(tmp_path, process, count):
         time.sleep(0.05)
     process.kill()
     pytest.fail(f"no {count} trials were finished: {process.communicate()}")
+
+
+def is_begun(path):
+    """Whether a campaign is stored there, which is done right before workers are started."""
+    with (
+        contextlib.suppress(sqlite3.OperationalError),
+        contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database,
+    ):
+        return database.execute("select count(*) from campaign").fetchone()[0] > 0
+    return False
 
 
 def left_over(group, but=b"nothing"):
@@ -133,9 +145,8 @@ def test_killed_interrupted_and_gone_on(tmp_path):
 
 def test_sigterm_during_the_start_ends_the_search(tmp_path):
     process = begin(tmp_path, 0.2)
-    while not (tmp_path / "search.db").exists() and process.poll() is None:
+    while not is_begun(tmp_path / "search.db") and process.poll() is None:
         time.sleep(0.02)
-    time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (143, "")
