@@ -133,7 +133,7 @@ def through_chunks(
     """`run` over whole chunks; with a state, what is before and after them goes token by token."""
     length = v_BTGV.shape[1]
     if state_BGNKV is None:
-        return run(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, None, weight_BTGE, start)
+        return run(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, None, weight_BTGE, 0)
     head = min(length, -start % CHUNK)
     tail = head + (length - head) // CHUNK * CHUNK
     outputs, state = [], state_BGNKV
