@@ -151,9 +151,12 @@ def profile(
     from mixforge.evaluator.evaluation import Workload
     from mixforge.evaluator.profiling import profile as measure
     from mixforge.kernels.backend import check_backend
+    from mixforge.search_space.model import language_model
 
-    check_backend(backend, device)
     architecture = architecture_of(which, db)
+    # Written down and not built: what the backend has no kernel for is told as a wrong request.
+    language_model(architecture, backend)
+    check_backend(backend, device)
     torch.set_num_threads(threads)
     measured = measure(
         architecture, Workload(batch=batch, context=context, dtype=dtype), device=device, backend=backend

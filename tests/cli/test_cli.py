@@ -148,6 +148,15 @@ def test_kernels_are_tuned_on_a_gpu_only(tell, monkeypatch: pytest.MonkeyPatch) 
     assert not told.out
 
 
+def test_what_triton_has_no_kernel_for_is_a_wrong_request(tell) -> None:
+    pytest.importorskip("triton")
+    told = tell(
+        "profile", "lm(linear(rule=dplr, heads=1, key_dim=300) + mlp, width=64)", "--backend", "triton"
+    )
+    assert told.status == 2
+    assert "at most 256 key channels with rule=dplr, and this mixer has 300" in told.err
+
+
 def test_triton_without_a_gpu_is_refused_and_leaves_nothing(tell, tmp_path) -> None:
     told = tell("profile", "gdn", "--backend", "triton")
     assert told.status == 2
