@@ -555,9 +555,12 @@ def linear_gradients(
         dwrite_CK *= write[:, None]
         held = held * keep + tl.sum(k_CK.to(tl.float32) * dwrite_CK)
     z_CK = -z_CK
+    steps_CK = (k_CK.to(tl.float32) * step[:, None]).to(k_CK.dtype)
+    d_CK = tl.zeros([C, BK], tl.float32)
+    if GATE == 3:
+        d_CK = _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
     pair = (row * G + g)[:, None] * C + within[None, :]
     dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
-    steps_CK = (k_CK.to(tl.float32) * step[:, None]).to(k_CK.dtype)
     da_CC = dp_CC
     if DELTA:
         da_CC = tl.load(dsystem + pair, mask=valid[:, None], other=0.0)
@@ -565,16 +568,20 @@ def linear_gradients(
         for start in range(0, C, SUB):
             left, right = _anchored(total, within, start, SUB)
             key_CK = (k_CK.to(tl.float32) * right).to(WIDE)
+            query_CK = (q_CK.to(tl.float32) * left).to(WIDE)
             # Rows of other blocks may overflow, and are 0 times that.
-            row_CK = tl.dot(dp_CC, key_CK, input_precision=PRECISION)
-            dq_CK += tl.where(left > 0, left * row_CK, 0.0)
-            column = tl.dot(tl.trans(dp_CC), (q_CK.to(tl.float32) * left).to(WIDE), input_precision=PRECISION)
+            row_CK = tl.where(left > 0, tl.dot(dp_CC, key_CK, input_precision=PRECISION), 0.0)
+            dq_CK += left * row_CK
+            d_CK += query_CK.to(tl.float32) * row_CK
+            column = tl.dot(tl.trans(dp_CC), query_CK, input_precision=PRECISION)
             if DELTA:
-                row_CK = tl.dot(da_CC, key_CK, input_precision=PRECISION)
-                z_CK += tl.where(left > 0, left * row_CK, 0.0)
+                row_CK = tl.where(left > 0, tl.dot(da_CC, key_CK, input_precision=PRECISION), 0.0)
+                z_CK += left * row_CK
                 left = (steps_CK.to(tl.float32) * left).to(WIDE)
+                d_CK += left.to(tl.float32) * row_CK
                 column = tl.dot(tl.trans(da_CC), left, column, input_precision=PRECISION)
             dwrite_CK += right * column
+            d_CK -= key_CK.to(tl.float32) * column
     else:
         dq_CK = tl.dot(dp_CC, k_CK, dq_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(tl.trans(dp_CC), q_CK, dwrite_CK, input_precision=PRECISION)
@@ -582,22 +589,33 @@ def linear_gradients(
             z_CK = tl.dot(da_CC, k_CK, z_CK, input_precision=PRECISION)
             dwrite_CK = tl.dot(tl.trans(da_CC), steps_CK, dwrite_CK, input_precision=PRECISION)
     tl.store(dq + spot, dq_CK.to(dq.dtype.element_ty), mask=in_keys)
-    if DELTA:
-        # The first part is that of the values.
-        tl.store(dbeta + rows * G + part, tl.sum(k_CK.to(tl.float32) * z_CK, 1), mask=valid)
-        z_CK *= step[:, None]
-    else:
-        z_CK = tl.zeros([C, BK], tl.float32)
-    tl.store(dk + spot, (dwrite_CK + z_CK).to(dk.dtype.element_ty), mask=in_keys)
     if GATE != 0:
-        d_CK = q_CK.to(tl.float32) * dq_CK + k_CK.to(tl.float32) * (z_CK - dwrite_CK)
         last = within == count - 1
         if GATE == 3:
             d_CK += tl.where(last[:, None], along[None, :], 0.0)
             tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
         else:
+            d_CK = _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
             d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
             tl.store(dlog + part, tl.cumsum(d_C, 0, reverse=True), mask=valid)
+    if DELTA:
+        # The first part is that of the values.
+        tl.store(dbeta + rows * G + part, tl.sum(k_CK.to(tl.float32) * z_CK, 1), mask=valid)
+        dwrite_CK += z_CK * step[:, None]
+    tl.store(dk + spot, dwrite_CK.to(dk.dtype.element_ty), mask=in_keys)
+
+
+@triton.jit
+def _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA: tl.constexpr):
+    """Gradients of the running sums: what is read at a row less what is written there.
+
+    A pair of rows within the chunk stands on both sides and must cancel: each factor is the one that was rounded for
+    the product.
+    """
+    d_CK = q_CK.to(tl.float32) * dq_CK - k_CK.to(tl.float32) * dwrite_CK
+    if DELTA:
+        d_CK += steps_CK.to(tl.float32) * z_CK
+    return d_CK
 
 
 def chunked_linear_triton(
