@@ -586,23 +586,23 @@ def linear_gradients(
         dq_CK = tl.dot(dp_CC, k_CK, dq_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(tl.trans(dp_CC), q_CK, dwrite_CK, input_precision=PRECISION)
         if DELTA:
-            z_CK = tl.dot(da_CC, k_CK, z_CK, input_precision=PRECISION)
             dwrite_CK = tl.dot(tl.trans(da_CC), steps_CK, dwrite_CK, input_precision=PRECISION)
-    tl.store(dq + spot, dq_CK.to(dq.dtype.element_ty), mask=in_keys)
-    if GATE != 0:
-        last = within == count - 1
-        if GATE == 3:
-            d_CK += tl.where(last[:, None], along[None, :], 0.0)
-            tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
-        else:
+            z_CK = tl.dot(da_CC, k_CK, z_CK, input_precision=PRECISION)
+        if GATE != 0:
             d_CK = _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
-            d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
-            tl.store(dlog + part, tl.cumsum(d_C, 0, reverse=True), mask=valid)
+    tl.store(dq + spot, dq_CK.to(dq.dtype.element_ty), mask=in_keys)
     if DELTA:
         # The first part is that of the values.
         tl.store(dbeta + rows * G + part, tl.sum(k_CK.to(tl.float32) * z_CK, 1), mask=valid)
         dwrite_CK += z_CK * step[:, None]
     tl.store(dk + spot, dwrite_CK.to(dk.dtype.element_ty), mask=in_keys)
+    last = within == count - 1
+    if GATE == 3:
+        d_CK += tl.where(last[:, None], along[None, :], 0.0)
+        tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
+    elif GATE != 0:
+        d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
+        tl.store(dlog + part, tl.cumsum(d_C, 0, reverse=True), mask=valid)
 
 
 @triton.jit
