@@ -110,6 +110,7 @@ TABLE: tuple[Row, ...] = (
     Row("dplr_scan", Config({"BV": 16}, warps=8), generation="sm_8"),
     Row("dplr_scan", Config({"BV": 32}, warps=8)),
     Row("dplr_scan_backward", Config({"BV": 32}, stages=1), itemsize=2, key=64),
+    Row("dplr_scan_backward", Config({"BV": 16}, warps=8, stages=1), generation="gfx"),
     Row("dplr_scan_backward", Config({"BV": 32}, warps=8, stages=1), itemsize=2, key=128),
     Row("dplr_scan_backward", Config({"BV": 16}, warps=8, stages=1)),
     Row("dplr_gradients", Config({"BK": 32})),
