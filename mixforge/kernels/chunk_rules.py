@@ -28,7 +28,8 @@ from torch import Tensor
 
 from mixforge.kernels.chunk_gates import Gates, fill
 
-# Key channels, below which what the adjoint of the rule add has of them lies by columns.
+# Key channels, below which what an adjoint has of them lies by columns: products that fill rows of a few channels
+# take two to three times as long.
 NARROW = 16
 
 # q, k, v, log decays and beta, or their gradients.
@@ -103,7 +104,6 @@ class AddAdjoint(Adjoint):
     """The adjoint of the rule add."""
 
     def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
-        # Products that fill rows of a few channels take two to three times as long as those that fill columns.
         of_keys = columns if q.shape[-1] < NARROW else space
         self.q, self.w, self.y, self.do = of_keys(q), of_keys(q), space(v), space(v)
         self.dq, self.dw, self.dv = of_keys(q), of_keys(q), space(v)
@@ -197,13 +197,14 @@ class DeltaAdjoint(Adjoint):
     """
 
     def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
-        self.rows, self.w = space(q, 2), space(q)
+        of_keys = columns if q.shape[-1] < NARROW else space
+        self.rows, self.w = of_keys(q, 2), of_keys(q)
         # Below the adjoint of what q reads stands that of what k reads, which the system has on its other side.
         self.down = space(v, 2)
         # What is left of these after `reading`: the states' adjoints come of it, and rows are not scaled for them.
         self.scaled = self.down if gates.read is None else space(v, 2)
         self.dy, self.dv = space(v), space(v)
-        self.drows, self.dw = space(q, 2), space(q)
+        self.drows, self.dw = of_keys(q, 2), of_keys(q)
         self.dstates = dstate.new_empty(len(q) + 1, *dstate.shape)
         self.each = self.dstates.unbind()
         self.dbefore, self.dafter = neighbours(self.dstates)
@@ -258,8 +259,8 @@ class DeltaAdjoint(Adjoint):
         dgrams = gates.mask_(torch.bmm(down_, y_.mT))
         dgrams[:, inner.shape[1] :].diagonal(dim1=-2, dim2=-1).zero_()
         before, _ = neighbours(states)
-        torch.bmm(matrices(self.scaled), before.mT, out=drows_)
-        torch.bmm(y_, self.dafter.mT, out=dw_)
+        fill_product(drows_, matrices(self.scaled), before.mT)
+        fill_product(dw_, y_, self.dafter.mT)
         gates.writing(dw, dw)
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
@@ -425,6 +426,7 @@ def space(view: Tensor, roles: int = 1) -> Tensor:
     return view.new_empty(shape)
 
 
-def columns(view: Tensor) -> Tensor:
-    """As `space`, with the columns of each matrix one after the other in memory."""
-    return view.new_empty(view.mT.shape).mT
+def columns(view: Tensor, roles: int = 1) -> Tensor:
+    """As `space`, with the columns of `matrices` one after the other in memory."""
+    *sizes, _, rows, dim = view.shape
+    return view.new_empty(*sizes, dim, roles, rows).permute(0, 1, 2, 4, 5, 3)
