@@ -28,6 +28,10 @@ from torch import Tensor
 
 from mixforge.kernels.chunk_gates import Gates, fill
 
+# Key channels, below which what an adjoint has of them lies by columns: products that fill rows of a few channels
+# take two to three times as long.
+NARROW = 16
+
 # q, k, v, log decays and beta, or their gradients.
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -100,8 +104,9 @@ class AddAdjoint(Adjoint):
     """The adjoint of the rule add."""
 
     def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
-        self.q, self.w, self.y, self.do = space(q), space(q), space(v), space(v)
-        self.dq, self.dw, self.dv = space(q), space(q), space(v)
+        of_keys = columns if q.shape[-1] < NARROW else space
+        self.q, self.w, self.y, self.do = of_keys(q), of_keys(q), space(v), space(v)
+        self.dq, self.dw, self.dv = of_keys(q), of_keys(q), space(v)
         self.dstates = dstate.new_empty(len(q) + 1, *dstate.shape)
 
     def run(
@@ -132,8 +137,8 @@ class AddAdjoint(Adjoint):
         add_product(dv_, matrices(gates.writing(w, self.dw)), dafter)
         into_v.copy_(self.dv)
         before, _ = neighbours(states)
-        torch.bmm(do_, before.mT, out=dq_)
-        torch.bmm(y_, dafter.mT, out=dw_)
+        fill_product(dq_, do_, before.mT)
+        fill_product(dw_, y_, dafter.mT)
         gates.writing(self.dw, self.dw)
         add_product(dq_, dinner, w_)
         add_product(dw_, dinner.mT, q_)
@@ -192,13 +197,14 @@ class DeltaAdjoint(Adjoint):
     """
 
     def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
-        self.rows, self.w = space(q, 2), space(q)
+        of_keys = columns if q.shape[-1] < NARROW else space
+        self.rows, self.w = of_keys(q, 2), of_keys(q)
         # Below the adjoint of what q reads stands that of what k reads, which the system has on its other side.
         self.down = space(v, 2)
         # What is left of these after `reading`: the states' adjoints come of it, and rows are not scaled for them.
         self.scaled = self.down if gates.read is None else space(v, 2)
         self.dy, self.dv = space(v), space(v)
-        self.drows, self.dw = space(q, 2), space(q)
+        self.drows, self.dw = of_keys(q, 2), of_keys(q)
         self.dstates = dstate.new_empty(len(q) + 1, *dstate.shape)
         self.each = self.dstates.unbind()
         self.dbefore, self.dafter = neighbours(self.dstates)
@@ -253,8 +259,8 @@ class DeltaAdjoint(Adjoint):
         dgrams = gates.mask_(torch.bmm(down_, y_.mT))
         dgrams[:, inner.shape[1] :].diagonal(dim1=-2, dim2=-1).zero_()
         before, _ = neighbours(states)
-        torch.bmm(matrices(self.scaled), before.mT, out=drows_)
-        torch.bmm(y_, self.dafter.mT, out=dw_)
+        fill_product(drows_, matrices(self.scaled), before.mT)
+        fill_product(dw_, y_, self.dafter.mT)
         gates.writing(dw, dw)
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
@@ -395,10 +401,21 @@ def neighbours(states: Tensor) -> tuple[Tensor, Tensor]:
     return states[:-1].flatten(0, 2), states[1:].flatten(0, 2)
 
 
+def fill_product(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """Fill `out`, by rows or by columns, with x @ y."""
+    # As it lies in memory: torch would multiply the others one by one.
+    if out.is_contiguous():
+        torch.bmm(x, y, out=out)
+    else:
+        torch.bmm(y.mT, x.mT, out=out.mT)
+
+
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """`total` becomes total + x @ y, in place."""
+    """`total`, as in `fill_product`, becomes total + x @ y, in place."""
     # Not `baddbmm_`, which torch's FLOP counter does not count.
-    return torch.baddbmm(total, x, y, out=total)
+    if total.is_contiguous():
+        return torch.baddbmm(total, x, y, out=total)
+    return torch.baddbmm(total.mT, y.mT, x.mT, out=total.mT).mT
 
 
 def space(view: Tensor, roles: int = 1) -> Tensor:
@@ -407,3 +424,9 @@ def space(view: Tensor, roles: int = 1) -> Tensor:
     if roles > 1:
         shape[3] = roles
     return view.new_empty(shape)
+
+
+def columns(view: Tensor, roles: int = 1) -> Tensor:
+    """As `space`, with the columns of `matrices` one after the other in memory."""
+    *sizes, _, rows, dim = view.shape
+    return view.new_empty(*sizes, dim, roles, rows).permute(0, 1, 2, 4, 5, 3)

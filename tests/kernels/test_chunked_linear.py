@@ -325,12 +325,19 @@ def test_refuses_what_it_cannot_run(operation: Callable[..., tuple[Tensor, Tenso
 
 # Dynamo makes an instance of every autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize(("decay", "backend"), [("head", "aot_eager"), ("channel", "eager")])
-def test_compiles_as_one_graph(decay: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("decay", "rule", "key_dim", "backend"),
+    [
+        ("head", "delta", 16, "aot_eager"),
+        ("scalar", "add", 5, "aot_eager"),
+        ("channel", "delta", 5, "eager"),
+    ],
+)
+def test_compiles_as_one_graph(decay: str, rule: str, key_dim: int, backend: str) -> None:
     """Forward and backward; without views and writes in place for `aot_eager`, as compilers want it."""
     torch._dynamo.reset()
-    compiled = torch.compile(form("torch", "delta", decay), fullgraph=True, backend=backend)
-    inputs = draw(decay, "delta", 17)
+    compiled = torch.compile(form("torch", rule, decay), fullgraph=True, backend=backend)
+    inputs = draw(decay, rule, 17, key_dim=key_dim)
     expected = results(lambda x: run(FORMS["torch"], x), inputs)
     assert_near(results(lambda x: run(compiled, x), inputs), expected, 1e-12)
 

@@ -430,7 +430,7 @@ class LinearAttention(TokenMixer):
             o_BTHV, total = torch.split(exact(o_BTHV), [self.value_dim, 1], -1)
             if self.floor:
                 least = total.new_ones(()) if read.floor_BTH is None else read.floor_BTH[..., None]
-                total = torch.maximum(total.abs(), least)
+                total = total.abs().clamp(min=least)
             # Not a quotient, whose adjoint divides three times.
             o_BTHV = (o_BTHV * (total + 1e-6).reciprocal()).to(read.v_BTHV.dtype)
         if self.skip is not None:
