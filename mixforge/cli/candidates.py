@@ -139,7 +139,7 @@ def profile(
     ] = "float32",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     backend: Annotated[Backend, typer.Option("--backend", help="The kernels' form.")] = "torch",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="CPU threads.")] = 1,
     db: Database = DEFAULT_DATABASE,
     keep: Annotated[bool, typer.Option("--keep", help="Store the measurement in the database.")] = False,
     as_json: Json = False,
@@ -148,6 +148,7 @@ def profile(
     import torch
 
     from mixforge.cli.naming import architecture_of
+    from mixforge.evaluator.environment import environment
     from mixforge.evaluator.evaluation import Workload
     from mixforge.evaluator.profiling import profile as measure
     from mixforge.kernels.backend import check_backend
@@ -158,15 +159,18 @@ def profile(
     language_model(architecture, backend)
     check_backend(backend, device)
     torch.set_num_threads(threads)
-    measured = measure(
-        architecture, Workload(batch=batch, context=context, dtype=dtype), device=device, backend=backend
-    )
+    workload = Workload(batch=batch, context=context, dtype=dtype)
+    environment(device)
     if keep:
         from mixforge.db.store import Store
         from mixforge.db.values import describe
 
+        # Opened first, for a database that cannot be had should cost nobody a measurement.
         with Store.open(db, "create") as store:
+            measured = measure(architecture, workload, device=device, backend=backend)
             store.add_profile(describe(architecture), measured)
+    else:
+        measured = measure(architecture, workload, device=device, backend=backend)
     if as_json:
         print_json(
             {"digest": architecture.digest, "architecture": str(architecture), **_profile_json(measured)}

@@ -60,9 +60,11 @@ def space_of(text: str) -> Space:
         # Names the nearest published space.
         return Space.published(text)
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(tables.get("space"), dict):
@@ -71,6 +73,16 @@ def space_of(text: str) -> Space:
         return Space.from_table(tables["space"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder and those around it. Raises ValueError, which names the option that asked for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"the folder {folder} cannot be made ({error.strerror}); give {option} a path that can be written"
+        ) from None
 
 
 def folder_of(db: str) -> Path:

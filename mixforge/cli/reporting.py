@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from mixforge.cli.findings import newest
+from mixforge.cli.naming import make_folder
+from mixforge.cli.output import RunFailed
 from mixforge.db.results import open as open_results
 from mixforge.report.findings import gather
 from mixforge.report.page import page
@@ -27,11 +29,13 @@ def write(campaign: str | None, html: Path, svg: Path | None, db: str) -> dict[s
 
 def _replace(path: Path, content: bytes) -> int:
     """Write a whole file or none: a page that is there is only replaced by a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "the file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)
         partial.replace(path)
+    except OSError as error:
+        raise RunFailed(f"{path} cannot be written ({error.strerror}); name another file") from error
     finally:
         partial.unlink(missing_ok=True)
     return len(content)

@@ -47,7 +47,9 @@ def search(
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, help="Candidates trained at once; one a core if left out."),
+        typer.Option(
+            "--workers", min=1, max=65_536, help="Candidates trained at once; one a core if left out."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +57,7 @@ def search(
 
     The trained weights are kept in a folder `weights` beside the database.
     """
-    from mixforge.cli.naming import folder_of
+    from mixforge.cli.naming import folder_of, make_folder
     from mixforge.db.results import open
     from mixforge.db.store import Store
     from mixforge.evaluator.environment import environment
@@ -70,7 +72,7 @@ def search(
     # Before a file is made for what cannot run.
     check_backend(campaign.budget.backend, device)
     weights = folder_of(db) / "weights"
-    weights.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(weights.parent, "--db")
     with Store.open(db, "create") as store, _picture(campaign, plain=as_json) as watch:
         try:
             ending = run(campaign, store, device=device, workers=workers, weights=weights, watch=watch)

@@ -10,6 +10,7 @@ import torch
 
 from mixforge.evaluator.deadline import TimedOut
 from mixforge.evaluator.evaluation import Outcome
+from mixforge.kernels.backend import BeyondKernels
 
 # torch's CPU allocator, oneDNN and CUDA's libraries raise a plain RuntimeError, which its text alone tells
 # apart.
@@ -19,7 +20,7 @@ _LONGEST_REASON = 500
 
 
 class Illegal(Exception):
-    """The architecture is none; the message says why."""
+    """The architecture is none, or none that the backend can run; the message says why."""
 
 
 class Diverged(Exception):
@@ -52,7 +53,7 @@ def outcome_of(error: Exception) -> tuple[Outcome, str]:
     """The outcome that an exception means, and a reason in one line."""
     named = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     match error:
-        case Illegal():
+        case Illegal() | BeyondKernels():
             return Outcome.illegal, str(error)
         case Diverged():
             return Outcome.diverged, str(error)

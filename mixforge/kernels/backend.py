@@ -7,6 +7,10 @@ import os
 from typing import Any
 
 
+class BeyondKernels(ValueError):
+    """A size that no kernel of the backend takes; the message says which, and what the most is."""
+
+
 def triton_form(module: str, name: str) -> Any:
     """A function of `mixforge.kernels.<module>_triton`. Raises ValueError where Triton is not installed."""
     try:

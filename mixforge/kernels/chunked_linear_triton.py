@@ -44,6 +44,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.arguments import check_arguments
+from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device, recording
 
@@ -687,14 +688,20 @@ def by_groups_of_keys(
 
 
 def check_limits(q: Tensor, splits: bool = False) -> None:
-    """Raise ValueError for a dtype or a dim that the kernels do not take; `splits` where keys can be cut into groups."""
+    """Raise ValueError for a dtype that the kernels do not take, BeyondKernels for such a dim.
+
+    splits: whether keys can be cut into groups.
+    """
     if q.dtype not in TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
         raise ValueError(f"q is {q.dtype}; backend='triton' takes {known}")
     most = MOST_KEYS[q.dtype]
     if q.shape[3] > most and not splits:
         name = str(q.dtype).removeprefix("torch.")
-        raise ValueError(f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name}")
+        raise BeyondKernels(
+            f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name}: give a smaller key_dim, "
+            "or build with backend='torch'"
+        )
 
 
 def gate_of(decay: Tensor | None) -> str:

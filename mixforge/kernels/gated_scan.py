@@ -141,8 +141,13 @@ def scan_blocks(a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor) -> Tensor:
     h[0].copy_(b[0])
     if blocks == 1:
         h[0].addcmul_(a[0], state_BD[:, None])
+    is_traced = torch.compiler.is_compiling()
     for row in range(1, rows):
-        torch.addcmul(b[row], a[row], h[row - 1], out=h[row])
+        # torch.compile refuses `out=` where the tensor is not contiguous.
+        if is_traced:
+            h[row].copy_(torch.addcmul(b[row], a[row], h[row - 1]))
+        else:
+            torch.addcmul(b[row], a[row], h[row - 1], out=h[row])
     if blocks > 1:
         reach_BCLD = torch.stack(a, 2).cumprod(2)
         carried = [state_BD]

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes
 from mixforge.kernels.launch import check_device, generation, launch, on_device
@@ -213,4 +214,6 @@ def rms_norm_gated_triton(
 def _check_runs(x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
     check_dtypes(x=x, gate=gate, weight=weight)
     if x.shape[-1] > LARGEST_DIM:
-        raise ValueError(f"x has rows of {x.shape[-1]} values; backend='triton' takes at most {LARGEST_DIM}")
+        raise BeyondKernels(
+            f"x has rows of {x.shape[-1]} values; backend='triton' takes at most {LARGEST_DIM}"
+        )

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, compose, cut_time
 from mixforge.kernels.launch import check_device, generation, launch, on_device
@@ -515,7 +516,7 @@ def check_runs(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: 
     """Raise ValueError where the kernels cannot run."""
     check_dtypes(x=x, dt=dt, rate=rate, b=b, c=c, skip=skip)
     if rate.shape[1] > LARGEST_STATE:
-        raise ValueError(
+        raise BeyondKernels(
             f"rate has {rate.shape[1]} states a channel; backend='triton' takes at most {LARGEST_STATE}"
         )
 

@@ -126,7 +126,8 @@ class Ledger:
             )
         else:
             found = self._study.propose(number, self._known.__contains__)
-            if found is None:
+            if not isinstance(found, Draft):
+                self.rejected.update(found)
                 self.exhausted = True
                 return False
             draft = found

@@ -1,5 +1,5 @@
-"""What to try next: the sampler's proposals and the random arm's, legal, within the limits and not tried
-before.
+"""What to try next: the sampler's proposals and the random arm's, legal, within the limits, not tried before
+and with a kernel of the campaign's backend for each mixer.
 
 An Optuna study in memory holds what the sampler knows. It is rebuilt from the stored trials, each with the
 sampler's own notes, so that a campaign which was killed goes on as if it had not been.
@@ -26,6 +26,7 @@ from mixforge.orchestrator.samplers import SAMPLERS
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.derivation import Derivation
 from mixforge.search_space.grammar import Rejection, weighted
+from mixforge.search_space.model import language_model
 from mixforge.search_space.production import Choose, Overgrown
 
 BASELINE = "baseline"
@@ -72,8 +73,8 @@ class Study:
         index = number - self._first
         return self._campaign.sampler == RANDOM or int((index + 1) * self._share) > int(index * self._share)
 
-    def propose(self, number: int, is_known: Callable[[str], bool]) -> Draft | None:
-        """The proposal for the trial of this number; None where nothing untried was found.
+    def propose(self, number: int, is_known: Callable[[str], bool]) -> Draft | Mapping[str, int]:
+        """The proposal for the trial of this number, or why its draws were refused where none can be taken.
 
         `is_known`: whether the campaign has a trial of the architecture with a digest. It is not proposed
         again. What the sampler proposes and cannot be taken is varied, a choice or two first, then more of
@@ -104,7 +105,7 @@ class Study:
                 attributes=attributes,
                 rejected=dict(rejected),
             )
-        return None
+        return dict(rejected)
 
     def tell(self, trial: Trial) -> None:
         """Give the sampler the result of a finished trial."""
@@ -146,8 +147,16 @@ class Study:
         if isinstance(derivation, Rejection):
             return derivation
         found = self._campaign.space.admit(derivation)
-        if isinstance(found, Architecture) and is_known(found.digest):
+        if isinstance(found, Rejection):
+            return found
+        if is_known(found.digest):
             return Rejection(DUPLICATE, f"{found} was tried in this campaign")
+        backend = self._campaign.budget.backend
+        try:
+            # Written down and not built: what the backend has no kernel for costs no worker its time.
+            language_model(found, backend)
+        except ValueError as error:
+            return Rejection(f"backend: {backend}", str(error))
         return found
 
     def _enter(

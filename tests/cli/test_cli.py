@@ -157,6 +157,44 @@ def test_what_triton_has_no_kernel_for_is_a_wrong_request(tell) -> None:
     assert "at most 256 key channels with rule=dplr, and this mixer has 300" in told.err
 
 
+def test_a_space_that_is_not_utf8_is_named(tell, tmp_path) -> None:
+    (tmp_path / "space.toml").write_bytes(b'start = "\xff"')
+    told = tell("lint", "space.toml")
+    assert told.status == 2
+    assert told.err == "mixforge: error: space.toml: is not UTF-8 text (byte 9)\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [(("profile", "gdn", "--threads"), 1024), (("search", "tiny.toml", "--workers"), 65536)],
+)
+def test_more_threads_or_workers_than_there_can_be_are_refused(tell, tmp_path, words, most) -> None:
+    (tmp_path / "tiny.toml").touch()
+    told = tell(*words, "99999999")
+    assert told.status == 2
+    assert f"99999999 is not in the range 1<=x<={most}" in told.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_option(tell, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    told = tell("search", str(EXAMPLES / "tiny.toml"), "--db", "file/runs.db")
+    assert told.status == 2
+    assert told.err == (
+        "mixforge: error: the folder file cannot be made (File exists); give --db a path that can be written\n"
+    )
+
+
+def test_a_profile_asks_for_its_database_before_it_measures(tell, tmp_path, monkeypatch) -> None:
+    def measure(*args, **options):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("mixforge.evaluator.profiling.profile", measure)
+    told = tell("profile", "gdn", "--keep", "--db", str(tmp_path))
+    assert told.status == 2
+    assert "is a folder, not a database file" in told.err
+
+
 def test_triton_without_a_gpu_is_refused_and_leaves_nothing(tell, tmp_path) -> None:
     told = tell("profile", "gdn", "--backend", "triton")
     assert told.status == 2

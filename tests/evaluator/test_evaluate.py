@@ -26,6 +26,7 @@ from mixforge.evaluator.tasks.mqar import Mqar
 from mixforge.evaluator.tasks.text import Text
 from mixforge.evaluator.train import Step
 from mixforge.evaluator.weights import load_weights
+from mixforge.kernels.backend import BeyondKernels
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.notation import parse
 
@@ -102,6 +103,12 @@ def test_what_is_raised_is_an_outcome(error: Exception, outcome: Outcome) -> Non
     assert str(error).splitlines()[0] in evaluation.reason
     assert evaluation.trace is not None
     assert "Traceback" in evaluation.trace
+
+
+def test_what_no_kernel_takes_is_illegal_and_no_crash() -> None:
+    evaluation = _end(_raise(BeyondKernels("q has 200 key channels; at most 128 in float32")))
+    assert (evaluation.outcome, evaluation.trace) == (Outcome.illegal, None)
+    assert evaluation.reason == "q has 200 key channels; at most 128 in float32"
 
 
 def test_memory_that_is_not_there() -> None:

@@ -55,3 +55,16 @@ def test_the_logits_are_not_in_memory() -> None:
     x, weight, targets = draw(rows, vocab, torch.float32)
     peak = peak_bytes(lambda: linear_cross_entropy(x, weight, targets).backward(), "cpu")
     assert peak < rows * vocab * 4 / 2
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("vocab", [11, LEAST_VOCAB])
+def test_compiles_as_one_graph(vocab: int) -> None:
+    torch._dynamo.reset()
+    x, weight, targets = draw(CHUNK_ROWS + 1, vocab)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    expected, loss = linear_cross_entropy(x, weight, targets), compiled(x, weight, targets)
+    torch.testing.assert_close(loss, expected)
+    wanted = torch.autograd.grad(expected, (x, weight))
+    for actual, gradient in zip(torch.autograd.grad(loss, (x, weight)), wanted, strict=True):
+        torch.testing.assert_close(actual, gradient)

@@ -108,3 +108,15 @@ def test_inputs_need_not_be_contiguous() -> None:
     strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in (log_a, b, state)]
     for actual, wanted in zip(results(FORMS["torch"], strided), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+# Dynamo makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("length", "backend"), [(9, "eager"), (34, "aot_eager")])
+def test_compiles_as_one_graph(length: int, backend: str) -> None:
+    """Forward and backward, in one block and in two."""
+    torch._dynamo.reset()
+    compiled = torch.compile(FORMS["torch"], fullgraph=True, backend=backend)
+    inputs = draw(length)
+    for actual, wanted in zip(results(compiled, inputs), results(FORMS["torch"], inputs), strict=True):
+        torch.testing.assert_close(actual, wanted)

@@ -72,3 +72,13 @@ def test_steps_equal_the_scan(grad: bool) -> None:
             torch.testing.assert_close(h, expected[:, t])
             assert (state is given) is not grad
     torch.testing.assert_close(state, final)
+
+
+# Dynamo makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("length", "backend"), [(9, "eager"), (34, "aot_eager")])
+def test_compiles_as_one_graph(length: int, backend: str) -> None:
+    """Forward and backward, in one block and in two."""
+    torch._dynamo.reset()
+    compiled = torch.compile(FORMS["torch"], fullgraph=True, backend=backend)
+    assert_agree(compiled, FORMS["torch"], draw(length), 1e-12)

@@ -55,3 +55,14 @@ def test_steps_equal_the_scan(grad: bool) -> None:
             torch.testing.assert_close(y, expected[:, t])
             assert (state is given) is not grad
     torch.testing.assert_close(state, final)
+
+
+# Dynamo makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("values", "backend"), [(1 << 18, "eager"), (120, "aot_eager")])
+def test_compiles_as_one_graph(values: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, in one slab and in three."""
+    monkeypatch.setattr(selective_scan, "SLAB_VALUES", values)
+    torch._dynamo.reset()
+    compiled = torch.compile(FORMS["torch"], fullgraph=True, backend=backend)
+    assert_agree(compiled, FORMS["torch"], draw(11), 1e-12)

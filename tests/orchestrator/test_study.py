@@ -84,6 +84,35 @@ def test_a_space_without_anything_new_is_exhausted(stub, store):
     assert len({trial.digest for trial in ledger.trials}) == len(ledger.trials) == 2 + 6
 
 
+def on_triton(stub, rules):
+    text = stub.CAMPAIGN.replace(
+        "any(1, 2, 3) ** layer, width=any(16, 32, 48)", f"{rules} + swiglu, width=16"
+    )
+    return text.replace("deadline_s = 5", 'deadline_s = 5\nbackend = "triton"').replace("<= 40e3", "<= 1e6")
+
+
+def test_what_the_backend_has_no_kernel_for_is_refused_at_draw(stub, store):
+    pytest.importorskip("triton")
+    rules = "linear(rule=any(add, delta), heads=1, key_dim=any(16, 256, 300))"
+    ledger = Ledger(Campaign.parse(on_triton(stub, rules)), store, stub._environment())
+    finish(ledger, store, stub, 22)
+    drawn = [trial.text for trial in ledger.trials[2:]]
+    assert len(drawn) == 5
+    assert not any("rule=delta" in text and "key_dim=300" in text for text in drawn)
+    assert any("key_dim=300" in text for text in drawn)
+    assert ledger.rejected["backend: triton"] > 0
+
+
+def test_a_space_without_kernels_says_why_nothing_is_tried(stub, store):
+    pytest.importorskip("triton")
+    campaign = Campaign.parse(on_triton(stub, "linear(rule=delta, heads=1, key_dim=any(300, 400))"))
+    ledger = Ledger(campaign, store, stub._environment())
+    finish(ledger, store, stub, 22)
+    assert len(ledger.trials) == 2
+    assert ledger.exhausted
+    assert set(ledger.rejected) == {"backend: triton"}
+
+
 def test_shares_of_chance(campaign):
     import dataclasses
 

@@ -62,7 +62,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from torch import Tensor
 
 from mixforge.kernels import chunked_linear, dplr, log_linear, second_order, slot_attention, twofold_linear
-from mixforge.kernels.backend import triton_form
+from mixforge.kernels.backend import BeyondKernels, triton_form
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.linear_legality import why_unfit
@@ -572,12 +572,12 @@ class Linear(Mixer):
         )
 
     def _check_kernels(self, size: Sizes) -> None:
-        """Raise ValueError where no kernel holds the state of a head; under the rule add its rows are cut into groups."""
+        """Raise BeyondKernels where no kernel holds the state of a head; under rule add its rows are cut into groups."""
         slots = isinstance(self.rule, Form)
         most = 128 if slots else 256
         if (slots or self.rule in ("delta", "dplr") or self.decay == "both") and size.features > most:
             genes = "decay=both" if self.decay == "both" else f"rule={self.rule}"
-            raise ValueError(
+            raise BeyondKernels(
                 f"backend='triton' takes at most {most} key channels with {genes}, and this mixer has {size.features} "
                 "(mixer linear): give a smaller key_dim, or build with backend='torch'"
             )
