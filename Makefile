@@ -12,7 +12,7 @@ ORACLE := .venv-oracle
 HF     := .venv-transformers
 
 PYTEST := $(BIN)/python -m pytest
-# Two steps of one process each beside one another, where make can keep what they print apart.
+# Two steps beside one another, where make can keep what they print apart; the longest comes first. Some tests wait.
 BESIDE := --no-print-directory $(if $(filter output-sync,$(.FEATURES)),--jobs 2 --output-sync=target)
 STEPS  := lint types imports examples tests interpreted compiled older fla transformers
 
@@ -26,8 +26,7 @@ search: $(VENV)/.ready
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
 test: $(VENV)/.ready-dev
-	$(MAKE) $(BESIDE) lint imports examples types interpreted
-	$(MAKE) --no-print-directory tests
+	$(MAKE) $(BESIDE) tests lint imports types examples interpreted
 
 kernels: older compiled
 

@@ -59,7 +59,8 @@ def built(
     width: int = WIDTH,
     seed: int = 0,
 ) -> TokenMixer:
-    torch.manual_seed(seed)
+    # `torch.manual_seed` notes where it was called, once for each kind of device.
+    torch.default_generator.manual_seed(seed)
     module = mixer.build(width, backend).build().to(dtype).eval()  # type: ignore[arg-type]
     return Pointwise(module) if mixer.is_pointwise else module
 
@@ -86,7 +87,7 @@ def lent(
             whole = torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
             found.append(whole.to(dtype))
             continue
-        whole = torch.randn(2, 100, *shape, generator=generator, dtype=torch.float64)[:batch].to(dtype)
+        whole = torch.randn(12, 100, *shape, generator=generator, dtype=torch.float64)[:batch].to(dtype)
         cache = whole[:, :capacity].transpose(1, 2)
         found.append(cache if loan.extent == "cache" else whole[:, start:end])
     return tuple(found)
@@ -191,8 +192,9 @@ def counted_flops(module: TokenMixer, mixer: Mixer, length: int) -> int:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_cpu,
         torch.ops.aten.mkldnn_rnn_layer: lstm_cpu,
     }
+    x_BTD, place = inputs(length, torch.float32)[:1], at(mixer, 0, length, torch.float32, batch=1)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        module(inputs(length, torch.float32)[:1], None, at(mixer, 0, length, torch.float32, batch=1))
+        module(x_BTD, None, place)
     return counter.get_total_flops()
 
 
@@ -205,29 +207,31 @@ def test_parameters_and_flops_are_exact(mixer: Mixer) -> None:
         assert cost.flops == counted_flops(module, mixer, length), f"at length {length}"
 
 
-def written_bytes(mixer: Mixer, length: int, dtype: torch.dtype) -> int:
-    """Bytes of a sequence's state that a step may change: looked for until 32 inputs in a row change nothing new.
+def written_bytes(mixer: Mixer, length: int, dtype: torch.dtype, batch: int = 12) -> int:
+    """Bytes of a sequence's state that a step may change: looked for until three batches in a row change nothing new.
 
-    Under three draws of weights, as features of one may exclude one another.
+    Under three draws of weights in turn, as features of one may exclude one another.
     """
-    modules = [built(mixer, dtype, seed=each) for each in range(3)]
+    modules: dict[int, TokenMixer] = {}
     changed: dict[str, Tensor] = {}
     idle = seed = written = 0
-    while idle < 32:
+    while idle < 3:
         seed += 1
-        module = modules[seed % len(modules)]
-        state = module.initial_state(1, length + 1, torch.device("cpu"), dtype)
+        draw = seed % 3
+        if draw not in modules:
+            modules[draw] = built(mixer, dtype, seed=draw)
+        state = modules[draw].initial_state(batch, length + 1, torch.device("cpu"), dtype)
         generator = torch.Generator().manual_seed(seed)
         for tensor in state.values():
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
             # Small additions would be lost beside larger entries.
-            if seed % 4 == 0:
-                tensor.zero_()
+            tensor[::4] = 0
         before = {name: tensor.clone() for name, tensor in state.items()}
-        x_BD = 3 * inputs(1, dtype, seed)[:1, 0]
-        _, state = module.step(x_BD, state, at(mixer, length, length + 1, dtype, batch=1))
+        x_BD = 3 * torch.randn(batch, WIDTH, generator=generator).to(dtype)
+        _, state = modules[draw].step(x_BD, state, at(mixer, length, length + 1, dtype, batch=batch))
         for name, tensor in state.items():
-            changed[name] = changed.get(name, torch.zeros(())).bool() | (tensor != before[name])
+            seen = changed.get(name, torch.zeros(())).bool()
+            changed[name] = seen | (tensor != before[name]).any(0)
         found = sum(int(changed[name].sum()) * state[name].itemsize for name in changed)
         idle = 0 if found > written else idle + 1
         written = found
@@ -291,17 +295,17 @@ def _check_bfloat16(mixer: Mixer, most: float, share: float = 1.0) -> None:
     x_BTD = inputs(13, torch.bfloat16)
     y_BTD, _ = module(x_BTD, None, at(mixer, 0, 13, torch.bfloat16))
     assert y_BTD.dtype == torch.bfloat16
-    # The same rounded weights and inputs, so that a choice, as of experts, is the same one.
-    expected, _ = built(mixer, torch.bfloat16).double()(x_BTD.double(), None, at(mixer, 0, 13))
-    errors = (y_BTD.double() - expected).square().mean(-1).flatten().sort().values
-    error = errors[: round(share * len(errors))].mean().sqrt() / expected.square().mean().sqrt()
-    assert error < most
     state = module.initial_state(2, 13, x_BTD.device, x_BTD.dtype)
     y_BD, after = module.step(x_BTD[:, 0], state, at(mixer, 0, 1, torch.bfloat16, 13))
     assert y_BD.dtype == torch.bfloat16
     assert {name: tensor.dtype for name, tensor in after.items()} == {
         name: tensor.dtype for name, tensor in state.items()
     }
+    # The same rounded weights and inputs, so that a choice, as of experts, is the same one.
+    expected, _ = module.double()(x_BTD.double(), None, at(mixer, 0, 13))
+    errors = (y_BTD.double() - expected).square().mean(-1).flatten().sort().values
+    error = errors[: round(share * len(errors))].mean().sqrt() / expected.square().mean().sqrt()
+    assert error < most
 
 
 @every_mixer
