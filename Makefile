@@ -7,14 +7,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/laptop
 OLDER  := .venv-triton36
-OLDER_CASES ?= --targets sm_90,sm_100 --only 'K128 V128 bfloat16'
+OLDER_CASES ?= --once
 ORACLE := .venv-oracle
 HF     := .venv-transformers
 
 PYTEST := $(BIN)/python -m pytest
-# Two steps beside one another, where make can keep what they print apart; the longest comes first. Some tests wait.
+# Two steps of one process each beside one another, where make can keep what they print apart.
 BESIDE := --no-print-directory $(if $(filter output-sync,$(.FEATURES)),--jobs 2 --output-sync=target)
-STEPS  := lint types imports examples tests interpreted compiled older fla transformers
+STEPS  := lint types imports examples tests campaigns interpreted compiled older fla transformers
 
 .PHONY: search test kernels oracle setup bench clean $(STEPS)
 
@@ -26,7 +26,9 @@ search: $(VENV)/.ready
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
 test: $(VENV)/.ready-dev
-	$(MAKE) $(BESIDE) tests lint imports types examples interpreted
+	$(MAKE) $(BESIDE) lint imports interpreted examples types
+	@echo "tests and campaigns, side by side: what they print comes when each has ended"
+	$(MAKE) $(BESIDE) campaigns tests
 
 kernels: older compiled
 
@@ -43,7 +45,11 @@ imports: $(VENV)/.ready-dev
 	$(BIN)/lint-imports
 
 tests: $(VENV)/.ready-dev
-	$(PYTEST) -n 2 --dist worksteal --ignore tests/test_docs.py
+	nice -n 19 $(PYTEST) -n 2 --dist worksteal --ignore tests/test_docs.py --ignore tests/orchestrator
+
+# Deadlines and restarts, which mostly wait, and must not wait for a processor.
+campaigns: $(VENV)/.ready-dev
+	$(PYTEST) tests/orchestrator
 
 # Where there is no Triton nothing is collected, which is status 5.
 interpreted: $(VENV)/.ready-dev
@@ -57,7 +63,7 @@ examples: $(VENV)/.ready-dev
 compiled: $(VENV)/.ready-dev
 	$(BIN)/python -m mixforge.kernels.ahead_of_time
 
-# Every kernel for every target with OLDER_CASES empty, which takes as long as `make compiled`.
+# Each kernel once for every target; in all cases with OLDER_CASES empty, which takes as long as `make compiled`.
 older: $(VENV)/.ready-dev $(OLDER)/.ready
 	$(OLDER)/bin/python -m mixforge.kernels.ahead_of_time $(OLDER_CASES)
 	TRITON_INTERPRET=1 $(OLDER)/bin/python -m pytest tests/kernels/interpreted -k 13 \
@@ -93,8 +99,8 @@ $(VENV)/.ready-dev: $(BIN)/python pyproject.toml constraints.txt
 
 # An environment with a few packages of its own, that finds all others in the main one.
 define layer
-	$(BIN)/python -m venv --clear $(1)
-	$(1)/bin/python -m pip install --quiet --no-compile --no-deps $(2)
+	$(BIN)/python -m venv --without-pip --clear $(1)
+	$(BIN)/python -m pip --python $(1)/bin/python install --quiet --no-compile --no-deps $(2)
 	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
 	  > "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/layer.pth"
 	@touch $(1)/.ready

@@ -16,7 +16,7 @@ import triton.language as tl  # noqa: E402
 from mixforge.kernels.ahead_of_time import budgets  # noqa: E402
 from mixforge.kernels.ahead_of_time.__main__ import main  # noqa: E402
 from mixforge.kernels.ahead_of_time.budgets import Figures, StackBudget, over_budget  # noqa: E402
-from mixforge.kernels.ahead_of_time.cases import CASES  # noqa: E402
+from mixforge.kernels.ahead_of_time.cases import CASES, ONCE  # noqa: E402
 from mixforge.kernels.ahead_of_time.compiling import TARGETS, Unit, compile_units, unit  # noqa: E402
 from mixforge.kernels.ahead_of_time.judging import Wanted, distinct, judge  # noqa: E402
 from mixforge.kernels.ahead_of_time.recording import record  # noqa: E402
@@ -58,6 +58,20 @@ def nothing(x):
 def arguments() -> tuple[object, ...]:
     x = torch.empty(64, 64, dtype=torch.bfloat16)
     return x, x, x.float(), None, 64, 1, 32, 0.5
+
+
+def test_every_kernel_is_among_those_compiled_once() -> None:
+    def launched(cases):
+        made = [record(case, "sm_90") for case in cases]
+        return {
+            launch.name
+            for one in made
+            for part in (one.forward, one.backward)
+            if part
+            for launch in part.launches
+        }
+
+    assert launched(ONCE) == launched(CASES)
 
 
 def written(target: str, kernel, *args: object, config: Config, **constants: object):

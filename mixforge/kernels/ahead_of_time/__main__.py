@@ -17,7 +17,7 @@ from pathlib import Path
 
 import triton
 
-from mixforge.kernels.ahead_of_time.cases import CASES
+from mixforge.kernels.ahead_of_time.cases import CASES, ONCE
 from mixforge.kernels.ahead_of_time.compiling import TARGETS
 from mixforge.kernels.ahead_of_time.judging import Judged, distinct, judge
 from mixforge.kernels.ahead_of_time.recording import Recorded, record
@@ -60,6 +60,7 @@ def _asked(words: Sequence[str] | None) -> argparse.Namespace:
     )
     reader.add_argument("--targets", default=",".join(TARGETS), help=f"which of {', '.join(TARGETS)}")
     reader.add_argument("--only", default="", metavar="TEXT", help="only the cases whose label contains it")
+    reader.add_argument("--once", action="store_true", help="of each kernel only the case that asks most")
     reader.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     reader.add_argument(
         "--write", type=Path, metavar="PAGE", help="put the tables between the page's markers"
@@ -69,10 +70,11 @@ def _asked(words: Sequence[str] | None) -> argparse.Namespace:
     unknown = [target for target in asked.targets if target not in TARGETS]
     if unknown:
         reader.error(f"unknown target {', '.join(unknown)}; legal targets: {', '.join(TARGETS)}")
-    asked.cases = [case for case in CASES if asked.only in case.label]
+    cases = ONCE if asked.once else CASES
+    asked.cases = [case for case in cases if asked.only in case.label]
     if not asked.cases:
         reader.error(
-            f"no case contains {asked.only!r}; the cases are: {'; '.join(case.label for case in CASES)}"
+            f"no case contains {asked.only!r}; the cases are: {'; '.join(case.label for case in cases)}"
         )
     if interpreting():
         reader.error("kernels that are interpreted cannot be compiled: unset TRITON_INTERPRET")

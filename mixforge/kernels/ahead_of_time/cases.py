@@ -300,3 +300,26 @@ CASES: tuple[Case, ...] = (
     _case("norm", "gated", _norm, _WIDE, rms_norm_gated_reference),
     _case("norm", "gated", _norm, {"B": 8, "T": 65536, "D": 128}, rms_norm_gated_reference),
 )
+
+# What asks most of a compiler, and launches every kernel.
+_HARDEST = (
+    ("chunked_linear", "channel, delta"),
+    ("linear decode", "channel, delta"),
+    ("linear step", "channel, delta"),
+    ("dplr", "removal"),
+    ("twofold_linear", "both decays"),
+    ("dplr step", "removal"),
+    ("gated_scan", "complex"),
+    ("gated_scan step", "complex"),
+    ("selective_scan", "skip"),
+    ("selective_scan step", "skip"),
+    ("short_conv", "silu"),
+    ("short_conv step", "silu"),
+    ("recurrent_cells", "slstm"),
+    ("recurrent_cells", "lstm"),
+    ("recurrent_cells step", "slstm"),
+    ("norm", "gated"),
+)
+ONCE: tuple[Case, ...] = tuple(
+    next(case for case in CASES if (case.op, case.variant) == wanted) for wanted in _HARDEST
+)
