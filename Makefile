@@ -14,7 +14,7 @@ HF     := .venv-transformers
 PYTEST := $(BIN)/python -m pytest
 # Two steps of one process each beside one another, where make can keep what they print apart.
 BESIDE := --no-print-directory $(if $(filter output-sync,$(.FEATURES)),--jobs 2 --output-sync=target)
-STEPS  := lint types imports examples tests campaigns interpreted compiled older fla transformers
+STEPS  := lint types imports examples tests interpreted compiled older fla transformers
 
 .PHONY: search test kernels oracle setup bench clean $(STEPS)
 
@@ -26,9 +26,8 @@ search: $(VENV)/.ready
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
 test: $(VENV)/.ready-dev
-	$(MAKE) $(BESIDE) lint imports interpreted examples types
-	@echo "tests and campaigns, side by side: what they print comes when each has ended"
-	$(MAKE) $(BESIDE) campaigns tests
+	$(MAKE) $(BESIDE) lint imports examples types interpreted
+	$(MAKE) --no-print-directory tests
 
 kernels: older compiled
 
@@ -45,11 +44,7 @@ imports: $(VENV)/.ready-dev
 	$(BIN)/lint-imports
 
 tests: $(VENV)/.ready-dev
-	nice -n 19 $(PYTEST) -n 2 --dist worksteal --ignore tests/test_docs.py --ignore tests/orchestrator
-
-# Deadlines and restarts, which mostly wait, and must not wait for a processor.
-campaigns: $(VENV)/.ready-dev
-	$(PYTEST) tests/orchestrator
+	$(PYTEST) -n 2 --dist worksteal --ignore tests/test_docs.py
 
 # Where there is no Triton nothing is collected, which is status 5.
 interpreted: $(VENV)/.ready-dev
