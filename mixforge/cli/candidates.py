@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -148,6 +149,8 @@ def profile(
     import torch
 
     from mixforge.cli.naming import architecture_of
+    from mixforge.db.store import Store
+    from mixforge.db.values import describe
     from mixforge.evaluator.environment import environment
     from mixforge.evaluator.evaluation import Workload
     from mixforge.evaluator.profiling import profile as measure
@@ -160,17 +163,13 @@ def profile(
     check_backend(backend, device)
     torch.set_num_threads(threads)
     workload = Workload(batch=batch, context=context, dtype=dtype)
+    # Before a file is made for a device that is not here.
     environment(device)
-    if keep:
-        from mixforge.db.store import Store
-        from mixforge.db.values import describe
-
-        # Opened first, for a database that cannot be had should cost nobody a measurement.
-        with Store.open(db, "create") as store:
-            measured = measure(architecture, workload, device=device, backend=backend)
-            store.add_profile(describe(architecture), measured)
-    else:
+    # The database is opened first, for one that cannot be had should cost nobody a measurement.
+    with Store.open(db, "create") if keep else nullcontext() as store:
         measured = measure(architecture, workload, device=device, backend=backend)
+        if store is not None:
+            store.add_profile(describe(architecture), measured)
     if as_json:
         print_json(
             {"digest": architecture.digest, "architecture": str(architecture), **_profile_json(measured)}
