@@ -1,11 +1,12 @@
 """Our kernels, their torch forms, fla-core where it is installed and SDPA, side by side on a GPU.
 
-    python benchmarks/kernels.py [--json FILE] [--quick] [--repeats 20] [--only TEXT]
+    python benchmarks/kernels.py [--json FILE] [--quick] [--repeats 20] [--only TEXT] [--jobs 8]
 
 bfloat16. Each form is first held against the reference form in float64, with its gradients; where one of ours is wrong,
 nothing is timed and the exit status is 1. All forms of a size are timed in turn, captured in a graph and not, on copies
 of the inputs that are together beyond the L2. The floor is the time in which the bytes of inputs and outputs are copied,
-at the bandwidth of a copy in this run. Without a GPU the exit status is 2.
+at the bandwidth of a copy in this run. `--jobs` checks in so many processes, whose compilers run beside one another.
+Without a GPU the exit status is 2.
 """
 
 from __future__ import annotations
@@ -13,16 +14,31 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from on_gpu.cases import Case, cases
-from on_gpu.measuring import Gpu, Spread, copies, first_line, interleaved, prepare, size_of, spread, wrong
-from on_gpu.rivals import fla_version
+from on_gpu.measuring import (
+    Gpu,
+    Spread,
+    call,
+    copies,
+    first_line,
+    interleaved,
+    outputs_of,
+    prepare,
+    size_of,
+    spread,
+    wrong,
+)
+from on_gpu.rivals import compile_only, fla_version
 
 from mixforge.evaluator.environment import environment
 
@@ -31,6 +47,9 @@ OURS = ("triton", "torch")
 # What is asked: of fla's time, of the published neighbour's, and of the copy bandwidth by a step of 64 sequences.
 FLA_GOAL, DELTA_GOAL, NEIGHBOUR_GOAL, STEP_GOAL = 1.0, 1.2, 1.1, 0.7
 UNPUBLISHED = {"head, delta": "scalar, delta"}
+
+Ask = Callable[[Sequence[tuple[int, str]]], Iterable["str | None"]]
+"""Of numbers of cases and forms: why each is not timed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,23 +91,71 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def check(found: Sequence[Case], gpu: Any) -> tuple[dict[tuple[str, str], str], list[Dropped]]:
-    """What is wrong, by label and form, and the same as a list. Forms of the same dims are checked once."""
+def check(found: Sequence[Case], ask: Ask) -> tuple[dict[tuple[str, str], str], list[Dropped]]:
+    """What is wrong, by label and form, and the same as a list."""
+    asked = [(number, name) for number, case in enumerate(found) for name in case.forms]
+    dropped = [
+        Dropped(label=found[number].label, form=name, reason=reason)
+        for (number, name), reason in zip(asked, ask(asked), strict=True)
+        if reason is not None
+    ]
+    return {(each.label, each.form): each.reason for each in dropped}, dropped
+
+
+def one_after_the_other(found: Sequence[Case], device: torch.device) -> Ask:
+    """Forms of the same dims are checked once."""
     said: dict[tuple[Any, ...], str | None] = {}
-    dropped = []
-    for case in found:
-        for name, operation in case.forms.items():
+
+    def ask(asked: Iterable[tuple[int, str]]) -> Iterator[str | None]:
+        for number, name in asked:
+            case = found[number]
             key = (case.op, case.variant, case.is_step, case.size.dim, name)
             if key not in said:
                 tell(f"check {case.op} ({case.variant}) D{case.size.dim}: {name}")
-                try:
-                    said[key] = wrong(case, operation, DTYPE, gpu.device)
-                except Exception as error:
-                    said[key] = first_line(error)
-            reason = said[key]
-            if reason is not None:
-                dropped.append(Dropped(label=case.label, form=name, reason=reason))
-    return {(each.label, each.form): each.reason for each in dropped}, dropped
+                said[key] = look(case, name, device)
+            yield said[key]
+
+    return ask
+
+
+def beside_one_another(jobs: int, device: torch.device, quick: bool, only: str) -> Ask:
+    """In processes, where each form also runs at its own size: this one then finds it compiled, on the disk."""
+
+    def ask(asked: Sequence[tuple[int, str]]) -> list[str | None]:
+        tell(f"compile and check {len(asked)} forms in {jobs} processes")
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=compile_only) as pool:
+            return list(pool.map(partial(look_and_run, device, quick, only), asked))
+
+    return ask
+
+
+def look_and_run(device: torch.device, quick: bool, only: str, asked: tuple[int, str]) -> str | None:
+    number, name = asked
+    case = choose(quick, only)[number]
+    said = look(case, name, device)
+    if said is None and name != "torch":
+        inputs = case.draw(case.size, device, DTYPE)
+        try:
+            for phase in case.phases:
+                output = torch.zeros_like(outputs_of(case.forms[name], inputs)[0])
+                call(case.forms[name], phase, inputs, output)()
+        except torch.OutOfMemoryError:
+            # Others are at work: what is not compiled yet is compiled when it is timed.
+            pass
+        torch.cuda.empty_cache()
+    return said
+
+
+def look(case: Case, name: str, device: torch.device) -> str | None:
+    """Why a form is not timed, where it is wrong or fails."""
+    try:
+        return wrong(case, case.forms[name], DTYPE, device)
+    except Exception as error:
+        return first_line(error)
+
+
+def choose(quick: bool, only: str) -> list[Case]:
+    return [case for case in cases(quick) if only in case.label]
 
 
 def red(dropped: Sequence[Dropped]) -> list[Dropped]:
@@ -205,19 +272,31 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes only, 5 repeats")
     parser.add_argument("--repeats", type=int, help="of every span (default: 20)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains this text")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="processes that compile and check, each with its own copy of the inputs",
+    )
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         tell("benchmarks/kernels.py times kernels on a GPU, and torch sees none here: nothing is timed")
         return 2
     repeats = asked.repeats or (5 if asked.quick else 20)
     gpu = Gpu()
-    chosen = [case for case in cases(asked.quick) if asked.only in case.label]
+    chosen = choose(asked.quick, asked.only)
     if not chosen:
         tell(
             f"no case contains {asked.only!r}; there are: {', '.join(case.label for case in cases(asked.quick))}"
         )
         return 1
-    bad, dropped = check(chosen, gpu)
+    is_shared = asked.jobs > 1
+    ask = (
+        beside_one_another(asked.jobs, gpu.device, asked.quick, asked.only)
+        if is_shared
+        else one_after_the_other(chosen, gpu.device)
+    )
+    bad, dropped = check(chosen, ask)
     if red(dropped):
         for each in red(dropped):
             tell(f"WRONG {each.label}, {each.form}: {each.reason}")

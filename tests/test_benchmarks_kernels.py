@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -169,6 +171,13 @@ def test_every_torch_form_is_right(
             assert said is None, case.label
 
 
+def checked(kernels: ModuleType, case: object) -> tuple[dict[tuple[str, str], str], list[object]]:
+    found: tuple[dict[tuple[str, str], str], list[object]] = kernels.check(
+        [case], kernels.one_after_the_other([case], torch.device("cpu"))
+    )
+    return found
+
+
 def test_a_form_that_is_not_ours_is_left_out_where_it_is_wrong(
     kernels: ModuleType, cases: ModuleType
 ) -> None:
@@ -176,13 +185,43 @@ def test_a_form_that_is_not_ours_is_left_out_where_it_is_wrong(
         raise RuntimeError("no such kernel\nand more")
 
     forms = {"triton": lambda x: 2 * x, "fla off": lambda x: 3 * x, "fla broken": broken}
-    bad, dropped = kernels.check([toy(cases, **forms)], Made())
+    bad, dropped = checked(kernels, toy(cases, **forms))
     label = "double (toy) B4 T25 H1 D1"
     assert set(bad) == {(label, "fla off"), (label, "fla broken")}
     assert bad[label, "fla broken"] == "RuntimeError: no such kernel"
     assert kernels.red(dropped) == []
-    bad, dropped = kernels.check([toy(cases, triton=lambda x: 3 * x)], Made())
+    bad, dropped = checked(kernels, toy(cases, triton=lambda x: 3 * x))
     assert [each.form for each in kernels.red(dropped)] == ["triton"]
+
+
+def test_in_a_process_of_its_own_a_form_also_runs_at_its_size(
+    kernels: ModuleType, cases: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def mine(x: Tensor) -> Tensor:
+        seen.append(x.numel())
+        return 2 * x
+
+    case = toy(cases, triton=mine, torch=lambda x: 3 * x)
+    monkeypatch.setattr(kernels, "choose", lambda quick, only: [case])
+    ask = partial(kernels.look_and_run, torch.device("cpu"), True, "")
+    assert ask((0, "triton")) is None
+    # Once checked; then forward, and forward and backward, each also for the shape of the output's gradient.
+    assert seen == [100] * 5
+    assert str(ask((0, "torch"))).startswith("output is off")
+
+
+def test_a_tuner_that_only_compiles_runs_each_choice_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rivals = importlib.import_module("on_gpu.rivals")
+    testing = importlib.import_module("triton.testing")
+    monkeypatch.setattr(testing, "do_bench", testing.do_bench)
+    monkeypatch.setenv("FLA_CACHE_RESULTS", "1")
+    rivals.compile_only()
+    runs: list[int] = []
+    assert len(testing.do_bench(lambda: runs.append(1), quantiles=(0.5, 0.2, 0.8))) == 3
+    assert runs == [1]
+    assert os.environ["FLA_CACHE_RESULTS"] == "0"
 
 
 def test_figures_of_one_size(kernels: ModuleType, cases: ModuleType) -> None:
