@@ -103,15 +103,15 @@ def check(found: Sequence[Case], ask: Ask) -> tuple[dict[tuple[str, str], str], 
 
 
 def one_after_the_other(found: Sequence[Case], device: torch.device) -> Ask:
-    """Forms of the same dims are checked once."""
+    """Forms of the same heads are checked once."""
     said: dict[tuple[Any, ...], str | None] = {}
 
     def ask(asked: Iterable[tuple[int, str]]) -> Iterator[str | None]:
         for number, name in asked:
             case = found[number]
-            key = (case.op, case.variant, case.is_step, case.size.dim, name)
+            key = (case.op, case.variant, case.is_step, case.size.heads, case.size.dim, name)
             if key not in said:
-                tell(f"check {case.op} ({case.variant}) D{case.size.dim}: {name}")
+                tell(f"check {case.op} ({case.variant}) H{case.size.heads} D{case.size.dim}: {name}")
                 said[key] = look(case, name, device)
             yield said[key]
 

@@ -161,6 +161,7 @@ def test_every_torch_form_is_right(
 ) -> None:
     """The cases draw what their forms take, and the references are those of the forms."""
     monkeypatch.setattr(measuring, "CHECKED_LENGTH", 70)
+    monkeypatch.setattr(measuring, "ATTENTION_LENGTH", 70)
     made = [*cases.sequences(cases.Size(1, 128, 1, 8)), *cases.steps(cases.Size(1, 1, 1, 8))]
     assert {case.variant for case in made if case.op == "linear"} == {
         f"{decay}, {rule}" for decay in cases.DECAYS for rule in cases.RULES

@@ -16,8 +16,8 @@ from on_gpu.cases import Case, Inputs, Operation, Phase, Size
 
 # RMS error over RMS, of outputs and gradients against the reference in float64. A wrong kernel is wrong by far more.
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# Longer than every window, and no multiple of a block.
-CHECKED_LENGTH = 601
+# No multiples of a block; that of attention is longer than every window.
+CHECKED_LENGTH, ATTENTION_LENGTH = 130, 601
 # Inputs of a call are met again when as many bytes as this many L2 caches have gone by.
 CACHES = 2
 MOST_COPIES = 128
@@ -85,8 +85,9 @@ def outputs_of(operation: Operation, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def wrong(case: Case, operation: Operation, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What differs from the reference form in float64 on a shorter input of the same dims; None where nothing does."""
-    size = Size(2, 1 if case.is_step else CHECKED_LENGTH, 2, case.size.dim)
+    """What differs from the reference form in float64 on a shorter input of the same heads; None where nothing does."""
+    length = ATTENTION_LENGTH if case.op == "attention" else CHECKED_LENGTH
+    size = Size(2, 1 if case.is_step else length, case.size.heads, case.size.dim)
     torch.manual_seed(0)
     given = case.draw(size, device, dtype)
     exact = tuple(None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in given)

@@ -193,10 +193,12 @@ class _Decode:
 class _CapturedDecode:
     """The same as a CUDA graph.
 
-    A graph reads and writes fixed buffers, so they are filled anew before a replay.
+    A graph reads and writes fixed buffers, so they are filled anew before a replay. It holds none of them itself:
+    what it reads is kept here, or the allocator would give its memory to others.
     """
 
     def __init__(self, model: LanguageModel, token_B: Tensor, state: State) -> None:
+        self._reads = model, token_B
         self._state = state
         self._buffers = _copy(state)
         # Capture wants a stream of its own that has run the work before, so that nothing is allocated for the

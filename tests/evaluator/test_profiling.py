@@ -116,3 +116,21 @@ def test_captured_step_gives_the_step_s_logits() -> None:
     torch.cuda.synchronize()
     expected, _ = model.step(tokens_BT[:, 0], state)
     torch.testing.assert_close(captured.result[0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_step_keeps_the_token_that_it_reads() -> None:
+    from mixforge.evaluator.profiling import _CapturedDecode
+
+    model = parse(_TEXT).build(device="cuda")
+    tokens_BT = torch.randint(256, (2, 30), device="cuda")
+    _, state = model.prefill(tokens_BT, capacity=31)
+    captured = _CapturedDecode(model, torch.full((2,), 7, device="cuda"), state)
+    # Whatever was freed is written over with what is no token.
+    spoilt = [torch.full((2,), 1 << 40, device="cuda") for _ in range(1000)]
+    captured.prepare()()
+    torch.cuda.synchronize()
+    del spoilt
+    expected, _ = model.step(torch.full((2,), 7, device="cuda"), state)
+    torch.testing.assert_close(captured.result[0], expected)
