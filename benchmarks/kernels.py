@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
@@ -118,20 +118,22 @@ def one_after_the_other(found: Sequence[Case], device: torch.device) -> Ask:
     return ask
 
 
-def beside_one_another(jobs: int, device: torch.device, quick: bool, only: str) -> Ask:
+def beside_one_another(jobs: int, device: torch.device, *chosen: object) -> Ask:
     """In processes, where each form also runs at its own size: this one then finds it compiled, on the disk."""
 
     def ask(asked: Sequence[tuple[int, str]]) -> list[str | None]:
         tell(f"compile and check {len(asked)} forms in {jobs} processes")
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=compile_only) as pool:
-            return list(pool.map(partial(look_and_run, device, quick, only), asked))
+            return list(pool.map(partial(look_and_run, device, *chosen), asked))
 
     return ask
 
 
-def look_and_run(device: torch.device, quick: bool, only: str, asked: tuple[int, str]) -> str | None:
+def look_and_run(
+    device: torch.device, quick: bool, only: str, without: str, asked: tuple[int, str]
+) -> str | None:
     number, name = asked
-    case = choose(quick, only)[number]
+    case = choose(quick, only, without)[number]
     said = look(case, name, device)
     if said is None and name != "torch":
         inputs = case.draw(case.size, device, DTYPE)
@@ -154,8 +156,13 @@ def look(case: Case, name: str, device: torch.device) -> str | None:
         return first_line(error)
 
 
-def choose(quick: bool, only: str) -> list[Case]:
-    return [case for case in cases(quick) if only in case.label]
+def choose(quick: bool, only: str, without: str) -> list[Case]:
+    """The cases that are asked for, with their forms."""
+    return [
+        replace(case, forms={name: form for name, form in case.forms.items() if name != without})
+        for case in cases(quick)
+        if only in case.label
+    ]
 
 
 def red(dropped: Sequence[Dropped]) -> list[Dropped]:
@@ -272,6 +279,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes only, 5 repeats")
     parser.add_argument("--repeats", type=int, help="of every span (default: 20)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains this text")
+    parser.add_argument("--without", default="", metavar="FORM", help="a form to leave out, such as torch")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -284,18 +292,17 @@ def main() -> int:
         return 2
     repeats = asked.repeats or (5 if asked.quick else 20)
     gpu = Gpu()
-    chosen = choose(asked.quick, asked.only)
+    selection = asked.quick, asked.only, asked.without
+    chosen = choose(*selection)
     if not chosen:
         tell(
             f"no case contains {asked.only!r}; there are: {', '.join(case.label for case in cases(asked.quick))}"
         )
         return 1
-    is_shared = asked.jobs > 1
-    ask = (
-        beside_one_another(asked.jobs, gpu.device, asked.quick, asked.only)
-        if is_shared
-        else one_after_the_other(chosen, gpu.device)
-    )
+    if asked.jobs > 1:
+        ask = beside_one_another(asked.jobs, gpu.device, *selection)
+    else:
+        ask = one_after_the_other(chosen, gpu.device)
     bad, dropped = check(chosen, ask)
     if red(dropped):
         for each in red(dropped):

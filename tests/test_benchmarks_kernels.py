@@ -205,8 +205,8 @@ def test_in_a_process_of_its_own_a_form_also_runs_at_its_size(
         return 2 * x
 
     case = toy(cases, triton=mine, torch=lambda x: 3 * x)
-    monkeypatch.setattr(kernels, "choose", lambda quick, only: [case])
-    ask = partial(kernels.look_and_run, torch.device("cpu"), True, "")
+    monkeypatch.setattr(kernels, "choose", lambda *chosen: [case])
+    ask = partial(kernels.look_and_run, torch.device("cpu"), True, "", "")
     assert ask((0, "triton")) is None
     # Once checked; then forward, and forward and backward, each also for the shape of the output's gradient.
     assert seen == [100] * 5
@@ -330,3 +330,5 @@ def test_a_run_is_written_down(
     assert {"environment", "fla_core", "command", "l2_bytes"} <= record.keys()
     assert "not timed: double (toy) B4 T25 H1 D1, other: output is off" in capsys.readouterr().out
     assert run(kernels, monkeypatch, case, ["--only", "nothing of that name"]) == 1
+    assert run(kernels, monkeypatch, case, ["--json", str(file), "--without", "other"]) == 0
+    assert json.loads(file.read_text())["dropped"] == []

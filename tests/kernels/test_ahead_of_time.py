@@ -51,6 +51,21 @@ def product(x, y, o, bias, length, one, even, scale, B: tl.constexpr, PRECISION:
 
 
 @triton.jit
+def summed(x, y, o, sums, length, B: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):
+    """A loop whose product and whose sum share an operand."""
+    row, column = tl.arange(0, B), tl.arange(0, N)
+    total = tl.zeros([B, N], tl.float32)
+    along = tl.zeros([N], tl.float32)
+    for step in range(length):
+        left = tl.load(x + step * B * B + row[:, None] * B + row[None, :])
+        right = tl.load(y + step * B * N + row[:, None] * N + column[None, :])
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        along += tl.sum(right.to(tl.float32), 0)
+    tl.store(o + row[:, None] * N + column[None, :], total)
+    tl.store(sums + column, along)
+
+
+@triton.jit
 def nothing(x):
     return
 
@@ -234,3 +249,31 @@ def test_a_wrong_request_is_told_what_is_legal(capsys: pytest.CaptureFixture[str
         main(["--targets", "sm_90,sm_9"])
     assert end.value.code == 2
     assert "sm_9; legal targets: sm_80, sm_90, sm_100, gfx942" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "warps", "stages", "said"),
+    [
+        (torch.bfloat16, 64, 4, 2, ["fills a buffer again while a product that reads it is under way"]),
+        (torch.bfloat16, 64, 4, 1, []),
+        (
+            torch.float32,
+            16,
+            8,
+            1,
+            ["multiplies TF32 eight columns at a time, which reads beyond its operands"],
+        ),
+        (torch.float32, 16, 4, 1, []),
+    ],
+)
+def test_what_gave_wrong_numbers_on_a_device_is_found(
+    dtype: torch.dtype, columns: int, warps: int, stages: int, said: list[str]
+) -> None:
+    x, o = torch.empty(64, 64, dtype=dtype), torch.empty(64, 64)
+    precision = "tf32x3" if dtype == torch.float32 else "ieee"
+    config = Config({"B": 64, "N": columns}, warps, stages)
+    with recording("sm_90") as made:
+        launch(summed, (1,), x, x, o, o, 64, config=config, PRECISION=precision)
+    (found,) = compile_units([unit(made.launches[0], "sm_90")])
+    assert list(found.hazards) == said
+    assert over_budget("summed", "sm_90", found) == [f"summed on sm_90 {hazard}" for hazard in said]

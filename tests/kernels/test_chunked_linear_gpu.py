@@ -40,7 +40,9 @@ def test_as_good_as_torch(rule: str, decay: str, length: int, dim: int, dtype: t
 
     inputs = draw(decay, rule, length, dim, dtype)
     forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
-    assert_as_good(*forms, inputs)
+    # Powers are beyond float16, so that products of them are of TF32, to which a device cuts instead of rounding.
+    least = 2.0**-10 if dtype == torch.float16 and decay == "channel" else None
+    assert_as_good(*forms, inputs, least)
 
 
 @pytest.mark.parametrize(

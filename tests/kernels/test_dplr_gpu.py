@@ -38,4 +38,6 @@ def draw(kind: str, length: int, dim: int, dtype: torch.dtype) -> list[Tensor | 
 @pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 16), (200, 128), (1000, 100)])
 def test_as_good_as_torch(kind: str, length: int, dim: int, dtype: torch.dtype) -> None:
     module = twofold_linear if kind == "both decays" else dplr
-    assert_as_good(*map(module.form, BACKENDS), draw(kind, length, dim, dtype))
+    # Powers are beyond float16, so that products of them are of TF32, to which a device cuts instead of rounding.
+    least = 2.0**-10 if dtype == torch.float16 else None
+    assert_as_good(*map(module.form, BACKENDS), draw(kind, length, dim, dtype), least)

@@ -128,14 +128,15 @@ def assert_as_good(
     rival: Callable[..., Tensor | tuple[Tensor, ...]],
     expected: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
+    least: float | None = None,
 ) -> None:
     """Errors of a form against another in float64 are at most twice those of a rival in the same dtype.
 
-    A rival's error counts as one rounding to the dtype at least.
+    A rival's error counts as `least`, or one rounding to the dtype, at least.
     """
     wanted, dtype = results(expected, widened(inputs)), next(x.dtype for x in inputs if x is not None)
     with products_in(dtype):
         allowed = results(rival, inputs)
-    least = max(FLOAT32, torch.finfo(dtype).eps / 2)
+    least = least or max(FLOAT32, torch.finfo(dtype).eps / 2)
     for name, value in results(actual, inputs).items():
         assert_close(name, value, wanted[name], 2 * max(error_ratio(allowed[name], wanted[name]), least))

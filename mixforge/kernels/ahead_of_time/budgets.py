@@ -33,6 +33,8 @@ class Figures:
     """No fewer can do what the kernel says: one for each load, store, product and reduction of a tile."""
     wants_matrix: bool
     """Whether it multiplies tiles in a dtype that the matrix units of the target take."""
+    hazards: tuple[str, ...] = ()
+    """What it does that has given wrong numbers on a device."""
     compile_s: float
 
 
@@ -129,4 +131,5 @@ def over_budget(kernel: str, target: str, found: Figures, is_wide: bool = False)
             f"{kernel} on {target} has 0 matrix instructions, and its products need at least 1: "
             "they run as single multiply-adds"
         )
+    said += [f"{kernel} on {target} {hazard}" for hazard in found.hazards]
     return said

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mixforge.kernels.ahead_of_time.budgets import Figures
-from mixforge.kernels.ahead_of_time.reading import read_gcn, read_sass
+from mixforge.kernels.ahead_of_time.reading import read_gcn, read_hazards, read_sass
 from mixforge.kernels.launch import Launch
 
 TARGETS: dict[str, Any] = {
@@ -129,6 +129,7 @@ def _figures(compiled: Any, seconds: float, read: Mapping[str, int]) -> Figures:
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0),
         least_instructions=len(_TILE_OPERATION.findall(middle)),
         wants_matrix=_MATRIX_DOT.search(middle) is not None,
+        hazards=read_hazards(compiled.asm["ttgir"]),
         compile_s=seconds,
         **read,
     )

@@ -17,6 +17,14 @@ from triton.backends.nvidia.compiler import sm_arch_from_capability
 _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _SASS_MATRIX = re.compile(r"[A-Z0-9]+MMA\b")
 _SASS_BYTES = 16
+_BUFFER = re.compile(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x")
+_VIEW = re.compile(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)")
+_DOT = re.compile(r"ttng\.warp_group_dot (%\w+)(?:#\d+)?, (%\w+)(?:#\d+)?,")
+_WAIT = re.compile(r"ttng\.warp_group_dot_wait .*\{pendings = (\d+)")
+_COPY = re.compile(r"ttg\.async_copy_global_to_local %[\w#]+, (%\w+)")
+_LAYOUT = re.compile(
+    r"(#mma\d*) = #ttg\.nvidia_mma<\{versionMajor = 3\b[^>]*instrShape = \[\d+, (\d+), \d+\]"
+)
 _GCN_LINE = re.compile(r"^\t([a-z]+_\w+)", re.MULTILINE)
 
 
@@ -68,6 +76,43 @@ def _code(cubin: bytes) -> bytes:
         for section in sections
         if cubin.startswith(b".text.", names + section[0])
     )
+
+
+def read_hazards(middle: str) -> tuple[str, ...]:
+    """What Triton's own program for Hopper, before LLVM, does that has given wrong numbers on a device.
+
+    Source: triton-lang/triton issue 10629 for the first; the second was found by the tests of this package on an H100.
+    """
+    narrow = {name for name, columns in _LAYOUT.findall(middle) if columns == "8"}
+    depths, owners = (
+        {name: int(depth) for name, depth in _BUFFER.findall(middle)},
+        dict(_VIEW.findall(middle)),
+    )
+    found: dict[str, None] = {}
+    flying: list[tuple[str, str]] = []
+    for line in middle.splitlines():
+        if "scf.for" in line:
+            flying = []
+        elif dot := _DOT.search(line):
+            if "xf32, #shared" in line and any(f", {name}>" in line.rpartition("->")[2] for name in narrow):
+                found["multiplies TF32 eight columns at a time, which reads beyond its operands"] = None
+            if "isAsync = true" in line:
+                flying.append((_owner(dot[1], owners), _owner(dot[2], owners)))
+        elif wait := _WAIT.search(line):
+            pending = int(wait[1])
+            flying = flying[-pending:] if pending else []
+        elif copy := _COPY.search(line):
+            buffer = _owner(copy[1], owners)
+            if depths.get(buffer) == 1 and any(buffer in operands for operands in flying):
+                found["fills a buffer again while a product that reads it is under way"] = None
+    return tuple(found)
+
+
+def _owner(name: str, owners: Mapping[str, str]) -> str:
+    """The buffer that a view is of."""
+    while name in owners:
+        name = owners[name]
+    return name
 
 
 def read_gcn(assembly: str) -> dict[str, int]:
