@@ -213,6 +213,28 @@ def test_in_a_process_of_its_own_a_form_also_runs_at_its_size(
     assert str(ask((0, "torch"))).startswith("output is off")
 
 
+def test_a_rival_that_refuses_its_backward_pass_is_timed_forward(
+    kernels: ModuleType, cases: ModuleType
+) -> None:
+    class Refuses(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> Tensor:
+            raise RuntimeError("not under this Triton")
+
+    gpu = Made()
+    case = toy(cases, **{"fla off": Refuses.apply})
+    bad, dropped = checked(kernels, case)
+    assert (bad, dropped) == ({}, [])
+    rows, dropped = kernels.time_size([case], gpu, bad, 3, 2.0)
+    assert [row.phase for row in rows] == ["forward"]
+    assert [each.reason for each in dropped] == ["RuntimeError: not under this Triton"]
+    assert checked(kernels, toy(cases, triton=Refuses.apply))[1] != []
+
+
 def test_a_tuner_that_only_compiles_runs_each_choice_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rivals = importlib.import_module("on_gpu.rivals")
     testing = importlib.import_module("triton.testing")

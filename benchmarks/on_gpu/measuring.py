@@ -84,15 +84,17 @@ def outputs_of(operation: Operation, inputs: Inputs) -> tuple[Tensor, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
-def wrong(case: Case, operation: Operation, dtype: torch.dtype, device: torch.device) -> str | None:
+def wrong(
+    case: Case, operation: Operation, dtype: torch.dtype, device: torch.device, gradients: bool = True
+) -> str | None:
     """What differs from the reference form in float64 on a shorter input of the same heads; None where nothing does."""
     length = ATTENTION_LENGTH if case.op == "attention" else CHECKED_LENGTH
     size = Size(2, 1 if case.is_step else length, case.size.heads, case.size.dim)
     torch.manual_seed(0)
     given = case.draw(size, device, dtype)
     exact = tuple(None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in given)
-    expected = results(case, case.reference, exact)
-    actual = results(case, operation, given)
+    expected = results(case, case.reference, exact, gradients)
+    actual = results(case, operation, given, gradients)
     for name, value in expected.items():
         error, scale = (x.double().square().mean().sqrt().item() for x in (actual[name] - value, value))
         # Written so that NaN is wrong.
@@ -101,7 +103,7 @@ def wrong(case: Case, operation: Operation, dtype: torch.dtype, device: torch.de
     return None
 
 
-def results(case: Case, operation: Operation, inputs: Inputs) -> dict[str, Tensor]:
+def results(case: Case, operation: Operation, inputs: Inputs, gradients: bool) -> dict[str, Tensor]:
     """The output with all gradients, or of a step with the state after it."""
     if case.is_step:
         state = inputs[-1]
@@ -110,10 +112,12 @@ def results(case: Case, operation: Operation, inputs: Inputs) -> dict[str, Tenso
             o, after = outputs_of(operation, (*inputs[:-1], state.clone()))[:2]
         return {"output": o, "state": after}
     o = outputs_of(operation, inputs)[0]
+    if not gradients:
+        return {"output": o.detach()}
     leaves = {str(n): x for n, x in enumerate(inputs) if x is not None and x.requires_grad}
     weights = torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o).to(torch.bfloat16)
-    gradients = torch.autograd.grad(o, list(leaves.values()), weights.to(o.dtype))
-    named = {f"gradient of input {n}": g for n, g in zip(leaves, gradients, strict=True)}
+    found = torch.autograd.grad(o, list(leaves.values()), weights.to(o.dtype))
+    named = {f"gradient of input {n}": g for n, g in zip(leaves, found, strict=True)}
     return {"output": o.detach(), **named}
 
 
