@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from covering import WIDTH, famous, genes, pairs, singles
+from flops import Flops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Loan, Mixer
@@ -168,34 +168,11 @@ def test_no_token_sees_a_later_one(mixer: Mixer) -> None:
     assert reacts, "no token has a say in its own output"
 
 
-def sdpa_cpu(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object
-) -> int:
-    """The fused CPU attention, which torch's counter does not know; grouped keys count for each query head."""
-    heads = query[:2]
-    return sdpa_flop_count(query, (*heads, *key[2:]), (*heads, *value[2:]))
-
-
-def lstm_cpu(
-    given: tuple[int, ...],
-    from_input: tuple[int, ...],
-    from_output: tuple[int, ...],
-    *_: object,
-    **__: object,
-) -> int:
-    """The fused LSTM of a CPU, which torch's counter does not know: x [T, B, D], weights [4H, D] and [4H, H]."""
-    return 2 * given[0] * given[1] * from_input[0] * (from_input[1] + from_output[1])
-
-
 def counted_flops(module: TokenMixer, mixer: Mixer, length: int) -> int:
-    formulas = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_cpu,
-        torch.ops.aten.mkldnn_rnn_layer: lstm_cpu,
-    }
     x_BTD, place = inputs(length, torch.float32)[:1], at(mixer, 0, length, torch.float32, batch=1)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with torch.no_grad(), Flops() as counted:
         module(x_BTD, None, place)
-    return counter.get_total_flops()
+    return counted.total
 
 
 @every_mixer
