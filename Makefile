@@ -11,6 +11,9 @@ OLDER_CASES ?= --once
 ORACLE := .venv-oracle
 HF     := .venv-transformers
 
+# What Python compiles it keeps, also where the environment says otherwise: some hundred processes load torch.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTEST := $(BIN)/python -m pytest
 # Two steps of one process each beside one another, where make can keep what they print apart.
 # `make test BESIDE_TOO="oracle older"` does these among them, so that no core waits for the last of either lot.
