@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -80,17 +81,23 @@ def lent(
     loan: Loan, start: int, end: int, capacity: int, batch: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """The same loan in every pass, as far as the pass can see it."""
-    generator = torch.Generator().manual_seed(7)
     found = []
-    for shape in loan.shapes:
+    for whole in drawn(loan):
         if loan.extent == "weights":
-            whole = torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
             found.append(whole.to(dtype))
             continue
-        whole = torch.randn(12, 100, *shape, generator=generator, dtype=torch.float64)[:batch].to(dtype)
-        cache = whole[:, :capacity].transpose(1, 2)
-        found.append(cache if loan.extent == "cache" else whole[:, start:end])
+        seen = whole[:batch].to(dtype)
+        found.append(seen[:, :capacity].transpose(1, 2) if loan.extent == "cache" else seen[:, start:end])
     return tuple(found)
+
+
+@cache
+def drawn(loan: Loan) -> tuple[Tensor, ...]:
+    """Weights, or entries of a hundred tokens of twelve sequences."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = () if loan.extent == "weights" else (12, 100)
+    found = [torch.randn(*sizes, *shape, generator=generator, dtype=torch.float64) for shape in loan.shapes]
+    return tuple(each * each.shape[-1] ** -0.5 if loan.extent == "weights" else each for each in found)
 
 
 def borrowed_bytes(mixer: Mixer, length: int, itemsize: int) -> int:
