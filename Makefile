@@ -11,9 +11,14 @@ OLDER_CASES ?= --once
 ORACLE := .venv-oracle
 HF     := .venv-transformers
 
+# What Python compiles it keeps, also where the environment says otherwise: some hundred processes load torch.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTEST := $(BIN)/python -m pytest
 # Two steps of one process each beside one another, where make can keep what they print apart.
 BESIDE := --no-print-directory $(if $(filter output-sync,$(.FEATURES)),--jobs 2 --output-sync=target)
+# `make test BESIDE_TOO="older oracle"` does these among them, so that no core waits for the last of either lot.
+BESIDE_TOO ?=
 STEPS  := lint types imports examples tests interpreted compiled older fla transformers
 
 .PHONY: search test kernels oracle setup bench clean $(STEPS)
@@ -26,7 +31,7 @@ search: $(VENV)/.ready
 	$(BIN)/python $(RUN)/winner/model.py --prompt "def "
 
 test: $(VENV)/.ready-dev
-	$(MAKE) $(BESIDE) lint imports examples types interpreted
+	$(MAKE) $(BESIDE) lint imports examples interpreted $(BESIDE_TOO) types
 	$(MAKE) --no-print-directory tests
 
 kernels: older compiled

@@ -2,7 +2,8 @@
 
 README.md comes first: it searches a tiny campaign, and everything after it asks about what that found, up to an
 exported model that generates text. A fenced block marked `sh` is run line by line (its commands must exit with 0), a
-block marked `python` in one interpreter a page. Other fences (`text`, `toml`, `bash`) are not run.
+block marked `python` in one interpreter a page. Other fences (`text`, `toml`, `bash`) are not run. A line that is there
+twice is run once.
 """
 
 from __future__ import annotations
@@ -49,14 +50,21 @@ def run(command: list[str] | str, folder: Path) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.fixture(scope="session")
+def seen() -> set[str]:
+    """Lines that were run."""
+    return set()
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
-def test_every_example_runs(page: str, folder: Path) -> None:
+def test_every_example_runs(page: str, folder: Path, seen: set[str]) -> None:
     blocks = FENCE.findall((ROOT / page).read_text())
     for language, block in blocks:
         if language == "sh":
             for line in block.replace("\\\n", " ").splitlines():
-                if line.strip() and not line.startswith("#"):
+                if line.strip() and not line.startswith("#") and line not in seen:
+                    seen.add(line)
                     done = run(line, folder)
                     assert done.returncode == 0, f"{page}: {line}\n{done.stdout}\n{done.stderr}"
     python = "\n".join(block for language, block in blocks if language == "python")

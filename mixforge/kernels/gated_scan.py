@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.packed import check_packed
+from mixforge.kernels.tracing import unaliased
 
 # Gates below are zero: e^-60 is nothing beside rounding, and smaller powers make denormal numbers, which are slow.
 LOG_FLOOR = -60.0
@@ -109,7 +110,7 @@ class GatedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor) -> Tensor:
         a_BTD = F.threshold(log_a_BTD, LOG_FLOOR, -math.inf).exp_()
-        h_BTD = scan_blocks(a_BTD, b_BTD, state_BD)
+        h_BTD = unaliased(scan_blocks(a_BTD, b_BTD, state_BD))
         ctx.save_for_backward(a_BTD, h_BTD, state_BD)
         return h_BTD
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.packed import check_packed
+from mixforge.kernels.tracing import unaliased
 
 
 def short_conv_reference(
@@ -79,7 +80,7 @@ class Convolution(torch.autograd.Function):
         ctx.save_for_backward(x_BDS, weight_DW)
         ctx.bias_dtype = None if bias_D is None else bias_D.dtype
         y_BD1T = F.conv2d(x_BDS[:, :, None], weight_DW[:, None, None], bias_D, groups=len(weight_DW))
-        return y_BD1T.squeeze(2).transpose(1, 2)
+        return unaliased(y_BD1T.squeeze(2).transpose(1, 2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -11,15 +11,16 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 from covering import WIDTH, famous, genes, pairs, singles
+from flops import Flops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Loan, Mixer
@@ -80,17 +81,23 @@ def lent(
     loan: Loan, start: int, end: int, capacity: int, batch: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """The same loan in every pass, as far as the pass can see it."""
-    generator = torch.Generator().manual_seed(7)
     found = []
-    for shape in loan.shapes:
+    for whole in drawn(loan):
         if loan.extent == "weights":
-            whole = torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
             found.append(whole.to(dtype))
             continue
-        whole = torch.randn(12, 100, *shape, generator=generator, dtype=torch.float64)[:batch].to(dtype)
-        cache = whole[:, :capacity].transpose(1, 2)
-        found.append(cache if loan.extent == "cache" else whole[:, start:end])
+        seen = whole[:batch].to(dtype)
+        found.append(seen[:, :capacity].transpose(1, 2) if loan.extent == "cache" else seen[:, start:end])
     return tuple(found)
+
+
+@cache
+def drawn(loan: Loan) -> tuple[Tensor, ...]:
+    """Weights, or entries of a hundred tokens of twelve sequences."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = () if loan.extent == "weights" else (12, 100)
+    found = [torch.randn(*sizes, *shape, generator=generator, dtype=torch.float64) for shape in loan.shapes]
+    return tuple(each * each.shape[-1] ** -0.5 if loan.extent == "weights" else each for each in found)
 
 
 def borrowed_bytes(mixer: Mixer, length: int, itemsize: int) -> int:
@@ -168,34 +175,11 @@ def test_no_token_sees_a_later_one(mixer: Mixer) -> None:
     assert reacts, "no token has a say in its own output"
 
 
-def sdpa_cpu(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object
-) -> int:
-    """The fused CPU attention, which torch's counter does not know; grouped keys count for each query head."""
-    heads = query[:2]
-    return sdpa_flop_count(query, (*heads, *key[2:]), (*heads, *value[2:]))
-
-
-def lstm_cpu(
-    given: tuple[int, ...],
-    from_input: tuple[int, ...],
-    from_output: tuple[int, ...],
-    *_: object,
-    **__: object,
-) -> int:
-    """The fused LSTM of a CPU, which torch's counter does not know: x [T, B, D], weights [4H, D] and [4H, H]."""
-    return 2 * given[0] * given[1] * from_input[0] * (from_input[1] + from_output[1])
-
-
 def counted_flops(module: TokenMixer, mixer: Mixer, length: int) -> int:
-    formulas = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_cpu,
-        torch.ops.aten.mkldnn_rnn_layer: lstm_cpu,
-    }
     x_BTD, place = inputs(length, torch.float32)[:1], at(mixer, 0, length, torch.float32, batch=1)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with torch.no_grad(), Flops() as counted:
         module(x_BTD, None, place)
-    return counter.get_total_flops()
+    return counted.total
 
 
 @every_mixer

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from mixforge.kernels.ahead_of_time.budgets import Figures, over_budget
-from mixforge.kernels.ahead_of_time.compiling import Unit, compile_units, unit
+from mixforge.kernels.ahead_of_time.compiling import TARGETS, Unit, compile_units, unit
 from mixforge.kernels.ahead_of_time.recording import Recorded
 
 WORKERS = 2
 GROUP = 8
-"""How many are compiled in one go. They share a start of the disassembler."""
+"""How many are compiled in one go for Nvidia's targets. They share a start of the disassembler; others share nothing."""
 
 Made = Figures | BaseException
 
@@ -106,11 +106,15 @@ def _compiled(units: Sequence[Unit], workers: int) -> Iterator[tuple[int, Made]]
 
 
 def _groups(units: Sequence[Unit]) -> list[list[int]]:
-    """The numbers of units that are compiled together, which are of one target."""
+    """The numbers of units that are compiled together, which are of one target; the smallest lots last."""
     targets: dict[str, list[int]] = {}
     for number, one in enumerate(units):
         targets.setdefault(one.target, []).append(number)
-    return [each[start : start + GROUP] for each in targets.values() for start in range(0, len(each), GROUP)]
+    groups: list[list[int]] = []
+    for target, each in targets.items():
+        size = GROUP if TARGETS[target].backend == "cuda" else 1
+        groups += (each[start : start + size] for start in range(0, len(each), size))
+    return sorted(groups, key=len, reverse=True)
 
 
 def _pooled(

@@ -125,7 +125,9 @@ def whole_lstm(block: Recurrence, x_BTD: Tensor, state_BSHK: Tensor) -> tuple[Te
     h_BTD, *last = torch.lstm(
         exact(x_BTD), first, [exact(each) for each in flat], True, 1, 0.0, False, False, True
     )
-    return h_BTD[:, :, None], torch.stack(last).permute(2, 0, 1, 3)
+    # Traced by torch 2.11, the last states have one axis too many.
+    last_SHBK = torch.stack([each.view_as(first[0]) for each in last])
+    return h_BTD[:, :, None], last_SHBK.permute(2, 0, 1, 3)
 
 
 def whole_gru(block: Recurrence, x_BTD: Tensor, state_BSHK: Tensor) -> tuple[Tensor, Tensor]:

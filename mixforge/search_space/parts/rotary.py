@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixforge.kernels.tracing import unaliased
+
 
 def rotate(x_BTHK: Tensor, positions_T: Tensor, theta: float, spread: bool = False) -> Tensor:
     """Rotate [B, T, H, K], K even, by the int64 positions [T]. Angles are taken in float32 or better."""
@@ -53,7 +55,7 @@ class Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, cos, sin)
-        return swapped(x).mul_(sin).addcmul_(x, cos)
+        return unaliased(swapped(x).mul_(sin).addcmul_(x, cos))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

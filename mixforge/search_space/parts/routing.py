@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.kernels.tracing import unaliased
+
 
 class Router(nn.Module):
     """[M, D] -> (weights [M, A] in float32 or better, experts [M, A], the balancing loss or None).
@@ -101,7 +103,7 @@ class AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
         ctx.like = (loss.shape, loss.dtype, loss.device)
-        return y.view_as(y)
+        return unaliased(y.view_as(y))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,3 +111,12 @@ def test_the_counter_of_the_evaluator_sees_the_formula(word: str) -> None:
     architecture = parse(f"lm({word} + swiglu, width=24, vocab=11)")
     counted = count_flops(architecture.build(), torch.zeros(1, 13, dtype=torch.int64))
     assert counted == architecture.cost(13).flops
+
+
+def test_an_lstm_compiles_as_one_graph() -> None:
+    module = Rnn().build(WIDTH, "torch").build().double()
+    x = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at, before = Pass(torch.arange(LENGTH), 0, {}), module.initial_state(2, 0, x.device, x.dtype)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for actual, wanted in zip(compiled(x, before, at), module(x, before, at), strict=True):
+        torch.testing.assert_close(actual, wanted)
