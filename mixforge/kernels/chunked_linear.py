@@ -242,9 +242,10 @@ def delta_plain(
     decay: None,
     beta_BTG: Tensor,
     state_BGKV: Tensor | None = None,
+    unit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule delta, no decay."""
-    return in_chunks(DELTA, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule delta, no decay. With a `unit`, queries get this length and keys 1, as by `norm.unit_norm`."""
+    return in_chunks(DELTA, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, unit)
 
 
 def delta_scalar(
@@ -254,9 +255,10 @@ def delta_scalar(
     decay: Tensor,
     beta_BTG: Tensor,
     state_BGKV: Tensor | None = None,
+    unit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule delta, a decay per head, or per token and head."""
-    return in_chunks(DELTA, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule delta, a decay per head, or per token and head; `unit` as in `delta_plain`."""
+    return in_chunks(DELTA, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, unit)
 
 
 def delta_channel(
@@ -266,9 +268,10 @@ def delta_channel(
     decay: Tensor,
     beta_BTG: Tensor,
     state_BGKV: Tensor | None = None,
+    unit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule delta, a decay per key channel."""
-    return in_chunks(DELTA, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule delta, a decay per key channel; `unit` as in `delta_plain`."""
+    return in_chunks(DELTA, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, unit)
 
 
 def in_chunks(
@@ -280,6 +283,7 @@ def in_chunks(
     decay: Tensor | None,
     beta_BTG: Tensor | None,
     state_BGKV: Tensor | None,
+    unit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a rule over the chunks, some at a time."""
     check_inputs(q_BTHK, v_BTGV, decay)
@@ -298,7 +302,7 @@ def in_chunks(
     padded = [None if x is None else pad(x.to(dtype), size, heads) for x in inputs]
     count = max(1, SLAB // (batch * heads * size))
     state = first_state(q_BTHK, v_BTGV, state_BGKV)
-    o, state = Chunks.apply(*padded, state, rule, gates, size, count)  # type: ignore[no-untyped-call]
+    o, state = Chunks.apply(*padded, state, rule, gates, size, count, unit)  # type: ignore[no-untyped-call]
     return o[:, :length].to(v_BTGV.dtype), state
 
 

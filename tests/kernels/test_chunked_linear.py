@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixforge.kernels import chunked_linear
 from mixforge.kernels.chunked_linear import FORMS, form, linear_step, matmul_flops
+from mixforge.kernels.norm import unit_norm
 
 DECAYS = ("none", "head", "scalar", "channel")
 RULES = ("add", "delta")
@@ -81,7 +82,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | Non
     return torch.cat([o.flatten(), torch.stack(states).flatten()])
 
 
-def run(operation: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> Tensor:
+def run(operation: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor | float | None]) -> Tensor:
     o, state = operation(*inputs)
     return torch.cat([o.flatten(), state.flatten()])
 
@@ -286,6 +287,23 @@ def test_the_narrow_form_is_the_same(decay: str, rule: str) -> None:
     assert form("reference", rule, decay) is FORMS["reference"]
 
 
+def in_front(decay: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The rule delta behind norms of queries and keys."""
+    operation = form("torch", "delta", decay)
+    return lambda q, k, *others: operation(0.3 * unit_norm(q), unit_norm(k), *others)
+
+
+@pytest.mark.parametrize(("key_dim", "length"), [(5, 33), (65, 40)])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_norms_inside_are_those_in_front(decay: str, key_dim: int, length: int) -> None:
+    inputs = draw(decay, "delta", length, key_dim=key_dim, seed=key_dim)
+    expected = results(lambda x: run(in_front(decay), x), inputs)
+    inside = form("torch", "delta", decay)
+    assert_near(results(lambda x: run(inside, [*x, 0.3]), inputs), expected, 1e-11)
+    strided = [None if x is None else x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    assert_near(results(lambda x: run(inside, [*x, 0.3]), strided), expected, 1e-11)
+
+
 def test_no_state_is_a_state_of_zeros() -> None:
     *inputs, state = draw("scalar", "delta", 40)
     assert state is not None
@@ -338,8 +356,9 @@ def test_compiles_as_one_graph(decay: str, rule: str, key_dim: int, backend: str
     torch._dynamo.reset()
     compiled = torch.compile(form("torch", rule, decay), fullgraph=True, backend=backend)
     inputs = draw(decay, rule, 17, key_dim=key_dim)
-    expected = results(lambda x: run(FORMS["torch"], x), inputs)
-    assert_near(results(lambda x: run(compiled, x), inputs), expected, 1e-12)
+    units = (0.3,) if rule == "delta" else ()
+    expected = results(lambda x: run(in_front(decay) if units else FORMS["torch"], x), inputs)
+    assert_near(results(lambda x: run(compiled, [*x, *units]), inputs), expected, 1e-11)
 
 
 @pytest.mark.parametrize(("decay", "rule"), MEMBERS)

@@ -540,6 +540,7 @@ class Linear(Mixer):
             "lends_values": self.values == "own",
             "crosses": self.values == "context",
             "reads": self._reads() if self.shift != "none" else None,
+            "unit_inside": backend == "torch" and self._is_bare_delta,
             "least": LEAST if self.norm == "denominator" and self.phi_name in SPARSE else 0.0,
         }
         usual = {"key": "own", "spread": False, "beside": 0, "copies": 1, "least": 0.0}
@@ -570,6 +571,13 @@ class Linear(Mixer):
             output=parts["output"],
             **{name: value for name, value in others.items() if value not in (None, False, usual.get(name))},
         )
+
+    @property
+    def _is_bare_delta(self) -> bool:
+        """Whether nothing reads queries and keys of the rule delta between their norm and the recurrence."""
+        is_alone = self.levels == "one" and self.memories == "none" and self.decay != "both"
+        is_read = self.skip in ("bonus", "late") or (self.by_channel and self.in_gate in ("tied", "tempered"))
+        return self.rule == "delta" and self.unit_keys and is_alone and not is_read
 
     def _check_kernels(self, size: Sizes) -> None:
         """Raise BeyondKernels where no kernel holds the state of a head; under rule add its rows are cut into groups."""

@@ -122,6 +122,7 @@ class LinearAttention(TokenMixer):
         first: nn.Module | None = None,
         explored: NoisyState | CarriedState | None = None,
         least: float = 0.0,
+        unit_inside: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.key_heads = heads, key_heads
@@ -137,6 +138,8 @@ class LinearAttention(TokenMixer):
         self.least = least
         self.turn = turn
         self.unit_keys = unit_keys
+        # Whether the operation over a sequence makes the lengths of queries and keys itself.
+        self.unit_inside = unit_inside
         self.key = key
         self.dt_values = dt_values
         self.gated_keys, self.gated_values = gated_keys, gated_values
@@ -207,13 +210,15 @@ class LinearAttention(TokenMixer):
         mixed_BTF = self.project(x_BTD, inputs)
         if self.conv is not None:
             mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
-        read = self.reads_of(mixed_BTF, inputs, state, after, at)
+        read = self.reads_of(mixed_BTF, inputs, state, after, at, is_bare=self.unit_inside)
         weight_BTE = self.routed(self.memories, read, inputs)
         matrix = self.first_matrix(read) if state is None else state["matrix"]
         if self.bonus is None:
-            levels = () if self.levels is None else (self.levels(inputs.write), at.start)
+            others: tuple[Tensor | float, ...] = (self.scale,) if self.unit_inside else ()
+            if self.levels is not None:
+                others = (self.levels(inputs.write), at.start)
             o_BTHV, after["matrix"] = self.operation(
-                read.q_BTHK, read.k_BTHK, read.write_BTHV, read.decay, read.strength, matrix, *levels
+                read.q_BTHK, read.k_BTHK, read.write_BTHV, read.decay, read.strength, matrix, *others
             )
         else:
             o_BTHV, after["matrix"] = self.read_before_write(self.bonus, read, matrix)
@@ -300,9 +305,16 @@ class LinearAttention(TokenMixer):
             inputs.logits[part] = logit if linear.bias is None else logit + linear.bias
 
     def reads_of(
-        self, mixed_BTF: Tensor, inputs: Inputs, state: State | None, after: State, at: Pass
+        self,
+        mixed_BTF: Tensor,
+        inputs: Inputs,
+        state: State | None,
+        after: State,
+        at: Pass,
+        *,
+        is_bare: bool = False,
     ) -> Reads:
-        """Queries, keys and values by heads, then the gates."""
+        """Queries, keys and values by heads, then the gates; bare queries and keys have no norm and no scale yet."""
         if self.apart is not None:
             mixed_BTF = self.apart(mixed_BTF, inputs.q, inputs.k)
         if self.act is not None:
@@ -333,15 +345,18 @@ class LinearAttention(TokenMixer):
             )
             if last is not None:
                 after["phase"] = last
-        q_BTHK = self.map_key(q_BTHK, at.positions_T, angle, is_gate=False)
-        k_BTHK = self.map_key(k_BTHK, at.positions_T, angle, is_gate=self.key == "forget")
+        q_BTHK = self.map_key(q_BTHK, at.positions_T, angle, is_gate=False, is_bare=is_bare)
+        is_gate = self.key == "forget"
+        k_BTHK = self.map_key(k_BTHK, at.positions_T, angle, is_gate=is_gate, is_bare=is_bare)
         if angle is not None and decay is not None and decay.dim() == 4:
             decay = torch.cat([decay, decay], -1)
-        read = Reads(q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay)
+        read = Reads(q_BTHK if is_bare else q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay)
         self.gate_writes(read, gate, inputs, state, after, at)
         return read
 
-    def map_key(self, x_BTHK: Tensor, positions_T: Tensor, angle: Tensor | None, *, is_gate: bool) -> Tensor:
+    def map_key(
+        self, x_BTHK: Tensor, positions_T: Tensor, angle: Tensor | None, *, is_gate: bool, is_bare: bool
+    ) -> Tensor:
         """Rotation, feature map, turn and norm of queries or keys; keys that are a gate are features already."""
         if self.theta is not None:
             x_BTHK = rotate(x_BTHK, positions_T, self.theta, self.spread)
@@ -349,7 +364,7 @@ class LinearAttention(TokenMixer):
             x_BTHK = self.feature(x_BTHK) + self.least if self.least else self.feature(x_BTHK)
         if angle is not None:
             x_BTHK = turned(x_BTHK, angle)
-        return unit_norm(x_BTHK) if self.unit_keys else x_BTHK
+        return unit_norm(x_BTHK) if self.unit_keys and not is_bare else x_BTHK
 
     def gate_writes(
         self, read: Reads, gate: Tensor | None, inputs: Inputs, state: State | None, after: State, at: Pass
