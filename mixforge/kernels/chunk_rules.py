@@ -86,7 +86,7 @@ class Adjoint(ABC):
 
 
 class AddForward(Forward):
-    """Rule add."""
+    """Rule add, of values times beta where there is one; `write` may put a column beside them."""
 
     def __init__(self, q: Tensor, v: Tensor) -> None:
         self.q, self.w, self.y = space(q), space(q), space(v)
@@ -96,8 +96,8 @@ class AddForward(Forward):
     def run(
         self, gates: Gates, inputs: Inputs, units: Units | None, states: Tensor, o: Tensor
     ) -> tuple[Tensor, ...]:
-        q, k, v, _, _ = inputs
-        q, w, y = gates.rows(q, self.q), gates.columns(k, self.w), self.y.copy_(v)
+        q, k, v, _, beta = inputs
+        q, w, y = gates.rows(q, self.q), gates.columns(k, self.w), write(self.y, v, beta)
         q_, w_, y_ = self.q_, self.w_, self.y_
         inner = gates.mask_(torch.bmm(q_, w_.mT))
         gates.reading(q, q)
@@ -132,9 +132,10 @@ class AddAdjoint(Adjoint):
         grads: Inputs,
     ) -> Tensor:
         (inner,) = made
-        q, k, v, _, _ = inputs
-        into_q, into_k, into_v, into_log, _ = grads
-        q, w, y, do = gates.rows(q, self.q), gates.columns(k, self.w), self.y.copy_(v), self.do.copy_(do)
+        q, k, v, _, beta = inputs
+        into_q, into_k, into_v, into_log, into_beta = grads
+        q, w, y = gates.rows(q, self.q), gates.columns(k, self.w), write(self.y, v, beta)
+        do = self.do.copy_(do)
         q_, w_, y_, do_ = matrices(q), matrices(w), matrices(y), matrices(do)
         dq_, dw_, dv_ = matrices(self.dq), matrices(self.dw), matrices(self.dv)
         dinner = gates.mask_(torch.bmm(do_, y_.mT))
@@ -147,10 +148,18 @@ class AddAdjoint(Adjoint):
         for chunk in reversed(range(len(q))):
             add_kept(keeps[chunk], each[chunk + 1], each[chunk])
         add_product(dv_, matrices(gates.writing(w, self.dw)), dafter)
-        into_v.copy_(self.dv)
         before, _ = neighbours(states)
         fill_product(dq_, do_, before.mT)
         fill_product(dw_, y_, dafter.mT)
+        dv = self.dv[..., : v.shape[-1]]
+        if beta is None:
+            into_v.copy_(dv)
+        else:
+            assert into_beta is not None
+            fill(into_v, torch.mul, dv, beta)
+            # What is left is that of the column of ones.
+            dv.mul_(v)
+            into_beta.copy_(sum_last(self.dv))
         gates.writing(self.dw, self.dw)
         add_product(dq_, dinner, w_)
         add_product(dw_, dinner.mT, q_)
@@ -327,6 +336,8 @@ class Chunks(torch.autograd.Function):
     """A rule over a whole sequence of [B, T, G, *], T a multiple of `size`, `count` chunks at a time.
 
     Gives o [B, T, G, V] and the final state [B, G, K, V].
+
+    For a `unit` see `Units`. Where it `is_summed`, V is one more than values have, for a column of ones beside them.
     """
 
     @staticmethod
@@ -343,8 +354,9 @@ class Chunks(torch.autograd.Function):
         size: int,
         count: int,
         unit: float | None,
+        is_summed: bool,
     ) -> tuple[Tensor, Tensor]:
-        o = space(v)
+        o = v.new_empty(*v.shape[:-1], v.shape[-1] + int(is_summed))
         lengths = () if unit is None else (inverse_lengths(q).mul_(unit), inverse_lengths(k))
         # Without gradients a slab's states and powers take the place of those of the slab before.
         is_kept = any(ctx.needs_input_grad)
@@ -360,7 +372,7 @@ class Chunks(torch.autograd.Function):
             gates = gates_of(*(powers_ if is_kept else gates_of.powers(log_)))
             # The last slab may be shorter.
             if len(o_) not in passes:
-                passes[len(o_)] = rule.forward(q_, v_)
+                passes[len(o_)] = rule.forward(q_, o_)
             first = slab * count if is_kept else 0
             here = states[first : first + len(o_) + 1]
             if slab == 0 or not is_kept:
@@ -395,15 +407,30 @@ class Chunks(torch.autograd.Function):
             made = kept[each * slab : each * (slab + 1)]
             dstate = passes[len(do_)].run(gates, here, made, tokens, units, do_, dstate, into)
         # The gates of the first slab.
-        return *grads, gates.enter(dstate), None, None, None, None, None
+        return *grads, gates.enter(dstate), None, None, None, None, None, None
 
 
 def inverse_lengths(x: Tensor) -> Tensor:
     """1 / sqrt(|x|^2 + 1e-6) over the last axis, which stays with size 1."""
-    dim = x.shape[-1]
+    return sum_last((x * x).contiguous()).add_(1e-6).rsqrt_()
+
+
+def sum_last(x: Tensor) -> Tensor:
+    """The sum over the last axis of a contiguous tensor, which stays with size 1."""
     # A product with ones takes less than half of the time of a sum over a short axis.
-    squares = torch.mv((x * x).reshape(-1, dim), x.new_ones(dim))
-    return squares.add_(1e-6).rsqrt_().view(*x.shape[:-1], 1)
+    return torch.mv(x.view(-1, x.shape[-1]), x.new_ones(x.shape[-1])).view(*x.shape[:-1], 1)
+
+
+def write(room: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
+    """Fill `room` with beta v, and what it has beside that with beta; no beta is one."""
+    values, beside = room[..., : v.shape[-1]], room[..., v.shape[-1] :]
+    if beta is None:
+        values.copy_(v)
+        beside.fill_(1)
+    else:
+        fill(values, torch.mul, v, beta)
+        beside.copy_(beta)
+    return room
 
 
 def units_of(lengths: Sequence[Tensor], unit: float | None) -> Units | None:

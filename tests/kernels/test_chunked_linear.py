@@ -304,6 +304,31 @@ def test_norms_inside_are_those_in_front(decay: str, key_dim: int, length: int) 
     assert_near(results(lambda x: run(inside, [*x, 0.3]), strided), expected, 1e-11)
 
 
+@pytest.mark.parametrize(("key_dim", "length"), [(5, 33), (65, 40)])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_gates_inside_are_those_in_front(decay: str, key_dim: int, length: int) -> None:
+    """With a column of ones and without, gated and not."""
+    operation = form("torch", "add", decay)
+    inputs = draw(decay, "delta", length, key_dim=key_dim)
+    assert inputs[2] is not None
+    assert inputs[5] is not None
+    wider = [*inputs[:5], torch.nn.functional.pad(inputs[5], (0, 1), value=0.5)]
+
+    def in_front(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor) -> Tensor:
+        dim = state.shape[-1] - v.shape[-1]
+        written = beta[..., None] * torch.cat([v, torch.ones_like(v[..., :dim])], -1)
+        return run(operation, [q, k, written, g, None, state])
+
+    for given, is_summed in ((inputs, False), (wider, True)):
+        expected = results(lambda x: in_front(*x), given)  # type: ignore[arg-type]
+        inside = results(lambda x, is_summed=is_summed: run(operation, [*x, is_summed]), given)  # type: ignore[misc]
+        assert_near(inside, expected, 1e-12)
+    ungated = [*wider[:4], None, wider[5]]
+    ones = torch.ones_like(inputs[2][..., 0])
+    expected = results(lambda x: in_front(*x[:4], ones, x[5]), ungated)  # type: ignore[arg-type]
+    assert_near(results(lambda x: run(operation, [*x, True]), ungated), expected, 1e-12)
+
+
 def test_no_state_is_a_state_of_zeros() -> None:
     *inputs, state = draw("scalar", "delta", 40)
     assert state is not None

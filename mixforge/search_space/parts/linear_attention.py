@@ -35,7 +35,8 @@ class Reads:
 
     decay: None, or log decays [H], [B, T, H] or [B, T, H, K].
     write_BTHV: the values as they are written, with a column of gates where the output is normalised.
-    strength: beta [B, T, H] of the delta rule, the log decays [B, T, H, V] of the values, or what rule=dplr removes.
+    strength: beta [B, T, H] of the delta rule, the gates [B, T, H] of bare values, the log decays [B, T, H, V] of the
+        values, or what rule=dplr removes.
     floor_BTH: what the normaliser is at least, for norm=max1 with in_gate=exp.
     """
 
@@ -123,6 +124,7 @@ class LinearAttention(TokenMixer):
         explored: NoisyState | CarriedState | None = None,
         least: float = 0.0,
         unit_inside: bool = False,
+        gates_inside: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.key_heads = heads, key_heads
@@ -140,6 +142,8 @@ class LinearAttention(TokenMixer):
         self.unit_keys = unit_keys
         # Whether the operation over a sequence makes the lengths of queries and keys itself.
         self.unit_inside = unit_inside
+        # Whether it multiplies the values by their gates, and puts the column of ones beside them.
+        self.gates_inside = gates_inside
         self.key = key
         self.dt_values = dt_values
         self.gated_keys, self.gated_values = gated_keys, gated_values
@@ -210,11 +214,13 @@ class LinearAttention(TokenMixer):
         mixed_BTF = self.project(x_BTD, inputs)
         if self.conv is not None:
             mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
-        read = self.reads_of(mixed_BTF, inputs, state, after, at, is_bare=self.unit_inside)
+        read = self.reads_of(mixed_BTF, inputs, state, after, at, is_sequence=True)
         weight_BTE = self.routed(self.memories, read, inputs)
         matrix = self.first_matrix(read) if state is None else state["matrix"]
         if self.bonus is None:
             others: tuple[Tensor | float, ...] = (self.scale,) if self.unit_inside else ()
+            if self.gates_inside:
+                others = (self.normalised,)
             if self.levels is not None:
                 others = (self.levels(inputs.write), at.start)
             o_BTHV, after["matrix"] = self.operation(
@@ -293,9 +299,12 @@ class LinearAttention(TokenMixer):
         little beside the product.
         """
         parts = (self.decay, self.beta, self.write_gate, self.exp_gate, self.output)
-        gates = [
-            (part, linear) for part in parts if part is not None and (linear := reading(part)) is not None
-        ]
+        # A loop, and not an expression with `:=`, which torch.compile refuses.
+        gates: list[tuple[nn.Module, nn.Linear]] = []
+        for part in parts:
+            linear = reading(part)
+            if part is not None and linear is not None:
+                gates.append((part, linear))
         weights = [linear.weight for _, linear in gates]
         if len(gates) < 2 or sum(w.numel() for w in weights) > inputs.out.numel():
             return
@@ -312,9 +321,10 @@ class LinearAttention(TokenMixer):
         after: State,
         at: Pass,
         *,
-        is_bare: bool = False,
+        is_sequence: bool = False,
     ) -> Reads:
-        """Queries, keys and values by heads, then the gates; bare queries and keys have no norm and no scale yet."""
+        """Queries, keys and values by heads, then the gates, but for what the operation over a sequence does itself."""
+        is_bare = is_sequence and self.unit_inside
         if self.apart is not None:
             mixed_BTF = self.apart(mixed_BTF, inputs.q, inputs.k)
         if self.act is not None:
@@ -351,7 +361,7 @@ class LinearAttention(TokenMixer):
         if angle is not None and decay is not None and decay.dim() == 4:
             decay = torch.cat([decay, decay], -1)
         read = Reads(q_BTHK if is_bare else q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay)
-        self.gate_writes(read, gate, inputs, state, after, at)
+        self.gate_writes(read, gate, inputs, state, after, at, is_bare=is_sequence and self.gates_inside)
         return read
 
     def map_key(
@@ -367,9 +377,20 @@ class LinearAttention(TokenMixer):
         return unit_norm(x_BTHK) if self.unit_keys and not is_bare else x_BTHK
 
     def gate_writes(
-        self, read: Reads, gate: Tensor | None, inputs: Inputs, state: State | None, after: State, at: Pass
+        self,
+        read: Reads,
+        gate: Tensor | None,
+        inputs: Inputs,
+        state: State | None,
+        after: State,
+        at: Pass,
+        *,
+        is_bare: bool,
     ) -> None:
-        """Gates of the values and the keys, and the write strength. `gate` is what came with the decay."""
+        """Gates of the values and the keys, and the write strength. `gate` is what came with the decay.
+
+        Bare values are left as they are, and their gates are the strength.
+        """
         dtype = read.v_BTHV.dtype
         write_BTHV = read.v_BTHV
         if self.value_gate is not None:
@@ -382,7 +403,7 @@ class LinearAttention(TokenMixer):
                 write_BTHV = write_BTHV * -torch.expm1(log_BTHV).to(dtype)
             # The column of the normaliser follows the keys alone.
             read.strength = F.pad(log_BTHV, (0, int(self.normalised)))
-        if self.normalised:
+        if self.normalised and not is_bare:
             write_BTHV = torch.cat([write_BTHV, torch.ones_like(write_BTHV[..., :1])], -1)
         factor = None
         if self.dt_values:
@@ -401,7 +422,9 @@ class LinearAttention(TokenMixer):
         if self.length_gate is not None:
             length = self.length_gate(at.positions_T)
             factor = length if factor is None else factor * length
-        if factor is not None:
+        if is_bare:
+            read.strength = None if factor is None else factor.expand(write_BTHV.shape[:3])
+        elif factor is not None:
             write_BTHV = write_BTHV * factor[..., None].to(dtype)
         if self.gated_keys or self.value_decay is not None:
             group = self.heads // self.key_heads
@@ -444,7 +467,7 @@ class LinearAttention(TokenMixer):
 
     def first_matrix(self, read: Reads) -> Tensor | None:
         """The state before the first token of a training sequence; None for zeros."""
-        batch, columns = read.write_BTHV.shape[0], read.write_BTHV.shape[-1] + self.beside
+        batch, columns = len(read.write_BTHV), self.value_dim + int(self.normalised) + self.beside
         if self.first is not None:
             matrix: Tensor = self.first(batch, columns)
             return matrix

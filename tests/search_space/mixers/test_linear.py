@@ -291,3 +291,15 @@ def test_gates_by_one_product_are_the_same(text: str, monkeypatch: pytest.Monkey
     assert products[0] < products[1]
     for joined, alone in zip(*found, strict=True):
         torch.testing.assert_close(joined, alone, rtol=1e-9, atol=1e-11)
+
+
+# Dynamo makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_gates_by_one_product_are_compiled_in_one_graph() -> None:
+    torch._dynamo.reset()
+    mixer = parse_mixer("mlstm")
+    assert isinstance(mixer, Linear)
+    module, _ = built(mixer)
+    x_BTD, at = torch.stack([sequence(seed) for seed in range(4)]), Pass(torch.arange(LENGTH), 0)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x_BTD, None, at)[0], module(x_BTD, None, at)[0])
