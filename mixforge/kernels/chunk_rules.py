@@ -36,6 +36,15 @@ NARROW = 16
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """What queries and keys are multiplied by, [C, B, G, 1, L, 1], to have the lengths `length` and 1."""
+
+    q: Tensor
+    k: Tensor
+    length: float
+
+
 class Forward(ABC):
     """The forward pass of a rule, slab by slab. Tensors are [C, B, G, 1, L, *], views of any strides.
 
@@ -49,7 +58,7 @@ class Forward(ABC):
 
     @abstractmethod
     def run(
-        self, gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, o: Tensor
+        self, gates: Gates, inputs: Inputs, units: Units | None, states: Tensor, o: Tensor
     ) -> tuple[Tensor, ...]:
         """Fills o and, but for the first, the states [C + 1, B, G, K, V]. Returns what the adjoint needs."""
 
@@ -68,6 +77,7 @@ class Adjoint(ABC):
         states: Tensor,
         made: tuple[Tensor, ...],
         inputs: Inputs,
+        units: Units | None,
         do: Tensor,
         dstate: Tensor,
         grads: Inputs,
@@ -76,7 +86,7 @@ class Adjoint(ABC):
 
 
 class AddForward(Forward):
-    """Rule add."""
+    """Rule add, of values times beta where there is one; `write` may put a column beside them."""
 
     def __init__(self, q: Tensor, v: Tensor) -> None:
         self.q, self.w, self.y = space(q), space(q), space(v)
@@ -84,9 +94,10 @@ class AddForward(Forward):
         self.o_ = torch.empty_like(self.y_)
 
     def run(
-        self, gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, o: Tensor
+        self, gates: Gates, inputs: Inputs, units: Units | None, states: Tensor, o: Tensor
     ) -> tuple[Tensor, ...]:
-        q, w, y = gates.rows(q, self.q), gates.columns(k, self.w), self.y.copy_(v)
+        q, k, v, _, beta = inputs
+        q, w, y = gates.rows(q, self.q), gates.columns(k, self.w), write(self.y, v, beta)
         q_, w_, y_ = self.q_, self.w_, self.y_
         inner = gates.mask_(torch.bmm(q_, w_.mT))
         gates.reading(q, q)
@@ -115,14 +126,16 @@ class AddAdjoint(Adjoint):
         states: Tensor,
         made: tuple[Tensor, ...],
         inputs: Inputs,
+        units: Units | None,
         do: Tensor,
         dstate: Tensor,
         grads: Inputs,
     ) -> Tensor:
         (inner,) = made
-        q, k, v, _, _ = inputs
-        into_q, into_k, into_v, into_log, _ = grads
-        q, w, y, do = gates.rows(q, self.q), gates.columns(k, self.w), self.y.copy_(v), self.do.copy_(do)
+        q, k, v, _, beta = inputs
+        into_q, into_k, into_v, into_log, into_beta = grads
+        q, w, y = gates.rows(q, self.q), gates.columns(k, self.w), write(self.y, v, beta)
+        do = self.do.copy_(do)
         q_, w_, y_, do_ = matrices(q), matrices(w), matrices(y), matrices(do)
         dq_, dw_, dv_ = matrices(self.dq), matrices(self.dw), matrices(self.dv)
         dinner = gates.mask_(torch.bmm(do_, y_.mT))
@@ -135,10 +148,18 @@ class AddAdjoint(Adjoint):
         for chunk in reversed(range(len(q))):
             add_kept(keeps[chunk], each[chunk + 1], each[chunk])
         add_product(dv_, matrices(gates.writing(w, self.dw)), dafter)
-        into_v.copy_(self.dv)
         before, _ = neighbours(states)
         fill_product(dq_, do_, before.mT)
         fill_product(dw_, y_, dafter.mT)
+        dv = self.dv[..., : v.shape[-1]]
+        if beta is None:
+            into_v.copy_(dv)
+        else:
+            assert into_beta is not None
+            fill(into_v, torch.mul, dv, beta)
+            # What is left is that of the column of ones.
+            dv.mul_(v)
+            into_beta.copy_(sum_last(self.dv))
         gates.writing(self.dw, self.dw)
         add_product(dq_, dinner, w_)
         add_product(dw_, dinner.mT, q_)
@@ -160,9 +181,12 @@ class DeltaForward(Forward):
         self.keys = q.new_empty(len(self.w_), *self.unit.shape)
 
     def run(
-        self, gates: Gates, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, states: Tensor, o: Tensor
+        self, gates: Gates, inputs: Inputs, units: Units | None, states: Tensor, o: Tensor
     ) -> tuple[Tensor, ...]:
+        q, k, v, _, beta = inputs
         assert beta is not None
+        if units is not None:
+            q, k = fill(self.q, torch.mul, q, units.q), fill(self.k, torch.mul, k, units.k)
         w, x = fill(self.w, torch.mul, k, beta), self.x.copy_(v)
         q, k, w = gates.rows(q, self.q), gates.rows(k, self.k), gates.columns(w, w)
         q_, w_, x_ = self.q_, self.w_, self.x_
@@ -219,21 +243,25 @@ class DeltaAdjoint(Adjoint):
         states: Tensor,
         made: tuple[Tensor, ...],
         inputs: Inputs,
+        units: Units | None,
         do: Tensor,
         dstate: Tensor,
         grads: Inputs,
     ) -> Tensor:
         y_, inner, inverse = made
-        q, k, _, _, beta = inputs
+        given_q, given_k, _, _, beta = inputs
         into_q, into_k, into_v, into_log, into_beta = grads
         assert beta is not None
         assert into_beta is not None
         rows, drows, dv, dw = self.rows, self.drows, self.dv, self.dw
         of_q, of_k = rows.chunk(2, 3)
-        gates.rows(q, of_q)
-        gates.rows(k, of_k)
+        q, k = given_q, given_k
+        if units is not None:
+            q, k = fill(of_q, torch.mul, q, units.q), fill(of_k, torch.mul, k, units.k)
         w = fill(self.w, torch.mul, k, beta)
         gates.columns(w, w)
+        gates.rows(q, of_q)
+        gates.rows(k, of_k)
         down_of_q, down_of_k = self.down.chunk(2, 3)
         down_of_q.copy_(do)
         rows_, w_, down_, drows_, dw_ = (matrices(z) for z in (rows, w, self.down, drows, dw))
@@ -265,14 +293,30 @@ class DeltaAdjoint(Adjoint):
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
         gates.columns(dw, dw)
-        into_beta[..., 0] = fill(w, torch.mul, k, dw).sum(-1)
+        along_w = fill(w, torch.mul, given_k, dw).sum(-1, keepdim=True)
+        strength = beta
+        if units is not None:
+            strength = beta * units.k
+            into_beta.copy_(along_w * units.k)
+        else:
+            into_beta.copy_(along_w)
+        products = rows.mul_(drows) if units is not None or into_log is not None else rows
+        # Of one decay for all channels the sum over these is enough, and so it is of lengths.
+        along = products.sum(-1, keepdim=True) if units is not None else products
         if into_log is not None:
-            # Of one decay for all channels the sum over these is enough.
-            of_columns = beta * (w if gates.read is None else into_beta)
-            gates.log_grad(rows.mul_(drows), of_columns, states, self.dstates, into_log)
+            is_one = gates.read is not None
+            of_columns = strength * (along_w if is_one else w)
+            gates.log_grad(along if is_one else products, of_columns, states, self.dstates, into_log)
         dof_q, dof_k = drows.chunk(2, 3)
-        gates.rows(dof_q, into_q)
-        fill(into_k, torch.addcmul, gates.rows(dof_k, dof_k), dw, beta)
+        if units is None:
+            gates.rows(dof_q, into_q)
+            fill(into_k, torch.addcmul, gates.rows(dof_k, dof_k), dw, beta)
+            return each[0]
+        along_q, along_k = along.chunk(2, 3)
+        gates.rows(drows, drows)
+        fill(dof_k, torch.addcmul, dof_k, dw, beta)
+        shorten(into_q, given_q, units.q, dof_q, along_q.mul_(units.length**-2))
+        shorten(into_k, given_k, units.k, dof_k, along_k.add_(along_w.mul_(strength)))
         return each[0]
 
 
@@ -292,6 +336,8 @@ class Chunks(torch.autograd.Function):
     """A rule over a whole sequence of [B, T, G, *], T a multiple of `size`, `count` chunks at a time.
 
     Gives o [B, T, G, V] and the final state [B, G, K, V].
+
+    For a `unit` see `Units`. Where it `is_summed`, V is one more than values have, for a column of ones beside them.
     """
 
     @staticmethod
@@ -307,53 +353,98 @@ class Chunks(torch.autograd.Function):
         gates_of: type[Gates],
         size: int,
         count: int,
+        unit: float | None,
+        is_summed: bool,
     ) -> tuple[Tensor, Tensor]:
-        o = space(v)
+        o = v.new_empty(*v.shape[:-1], v.shape[-1] + int(is_summed))
+        lengths = () if unit is None else (inverse_lengths(q).mul_(unit), inverse_lengths(k))
         # Without gradients a slab's states and powers take the place of those of the slab before.
         is_kept = any(ctx.needs_input_grad)
-        whole = [cut(x, size) for x in (q, k, v, log, beta, o)]
+        whole = [cut(x, size) for x in (q, k, v, log, beta, o, *lengths)]
         powers = gates_of.powers(whole[3]) if is_kept else ()
         chunks = q.shape[1] // size
         states = state.new_empty((chunks if is_kept else min(count, chunks)) + 1, *state.shape)
         kept: list[Tensor] = []
         passes: dict[int, Forward] = {}
-        for slab, (q_, k_, v_, log_, beta_, o_, *powers_) in enumerate(slabs((*whole, *powers), count)):
+        for slab, (q_, k_, v_, log_, beta_, o_, *others) in enumerate(slabs((*whole, *powers), count)):
+            inputs = q_, k_, v_, log_, beta_
+            units, powers_ = units_of(others, unit), others[len(lengths) :]
             gates = gates_of(*(powers_ if is_kept else gates_of.powers(log_)))
             # The last slab may be shorter.
-            if len(q_) not in passes:
-                passes[len(q_)] = rule.forward(q_, v_)
+            if len(o_) not in passes:
+                passes[len(o_)] = rule.forward(q_, o_)
             first = slab * count if is_kept else 0
-            here = states[first : first + len(q_) + 1]
+            here = states[first : first + len(o_) + 1]
             if slab == 0 or not is_kept:
                 here[0] = gates.enter(state)
-            made = passes[len(q_)].run(gates, q_, k_, v_, beta_, here, o_)
+            made = passes[len(o_)].run(gates, inputs, units, here, o_)
             state = here[-1]
             if is_kept:
                 kept.extend(made)
-        ctx.save_for_backward(q, k, v, log, beta, states, *powers, *kept)
-        ctx.how = rule, gates_of, size, count, len(powers)
+        ctx.save_for_backward(q, k, v, log, beta, states, *lengths, *powers, *kept)
+        ctx.how = rule, gates_of, size, count, unit, len(powers)
         return o, state.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        rule, gates_of, size, count, of_gates = ctx.how
+        rule, gates_of, size, count, unit, of_gates = ctx.how
         inputs, states, made = ctx.saved_tensors[:5], ctx.saved_tensors[5], ctx.saved_tensors[6:]
-        powers, kept = made[:of_gates], made[of_gates:]
+        of_units = 0 if unit is None else 2
+        lengths, kept = made[:of_units], made[of_units + of_gates :]
+        powers = made[of_units : of_units + of_gates]
         decays = ctx.needs_input_grad[3]
         grads = [None if x is None or (x is inputs[3] and not decays) else space(x) for x in inputs]
-        parts = slabs((*(cut(x, size) for x in (do, *inputs, *grads)), *powers), count)
+        parts = slabs((*(cut(x, size) for x in (do, *inputs, *grads, *lengths)), *powers), count)
         each = len(kept) // len(parts)
         passes: dict[int, Adjoint] = {}
         for slab, (do_, *others) in reversed(list(enumerate(parts))):
-            tokens, into, gates = others[:5], others[5:10], gates_of(*others[10:])
+            tokens, into, units = others[:5], others[5:10], units_of(others[10:], unit)
+            gates = gates_of(*others[10 + of_units :])
             if len(do_) not in passes:
                 passes[len(do_)] = rule.adjoint(gates, tokens[0], do_, dstate)
             here = states[slab * count :][: len(do_) + 1]
             made = kept[each * slab : each * (slab + 1)]
-            dstate = passes[len(do_)].run(gates, here, made, tokens, do_, dstate, into)
+            dstate = passes[len(do_)].run(gates, here, made, tokens, units, do_, dstate, into)
         # The gates of the first slab.
-        return *grads, gates.enter(dstate), None, None, None, None
+        return *grads, gates.enter(dstate), None, None, None, None, None, None
+
+
+def inverse_lengths(x: Tensor) -> Tensor:
+    """1 / sqrt(|x|^2 + 1e-6) over the last axis, which stays with size 1."""
+    return sum_last((x * x).contiguous()).add_(1e-6).rsqrt_()
+
+
+def sum_last(x: Tensor) -> Tensor:
+    """The sum over the last axis of a contiguous tensor, which stays with size 1."""
+    # A product with ones takes less than half of the time of a sum over a short axis.
+    return torch.mv(x.view(-1, x.shape[-1]), x.new_ones(x.shape[-1])).view(*x.shape[:-1], 1)
+
+
+def write(room: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
+    """Fill `room` with beta v, and what it has beside that with beta; no beta is one."""
+    values, beside = room[..., : v.shape[-1]], room[..., v.shape[-1] :]
+    if beta is None:
+        values.copy_(v)
+        beside.fill_(1)
+    else:
+        fill(values, torch.mul, v, beta)
+        beside.copy_(beta)
+    return room
+
+
+def units_of(lengths: Sequence[Tensor], unit: float | None) -> Units | None:
+    """The first two tensors as units, where there is a length."""
+    return None if unit is None else Units(q=lengths[0], k=lengths[1], length=unit)
+
+
+def shorten(into: Tensor, x: Tensor, factor: Tensor, dy: Tensor, along: Tensor) -> None:
+    """Fill `into` with the gradient of x, where y = factor x has a length that x does not change.
+
+    `along` is y . dy over the square of that length, and is used up.
+    """
+    fill(into, torch.mul, dy, factor)
+    into.addcmul_(x, along.mul_(factor).mul_(factor), value=-1)
 
 
 def cut(x: Tensor | None, size: int) -> Tensor | None:

@@ -138,13 +138,15 @@ def check_inputs(q_BTHK: Tensor, v_BTGV: Tensor, decay: Tensor | None) -> None:
             )
 
 
-def first_state(q_BTHK: Tensor, v_BTGV: Tensor, state_BGKV: Tensor | None) -> Tensor:
-    """The given state or zeros, in float32 (float64 where v is)."""
+def first_state(
+    q_BTHK: Tensor, v_BTGV: Tensor, state_BGKV: Tensor | None, columns: int | None = None
+) -> Tensor:
+    """The given state or zeros, in float32 (float64 where v is), with as many columns as values have or as are said."""
     dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
     if state_BGKV is not None:
         return state_BGKV.to(dtype)
     batch, _, heads, value_dim = v_BTGV.shape
-    return v_BTGV.new_zeros(batch, heads, q_BTHK.shape[3], value_dim, dtype=dtype)
+    return v_BTGV.new_zeros(batch, heads, q_BTHK.shape[3], columns or value_dim, dtype=dtype)
 
 
 def linear_step(
@@ -204,11 +206,14 @@ def add_plain(
     k_BTHK: Tensor,
     v_BTGV: Tensor,
     decay: None,
-    beta_BTG: None,
+    beta_BTG: Tensor | None,
     state_BGKV: Tensor | None = None,
+    is_summed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule add, no decay."""
-    return in_chunks(ADD, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule add, no decay. Values are written times beta; `is_summed` puts a column of ones beside them."""
+    return in_chunks(
+        ADD, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, is_summed=is_summed
+    )
 
 
 def add_scalar(
@@ -216,11 +221,14 @@ def add_scalar(
     k_BTHK: Tensor,
     v_BTGV: Tensor,
     decay: Tensor,
-    beta_BTG: None,
+    beta_BTG: Tensor | None,
     state_BGKV: Tensor | None = None,
+    is_summed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule add, a decay per head, or per token and head."""
-    return in_chunks(ADD, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule add, a decay per head, or per token and head; the rest as in `add_plain`."""
+    return in_chunks(
+        ADD, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, is_summed=is_summed
+    )
 
 
 def add_channel(
@@ -228,11 +236,14 @@ def add_channel(
     k_BTHK: Tensor,
     v_BTGV: Tensor,
     decay: Tensor,
-    beta_BTG: None,
+    beta_BTG: Tensor | None,
     state_BGKV: Tensor | None = None,
+    is_summed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule add, a decay per key channel."""
-    return in_chunks(ADD, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule add, a decay per key channel; the rest as in `add_plain`."""
+    return in_chunks(
+        ADD, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, is_summed=is_summed
+    )
 
 
 def delta_plain(
@@ -242,9 +253,10 @@ def delta_plain(
     decay: None,
     beta_BTG: Tensor,
     state_BGKV: Tensor | None = None,
+    unit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule delta, no decay."""
-    return in_chunks(DELTA, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule delta, no decay. With a `unit`, queries get this length and keys 1, as by `norm.unit_norm`."""
+    return in_chunks(DELTA, PlainGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, unit=unit)
 
 
 def delta_scalar(
@@ -254,9 +266,10 @@ def delta_scalar(
     decay: Tensor,
     beta_BTG: Tensor,
     state_BGKV: Tensor | None = None,
+    unit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule delta, a decay per head, or per token and head."""
-    return in_chunks(DELTA, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule delta, a decay per head, or per token and head; `unit` as in `delta_plain`."""
+    return in_chunks(DELTA, ScalarGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, unit=unit)
 
 
 def delta_channel(
@@ -266,9 +279,10 @@ def delta_channel(
     decay: Tensor,
     beta_BTG: Tensor,
     state_BGKV: Tensor | None = None,
+    unit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In chunks: rule delta, a decay per key channel."""
-    return in_chunks(DELTA, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    """In chunks: rule delta, a decay per key channel; `unit` as in `delta_plain`."""
+    return in_chunks(DELTA, ChannelGates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, unit=unit)
 
 
 def in_chunks(
@@ -280,14 +294,18 @@ def in_chunks(
     decay: Tensor | None,
     beta_BTG: Tensor | None,
     state_BGKV: Tensor | None,
+    *,
+    unit: float | None = None,
+    is_summed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a rule over the chunks, some at a time."""
     check_inputs(q_BTHK, v_BTGV, decay)
     batch, length, heads, value_dim = v_BTGV.shape
+    columns = value_dim + int(is_summed)
     size = chunk_size(
         length,
-        "add" if beta_BTG is None else "delta",
-        q_BTHK.shape[3] + value_dim,
+        "add" if rule is ADD else "delta",
+        q_BTHK.shape[3] + columns,
         is_channel=decay is not None and decay.dim() == 4,
     )
     if decay is not None:
@@ -297,8 +315,8 @@ def in_chunks(
     inputs = (q_BTHK, k_BTHK, v_BTGV, decay, None if beta_BTG is None else beta_BTG[..., None])
     padded = [None if x is None else pad(x.to(dtype), size, heads) for x in inputs]
     count = max(1, SLAB // (batch * heads * size))
-    state = first_state(q_BTHK, v_BTGV, state_BGKV)
-    o, state = Chunks.apply(*padded, state, rule, gates, size, count)  # type: ignore[no-untyped-call]
+    state = first_state(q_BTHK, v_BTGV, state_BGKV, columns)
+    o, state = Chunks.apply(*padded, state, rule, gates, size, count, unit, is_summed)  # type: ignore[no-untyped-call]
     return o[:, :length].to(v_BTGV.dtype), state
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixforge.kernels import chunked_linear
 from mixforge.kernels.chunked_linear import FORMS, form, linear_step, matmul_flops
+from mixforge.kernels.norm import unit_norm
 
 DECAYS = ("none", "head", "scalar", "channel")
 RULES = ("add", "delta")
@@ -81,7 +82,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | Non
     return torch.cat([o.flatten(), torch.stack(states).flatten()])
 
 
-def run(operation: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> Tensor:
+def run(operation: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Tensor | float | None]) -> Tensor:
     o, state = operation(*inputs)
     return torch.cat([o.flatten(), state.flatten()])
 
@@ -286,6 +287,48 @@ def test_the_narrow_form_is_the_same(decay: str, rule: str) -> None:
     assert form("reference", rule, decay) is FORMS["reference"]
 
 
+def in_front(decay: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The rule delta behind norms of queries and keys."""
+    operation = form("torch", "delta", decay)
+    return lambda q, k, *others: operation(0.3 * unit_norm(q), unit_norm(k), *others)
+
+
+@pytest.mark.parametrize(("key_dim", "length"), [(5, 33), (65, 40)])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_norms_inside_are_those_in_front(decay: str, key_dim: int, length: int) -> None:
+    inputs = draw(decay, "delta", length, key_dim=key_dim, seed=key_dim)
+    expected = results(lambda x: run(in_front(decay), x), inputs)
+    inside = form("torch", "delta", decay)
+    assert_near(results(lambda x: run(inside, [*x, 0.3]), inputs), expected, 1e-11)
+    strided = [None if x is None else x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    assert_near(results(lambda x: run(inside, [*x, 0.3]), strided), expected, 1e-11)
+
+
+@pytest.mark.parametrize(("key_dim", "length"), [(5, 33), (65, 40)])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_gates_inside_are_those_in_front(decay: str, key_dim: int, length: int) -> None:
+    """With a column of ones and without, gated and not."""
+    operation = form("torch", "add", decay)
+    inputs = draw(decay, "delta", length, key_dim=key_dim)
+    assert inputs[2] is not None
+    assert inputs[5] is not None
+    wider = [*inputs[:5], torch.nn.functional.pad(inputs[5], (0, 1), value=0.5)]
+
+    def in_front(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor) -> Tensor:
+        dim = state.shape[-1] - v.shape[-1]
+        written = beta[..., None] * torch.cat([v, torch.ones_like(v[..., :dim])], -1)
+        return run(operation, [q, k, written, g, None, state])
+
+    for given, is_summed in ((inputs, False), (wider, True)):
+        expected = results(lambda x: in_front(*x), given)  # type: ignore[arg-type]
+        inside = results(lambda x, is_summed=is_summed: run(operation, [*x, is_summed]), given)  # type: ignore[misc]
+        assert_near(inside, expected, 1e-12)
+    ungated = [*wider[:4], None, wider[5]]
+    ones = torch.ones_like(inputs[2][..., 0])
+    expected = results(lambda x: in_front(*x[:4], ones, x[5]), ungated)  # type: ignore[arg-type]
+    assert_near(results(lambda x: run(operation, [*x, True]), ungated), expected, 1e-12)
+
+
 def test_no_state_is_a_state_of_zeros() -> None:
     *inputs, state = draw("scalar", "delta", 40)
     assert state is not None
@@ -338,8 +381,9 @@ def test_compiles_as_one_graph(decay: str, rule: str, key_dim: int, backend: str
     torch._dynamo.reset()
     compiled = torch.compile(form("torch", rule, decay), fullgraph=True, backend=backend)
     inputs = draw(decay, rule, 17, key_dim=key_dim)
-    expected = results(lambda x: run(FORMS["torch"], x), inputs)
-    assert_near(results(lambda x: run(compiled, x), inputs), expected, 1e-12)
+    units = (0.3,) if rule == "delta" else ()
+    expected = results(lambda x: run(in_front(decay) if units else FORMS["torch"], x), inputs)
+    assert_near(results(lambda x: run(compiled, [*x, *units]), inputs), expected, 1e-11)
 
 
 @pytest.mark.parametrize(("decay", "rule"), MEMBERS)

@@ -540,6 +540,11 @@ class Linear(Mixer):
             "lends_values": self.values == "own",
             "crosses": self.values == "context",
             "reads": self._reads() if self.shift != "none" else None,
+            "unit_inside": backend == "torch" and self.rule == "delta" and self._is_alone,
+            "gates_inside": backend == "torch"
+            and self.rule == "add"
+            and self._is_alone
+            and self._gates_values,
             "least": LEAST if self.norm == "denominator" and self.phi_name in SPARSE else 0.0,
         }
         usual = {"key": "own", "spread": False, "beside": 0, "copies": 1, "least": 0.0}
@@ -570,6 +575,18 @@ class Linear(Mixer):
             output=parts["output"],
             **{name: value for name, value in others.items() if value not in (None, False, usual.get(name))},
         )
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether nothing else reads or changes what enters the chunked recurrence."""
+        is_gated = self.by_channel and self.in_gate in ("tied", "tempered")
+        is_plain = self.levels == "one" and self.memories == "none" and self.decay != "both"
+        return is_plain and self.skip not in ("bonus", "late") and not is_gated
+
+    @property
+    def _gates_values(self) -> bool:
+        """Whether values have one gate for each head, or a column of ones."""
+        return self.normalised or self.in_gate in ("dt", "sigmoid", "exp", "tied") or self.norm == "length"
 
     def _check_kernels(self, size: Sizes) -> None:
         """Raise BeyondKernels where no kernel holds the state of a head; under rule add its rows are cut into groups."""

@@ -99,8 +99,11 @@ class SoftplusDecay(nn.Module):
         self.bias = nn.Parameter(draw_dt_bias(heads))
         self.rate = nn.Parameter(draw_rate(heads))
 
-    def forward(self, x_BTD: Tensor, k_BTHK: Tensor) -> tuple[Tensor, Tensor | None]:
-        dt_BTH = F.softplus(exact(self.step_size(x_BTD)) + exact(self.bias))
+    def forward(
+        self, x_BTD: Tensor, k_BTHK: Tensor, logit_BTH: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        logit_BTH = self.step_size(x_BTD) if logit_BTH is None else logit_BTH
+        dt_BTH = F.softplus(exact(logit_BTH) + exact(self.bias))
         return -exact(self.rate).exp() * dt_BTH, dt_BTH
 
 
@@ -114,8 +117,11 @@ class SigmoidDecay(nn.Module):
         self.logit = nn.Linear(width, heads)
         remember_(self.logit.bias, temperature)
 
-    def forward(self, x_BTD: Tensor, k_BTHK: Tensor) -> tuple[Tensor, Tensor | None]:
-        return F.logsigmoid(capped(exact(self.logit(x_BTD)), self.cap)) / self.temperature, None
+    def forward(
+        self, x_BTD: Tensor, k_BTHK: Tensor, logit_BTH: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        logit_BTH = self.logit(x_BTD) if logit_BTH is None else logit_BTH
+        return F.logsigmoid(capped(exact(logit_BTH), self.cap)) / self.temperature, None
 
 
 class SoftplusChannelDecay(nn.Module):

@@ -8,21 +8,23 @@ what follows it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.norm import unit_norm
-from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.decay import SigmoidDecay, SoftplusDecay, exact
 from mixforge.search_space.parts.first_state import CarriedState, NoisyState
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
+from mixforge.search_space.parts.linear_output import GatedOutput, NormedOutput
 from mixforge.search_space.parts.memories import Memories
 from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 from mixforge.search_space.parts.token_shift import TokenShift
 from mixforge.search_space.parts.turn import Turn, turned
+from mixforge.search_space.parts.write_gate import ExpGate, SigmoidGate, WriteStrength
 
 State = dict[str, Tensor]
 
@@ -33,7 +35,8 @@ class Reads:
 
     decay: None, or log decays [H], [B, T, H] or [B, T, H, K].
     write_BTHV: the values as they are written, with a column of gates where the output is normalised.
-    strength: beta [B, T, H] of the delta rule, the log decays [B, T, H, V] of the values, or what rule=dplr removes.
+    strength: beta [B, T, H] of the delta rule, the gates [B, T, H] of bare values, the log decays [B, T, H, V] of the
+        values, or what rule=dplr removes.
     floor_BTH: what the normaliser is at least, for norm=max1 with in_gate=exp.
     """
 
@@ -48,7 +51,10 @@ class Reads:
 
 @dataclass
 class Inputs:
-    """The input [B, T, D] as each projection reads it: one and the same without a token shift."""
+    """The input [B, T, D] as each projection reads it: one and the same without a token shift.
+
+    logits: those of gates, where they came with queries, keys and values.
+    """
 
     q: Tensor
     k: Tensor
@@ -56,6 +62,11 @@ class Inputs:
     forget: Tensor
     write: Tensor
     out: Tensor
+    logits: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def given(self, gate: nn.Module, name: str = "logit_BTH") -> dict[str, Tensor]:
+        """The logits of a gate as an argument, if it has some already."""
+        return {name: self.logits[gate]} if gate in self.logits else {}
 
 
 class LinearAttention(TokenMixer):
@@ -112,6 +123,8 @@ class LinearAttention(TokenMixer):
         first: nn.Module | None = None,
         explored: NoisyState | CarriedState | None = None,
         least: float = 0.0,
+        unit_inside: bool = False,
+        gates_inside: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.key_heads = heads, key_heads
@@ -127,6 +140,10 @@ class LinearAttention(TokenMixer):
         self.least = least
         self.turn = turn
         self.unit_keys = unit_keys
+        # Whether the operation over a sequence makes the lengths of queries and keys itself.
+        self.unit_inside = unit_inside
+        # Whether it multiplies the values by their gates, and puts the column of ones beside them.
+        self.gates_inside = gates_inside
         self.key = key
         self.dt_values = dt_values
         self.gated_keys, self.gated_values = gated_keys, gated_values
@@ -197,13 +214,17 @@ class LinearAttention(TokenMixer):
         mixed_BTF = self.project(x_BTD, inputs)
         if self.conv is not None:
             mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
-        read = self.reads_of(mixed_BTF, inputs, state, after, at)
+        read = self.reads_of(mixed_BTF, inputs, state, after, at, is_sequence=True)
         weight_BTE = self.routed(self.memories, read, inputs)
         matrix = self.first_matrix(read) if state is None else state["matrix"]
         if self.bonus is None:
-            levels = () if self.levels is None else (self.levels(inputs.write), at.start)
+            others: tuple[Tensor | float, ...] = (self.scale,) if self.unit_inside else ()
+            if self.gates_inside:
+                others = (self.normalised,)
+            if self.levels is not None:
+                others = (self.levels(inputs.write), at.start)
             o_BTHV, after["matrix"] = self.operation(
-                read.q_BTHK, read.k_BTHK, read.write_BTHV, read.decay, read.strength, matrix, *levels
+                read.q_BTHK, read.k_BTHK, read.write_BTHV, read.decay, read.strength, matrix, *others
             )
         else:
             o_BTHV, after["matrix"] = self.read_before_write(self.bonus, read, matrix)
@@ -261,6 +282,8 @@ class LinearAttention(TokenMixer):
     def project(self, x_BTD: Tensor, inputs: Inputs) -> Tensor:
         """Queries, keys and values [B, T, F]."""
         if self.shift is None and not self.crosses:
+            if x_BTD.device.type == "cpu":
+                self.read_gates(inputs)
             mixed_BTF: Tensor = self.mixed(x_BTD)
             return mixed_BTF
         weights = torch.split(self.mixed.weight, self.rows)
@@ -269,10 +292,39 @@ class LinearAttention(TokenMixer):
         ]
         return torch.cat(parts, -1)
 
+    def read_gates(self, inputs: Inputs) -> None:
+        """The logits of gates that read the same input by one product, where that is cheaper.
+
+        On a CPU four columns alone take a third of what a hundred take. The weights are joined for it, which has to be
+        little beside the product.
+        """
+        parts = (self.decay, self.beta, self.write_gate, self.exp_gate, self.output)
+        # A loop, and not an expression with `:=`, which torch.compile refuses.
+        gates: list[tuple[nn.Module, nn.Linear]] = []
+        for part in parts:
+            linear = reading(part)
+            if part is not None and linear is not None:
+                gates.append((part, linear))
+        weights = [linear.weight for _, linear in gates]
+        if len(gates) < 2 or sum(w.numel() for w in weights) > inputs.out.numel():
+            return
+        joined = F.linear(inputs.out, torch.cat(weights))
+        logits = torch.split(joined, [len(weight) for weight in weights], -1)
+        for (part, linear), logit in zip(gates, logits, strict=True):
+            inputs.logits[part] = logit if linear.bias is None else logit + linear.bias
+
     def reads_of(
-        self, mixed_BTF: Tensor, inputs: Inputs, state: State | None, after: State, at: Pass
+        self,
+        mixed_BTF: Tensor,
+        inputs: Inputs,
+        state: State | None,
+        after: State,
+        at: Pass,
+        *,
+        is_sequence: bool = False,
     ) -> Reads:
-        """Queries, keys and values by heads, then the gates."""
+        """Queries, keys and values by heads, then the gates, but for what the operation over a sequence does itself."""
+        is_bare = is_sequence and self.unit_inside
         if self.apart is not None:
             mixed_BTF = self.apart(mixed_BTF, inputs.q, inputs.k)
         if self.act is not None:
@@ -285,7 +337,9 @@ class LinearAttention(TokenMixer):
             at.shared["values"] = (v_BTHV,)
         if self.blend is not None:
             v_BTHV = self.blend(inputs.v, v_BTHV, at.shared["values"][0])
-        decay, gate = (None, None) if self.decay is None else self.decay(inputs.forget, k_BTHK)
+        decay = gate = None
+        if self.decay is not None:
+            decay, gate = self.decay(inputs.forget, k_BTHK, **inputs.given(self.decay))
         if self.latent is not None:
             decay, k_BTHK, after["latent"] = self.latent(k_BTHK, None if state is None else state["latent"])
             group = self.heads // self.key_heads
@@ -301,15 +355,18 @@ class LinearAttention(TokenMixer):
             )
             if last is not None:
                 after["phase"] = last
-        q_BTHK = self.map_key(q_BTHK, at.positions_T, angle, is_gate=False)
-        k_BTHK = self.map_key(k_BTHK, at.positions_T, angle, is_gate=self.key == "forget")
+        q_BTHK = self.map_key(q_BTHK, at.positions_T, angle, is_gate=False, is_bare=is_bare)
+        is_gate = self.key == "forget"
+        k_BTHK = self.map_key(k_BTHK, at.positions_T, angle, is_gate=is_gate, is_bare=is_bare)
         if angle is not None and decay is not None and decay.dim() == 4:
             decay = torch.cat([decay, decay], -1)
-        read = Reads(q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay)
-        self.gate_writes(read, gate, inputs, state, after, at)
+        read = Reads(q_BTHK if is_bare else q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay)
+        self.gate_writes(read, gate, inputs, state, after, at, is_bare=is_sequence and self.gates_inside)
         return read
 
-    def map_key(self, x_BTHK: Tensor, positions_T: Tensor, angle: Tensor | None, *, is_gate: bool) -> Tensor:
+    def map_key(
+        self, x_BTHK: Tensor, positions_T: Tensor, angle: Tensor | None, *, is_gate: bool, is_bare: bool
+    ) -> Tensor:
         """Rotation, feature map, turn and norm of queries or keys; keys that are a gate are features already."""
         if self.theta is not None:
             x_BTHK = rotate(x_BTHK, positions_T, self.theta, self.spread)
@@ -317,25 +374,36 @@ class LinearAttention(TokenMixer):
             x_BTHK = self.feature(x_BTHK) + self.least if self.least else self.feature(x_BTHK)
         if angle is not None:
             x_BTHK = turned(x_BTHK, angle)
-        return unit_norm(x_BTHK) if self.unit_keys else x_BTHK
+        return unit_norm(x_BTHK) if self.unit_keys and not is_bare else x_BTHK
 
     def gate_writes(
-        self, read: Reads, gate: Tensor | None, inputs: Inputs, state: State | None, after: State, at: Pass
+        self,
+        read: Reads,
+        gate: Tensor | None,
+        inputs: Inputs,
+        state: State | None,
+        after: State,
+        at: Pass,
+        *,
+        is_bare: bool,
     ) -> None:
-        """Gates of the values and the keys, and the write strength. `gate` is what came with the decay."""
+        """Gates of the values and the keys, and the write strength. `gate` is what came with the decay.
+
+        Bare values are left as they are, and their gates are the strength.
+        """
         dtype = read.v_BTHV.dtype
         write_BTHV = read.v_BTHV
         if self.value_gate is not None:
             write_BTHV = write_BTHV * self.value_gate(inputs.write)
         if self.beta is not None:
-            read.strength = self.beta(inputs.write)
+            read.strength = self.beta(inputs.write, **inputs.given(self.beta))
         if self.value_decay is not None:
             log_BTHV, _ = self.value_decay(inputs.forget, read.k_BTHK)
             if self.gated_values:
                 write_BTHV = write_BTHV * -torch.expm1(log_BTHV).to(dtype)
             # The column of the normaliser follows the keys alone.
             read.strength = F.pad(log_BTHV, (0, int(self.normalised)))
-        if self.normalised:
+        if self.normalised and not is_bare:
             write_BTHV = torch.cat([write_BTHV, torch.ones_like(write_BTHV[..., :1])], -1)
         factor = None
         if self.dt_values:
@@ -344,16 +412,19 @@ class LinearAttention(TokenMixer):
             assert read.decay is not None
             factor = -torch.expm1(read.decay)
         elif self.write_gate is not None:
-            factor = self.write_gate(inputs.write)
+            factor = self.write_gate(inputs.write, **inputs.given(self.write_gate))
         elif self.exp_gate is not None:
             before = None if state is None else state["scale"]
-            factor, read.decay, scale_BTH = self.exp_gate(inputs.write, read.decay, before)
+            given = inputs.given(self.exp_gate)
+            factor, read.decay, scale_BTH = self.exp_gate(inputs.write, read.decay, before, **given)
             after["scale"] = scale_BTH[:, -1]
             read.floor_BTH = (-scale_BTH).exp()
         if self.length_gate is not None:
             length = self.length_gate(at.positions_T)
             factor = length if factor is None else factor * length
-        if factor is not None:
+        if is_bare:
+            read.strength = None if factor is None else factor.expand(write_BTHV.shape[:3])
+        elif factor is not None:
             write_BTHV = write_BTHV * factor[..., None].to(dtype)
         if self.gated_keys or self.value_decay is not None:
             group = self.heads // self.key_heads
@@ -396,7 +467,7 @@ class LinearAttention(TokenMixer):
 
     def first_matrix(self, read: Reads) -> Tensor | None:
         """The state before the first token of a training sequence; None for zeros."""
-        batch, columns = read.write_BTHV.shape[0], read.write_BTHV.shape[-1] + self.beside
+        batch, columns = len(read.write_BTHV), self.value_dim + int(self.normalised) + self.beside
         if self.first is not None:
             matrix: Tensor = self.first(batch, columns)
             return matrix
@@ -436,5 +507,17 @@ class LinearAttention(TokenMixer):
         if self.skip is not None:
             o_BTHV = o_BTHV + self.skip(read.v_BTHV)
         late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)
-        y: Tensor = self.output(o_BTHV, inputs.out, *late)
+        y: Tensor = self.output(o_BTHV, inputs.out, *late, **inputs.given(self.output, "logit_BTF"))
         return y
+
+
+def reading(part: nn.Module | None) -> nn.Linear | None:
+    """The layer whose logits a gate takes in the place of the input, if it takes them."""
+    match part:
+        case SoftplusDecay():
+            return part.step_size
+        case SigmoidDecay() | WriteStrength() | SigmoidGate() | ExpGate():
+            return part.logit
+        case NormedOutput() | GatedOutput():
+            return part.gate if isinstance(part.gate, nn.Linear) else None
+    return None

@@ -1,4 +1,7 @@
-"""What follows the recurrence of the linear family: skip, norm, gate and output projection."""
+"""What follows the recurrence of the linear family: skip, norm, gate and output projection.
+
+Logits of a gate that are given stand for W_gate x.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +139,13 @@ class NormedOutput(nn.Module):
         self.gate = None if activation is None else gate_of(width, heads * value_dim, rank, inner)
         self.out = nn.Linear(heads * value_dim, width, bias=False)
 
-    def forward(self, o_BTHV: Tensor, x_BTD: Tensor, late_BTHV: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        o_BTHV: Tensor,
+        x_BTD: Tensor,
+        late_BTHV: Tensor | None = None,
+        logit_BTF: Tensor | None = None,
+    ) -> Tensor:
         if self.joint:
             o_BTHV = o_BTHV.flatten(2)
         if self.norm is not None:
@@ -145,7 +154,7 @@ class NormedOutput(nn.Module):
             o_BTHV = o_BTHV + late_BTHV
         o_BTF = o_BTHV if self.joint else o_BTHV.flatten(2)
         if self.activation is not None and self.gate is not None:
-            o_BTF = o_BTF * self.activation(self.gate(x_BTD))
+            o_BTF = o_BTF * self.activation(self.gate(x_BTD) if logit_BTF is None else logit_BTF)
         elif self.own:
             o_BTF = silu(o_BTF)
         y: Tensor = self.out(o_BTF)
@@ -173,10 +182,10 @@ class GatedOutput(nn.Module):
         self.gate = None if activation is None else gate_of(width, heads * value_dim, rank, inner)
         self.out = nn.Linear(heads * value_dim, width, bias=False)
 
-    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
+    def forward(self, o_BTHV: Tensor, x_BTD: Tensor, *, logit_BTF: Tensor | None = None) -> Tensor:
         o_BTF = o_BTHV.flatten(2)
         if self.activation is not None and self.gate is not None:
-            o_BTF = o_BTF * self.activation(self.gate(x_BTD))
+            o_BTF = o_BTF * self.activation(self.gate(x_BTD) if logit_BTF is None else logit_BTF)
         elif self.own:
             o_BTF = silu(o_BTF)
         y: Tensor = self.out(self.norm(o_BTF))

@@ -7,6 +7,8 @@ ValueGate       v <- sigmoid(W_2 W_1 x + b) v, for each channel: He et al. 2024 
 LengthGate      v <- v / t^sigmoid(m_h): Mongaras et al. 2024 (arXiv 2409.18747), as in its public code
 ValueBlend      v <- v + sigmoid(W_2 W_1 x + b) (v' - v), v' of a layer below: Peng et al. 2025 (arXiv 2503.14456),
                 Zhou et al. 2024 (arXiv 2410.17897)
+
+Logits that are given stand for W x, or W x + b.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class WriteStrength(nn.Module):
         self.most = most
         self.logit = nn.Linear(width, heads, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.most * torch.sigmoid(exact(self.logit(x_BTD)))
+    def forward(self, x_BTD: Tensor, logit_BTH: Tensor | None = None) -> Tensor:
+        return self.most * torch.sigmoid(exact(self.logit(x_BTD) if logit_BTH is None else logit_BTH))
 
 
 class SigmoidGate(nn.Module):
@@ -39,8 +41,8 @@ class SigmoidGate(nn.Module):
         super().__init__()
         self.logit = nn.Linear(width, heads)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return torch.sigmoid(exact(self.logit(x_BTD)))
+    def forward(self, x_BTD: Tensor, logit_BTH: Tensor | None = None) -> Tensor:
+        return torch.sigmoid(exact(self.logit(x_BTD) if logit_BTH is None else logit_BTH))
 
 
 class ExpGate(nn.Module):
@@ -57,10 +59,10 @@ class ExpGate(nn.Module):
         self.logit = nn.Linear(width, heads)
 
     def forward(
-        self, x_BTD: Tensor, log: Tensor | None, before_BH: Tensor | None
+        self, x_BTD: Tensor, log: Tensor | None, before_BH: Tensor | None, logit_BTH: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(gate, log decay, m), each [B, T, H]."""
-        i_BTH = capped(exact(self.logit(x_BTD)), self.cap)
+        i_BTH = capped(exact(self.logit(x_BTD) if logit_BTH is None else logit_BTH), self.cap)
         log_BTH = torch.zeros_like(i_BTH) if log is None else log.expand_as(i_BTH)
         with torch.no_grad():
             # m_t - G_t is the largest of m_0 and i_s - G_s so far, G the sum of the log decays.

@@ -13,6 +13,8 @@ from torch import Tensor
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.parts.layer import Pass
+from mixforge.search_space.parts.linear_attention import LinearAttention
+from mixforge.search_space.vocabulary import parse_mixer
 
 WIDTH, HEADS, LENGTH = 24, 3, 37
 Weights = dict[str, Tensor]
@@ -270,3 +272,34 @@ def test_canonical_drops_what_says_nothing() -> None:
     )
     taylor = Linear(phi=Form("taylor", (2,)), key_dim=16)
     assert taylor.sizes(64).features == 1 + 16 + 136
+
+
+@pytest.mark.parametrize("text", ["mlstm(gate_cap=15)", "gdn(beta=2)", "mamba2(in_gate=sigmoid)"])
+def test_gates_by_one_product_are_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = parse_mixer(text)
+    assert isinstance(mixer, Linear)
+    module, weights = built(mixer)
+    x_BTD = torch.stack([sequence(seed) for seed in range(4)]).requires_grad_()
+    found, products = [], []
+    for is_joined in (True, False):
+        if not is_joined:
+            monkeypatch.setattr(LinearAttention, "read_gates", lambda *_: None)
+        with torch.autograd.profiler.profile() as profile:
+            y_BTD, _ = module(x_BTD, None, Pass(torch.arange(LENGTH), 0))
+        products.append(sum(event.name in ("aten::mm", "aten::addmm") for event in profile.function_events))
+        found.append((y_BTD, *torch.autograd.grad(y_BTD.square().sum(), (x_BTD, *weights.values()))))
+    assert products[0] < products[1]
+    for joined, alone in zip(*found, strict=True):
+        torch.testing.assert_close(joined, alone, rtol=1e-9, atol=1e-11)
+
+
+# Dynamo makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_gates_by_one_product_are_compiled_in_one_graph() -> None:
+    torch._dynamo.reset()
+    mixer = parse_mixer("mlstm")
+    assert isinstance(mixer, Linear)
+    module, _ = built(mixer)
+    x_BTD, at = torch.stack([sequence(seed) for seed in range(4)]), Pass(torch.arange(LENGTH), 0)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x_BTD, None, at)[0], module(x_BTD, None, at)[0])
