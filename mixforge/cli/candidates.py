@@ -284,11 +284,20 @@ def doctor(
     only: Annotated[
         str, typer.Option("--only", metavar="TEXT", help="Tune only kernels whose shape class contains this.")
     ] = "",
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            min=1,
+            max=256,
+            help="Configurations compiled and checked at once; one a core, at most 8, if left out.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What this machine has, and whether Mixforge can use it: versions, devices, threads, memory, disk."""
     if tune:
-        _tune(only, as_json)
+        _tune(only, jobs or min(8, _cores()), as_json)
         return
     from mixforge.evaluator.environment import environment
 
@@ -319,7 +328,7 @@ def doctor(
         raise RunFailed(f"not fit to search: {', '.join(wrong)}")
 
 
-def _tune(only: str, as_json: bool) -> None:
+def _tune(only: str, jobs: int, as_json: bool) -> None:
     import torch
 
     # Asked here as well, for without a GPU there may be no triton to import the tuner with.
@@ -330,7 +339,7 @@ def _tune(only: str, as_json: bool) -> None:
     from mixforge.kernels.blocks import cache_file
     from mixforge.kernels.tuning import tune
 
-    found = tune(narrate, only)
+    found = tune(narrate, only, jobs)
     if as_json:
         print_json(
             [

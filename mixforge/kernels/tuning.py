@@ -1,24 +1,29 @@
 """The tuner: for each kernel and shape class, the fastest configuration that is also right, on the device at hand.
 
 A configuration may be only timed after it was run and compared with the reference form on this very device, for
-compilers make wrong code of right kernels. One that is wrong or fails is dropped and said so. Candidates run in a
-process of their own, because after an illegal access a process can use its device no more.
+compilers make wrong code of right kernels. One that is wrong, fails or has what gives wrong numbers only at times is
+dropped and said so. Candidates run in processes of their own, because after an illegal access a process can use its
+device no more: first all are compiled and checked, several at a time, then those that are right are timed, one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
+from queue import SimpleQueue
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mixforge.kernels.ahead_of_time.case import Case
 from mixforge.kernels.ahead_of_time.cases import CASES
+from mixforge.kernels.ahead_of_time.compiling import TARGETS, hazards, unit
 from mixforge.kernels.ahead_of_time.recording import record
 from mixforge.kernels.blocks import Config, ShapeClass, rows_for, trying, write_tuned
 from mixforge.kernels.launch import generation
@@ -31,7 +36,10 @@ RATIOS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 GAIN = 0.02
 CHECKED_LENGTH = 200
 REPEATS = 20
+# Blocks of products have at least 16 rows and columns, and twice the largest is beyond the registers.
+LEAST_BLOCK, MOST_BLOCK = {"BK": 16, "BV": 16, "BLOCK_K": 16, "BLOCK_B": 16}, 256
 
+Found = TypeVar("Found")
 Measure = Callable[[Config], "float | str"]
 """Milliseconds of a right configuration, or why it is dropped."""
 
@@ -58,12 +66,20 @@ class Tuned:
 
 
 def candidates(shape: ShapeClass, on: str) -> list[Config]:
-    """The default, then the table's other configurations, then each with other warps or stages."""
+    """The default, then the table's other configurations, then each with other warps or stages, then the default with
+    one block half or twice as large, under as many warps and under those of that share."""
     rows = [row.config for row in rows_for(shape, on)]
     found = list(rows)
     for config in rows:
         found += [replace(config, warps=warps) for warps in _beside(WARPS, config.warps)]
         found += [replace(config, stages=stages) for stages in _beside(STAGES, config.stages)]
+    default = rows[0]
+    for name, size in default.blocks.items():
+        for other in (size // 2, size * 2):
+            if LEAST_BLOCK.get(name, 1) <= other <= MOST_BLOCK:
+                made = replace(default, blocks={**default.blocks, name: other})
+                warps = default.warps * other // size
+                found += [made, *([replace(made, warps=warps)] if warps in WARPS else [])]
     return [config for number, config in enumerate(found) if config not in found[:number]]
 
 
@@ -99,8 +115,8 @@ def select(shape: ShapeClass, tried: Sequence[Config], measure: Measure) -> Tune
     )
 
 
-def tune(tell: Callable[[str], None], only: str = "") -> list[Tuned]:
-    """Tune all shape classes of this device's cases and write what is best."""
+def tune(tell: Callable[[str], None], only: str = "", jobs: int = 1) -> list[Tuned]:
+    """Tune all shape classes of this device's cases and write what is best. `jobs` is how many are checked at a time."""
     on, device = generation(), torch.cuda.get_device_name()
     classes = shape_classes(on)
     wanted = {shape: cases for shape, cases in classes.items() if only in shape.name}
@@ -108,12 +124,19 @@ def tune(tell: Callable[[str], None], only: str = "") -> list[Tuned]:
         raise ValueError(
             f"no shape class contains {only!r}; there are: {', '.join(shape.name for shape in classes)}"
         )
+    tried = {shape: candidates(shape, on) for shape in wanted}
+    asked = [(shape, cases, config) for shape, cases in wanted.items() for config in tried[shape]]
+    tell(f"{len(asked)} configurations are compiled and checked, {jobs} at a time")
+    reasons = iter(checked(asked, jobs, tell))
+    wrong = {shape: [next(reasons) for _ in configs] for shape, configs in tried.items()}
     found = []
     with _Bench() as bench:
         for number, (shape, cases) in enumerate(wanted.items(), 1):
-            tried = candidates(shape, on)
-            tell(f"{number}/{len(wanted)} {shape.name}: {len(tried)} candidates")
-            made = select(shape, tried, partial(bench.measure, shape, cases))
+            tell(
+                f"{number}/{len(wanted)} {shape.name}: {wrong[shape].count(None)} of {len(tried[shape])} are timed"
+            )
+            known = dict(zip((config.text for config in tried[shape]), wrong[shape], strict=True))
+            made = select(shape, tried[shape], partial(measured, bench, shape, cases, known))
             for config, reason in made.dropped:
                 tell(f"dropped {shape.name} with {config.text}: {reason}")
             found.append(made)
@@ -121,6 +144,43 @@ def tune(tell: Callable[[str], None], only: str = "") -> list[Tuned]:
                 # After each, so that what was found is kept if the next is interrupted.
                 write_tuned(device, {shape.name: made.best})
     return found
+
+
+def measured(
+    bench: _Bench,
+    shape: ShapeClass,
+    cases: Sequence[int],
+    wrong: Mapping[str, str | None],
+    config: Config,
+) -> float | str:
+    """Milliseconds of a configuration in which nothing is wrong, and what is wrong with another."""
+    reason = wrong[config.text]
+    return bench.ask(time_ms, shape, cases, config) if reason is None else reason
+
+
+def checked(
+    asked: Sequence[tuple[ShapeClass, Sequence[int], Config]], jobs: int, tell: Callable[[str], None]
+) -> list[str | None]:
+    """What is wrong with each configuration, in the order that they were given."""
+    free: SimpleQueue[_Bench] = SimpleQueue()
+
+    def one(given: tuple[ShapeClass, Sequence[int], Config]) -> str | None:
+        bench = free.get()
+        try:
+            return bench.ask(check, *given)
+        finally:
+            free.put(bench)
+
+    with ExitStack() as stack:
+        for _ in range(jobs):
+            free.put(stack.enter_context(_Bench()))
+        threads = stack.enter_context(ThreadPoolExecutor(jobs))
+        said = []
+        for number, reason in enumerate(threads.map(one, asked), 1):
+            said.append(reason)
+            if number % 50 == 0:
+                tell(f"{number}/{len(asked)} checked")
+        return said
 
 
 def shape_classes(on: str) -> dict[ShapeClass, tuple[int, ...]]:
@@ -145,8 +205,9 @@ class _Bench:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def measure(self, shape: ShapeClass, cases: Sequence[int], config: Config) -> float | str:
-        waiting = self._pool.submit(measure, shape, cases, config)
+    def ask(self, work: Callable[..., Found], *given: object) -> Found | str:
+        """What `work` returns there, or why it failed."""
+        waiting = self._pool.submit(work, *given)
         error = waiting.exception()
         if error is None:
             return waiting.result()
@@ -156,13 +217,36 @@ class _Bench:
         return f"{type(error).__name__}: {said[0] if said else 'no reason given'}"
 
 
-def measure(shape: ShapeClass, cases: Sequence[int], config: Config) -> float | str:
-    """Milliseconds of the cases together, forward and backward; or what is wrong with their results."""
+def check(shape: ShapeClass, cases: Sequence[int], config: Config) -> str | None:
+    """What is wrong with a configuration: with what is compiled of it, or with its results."""
     with trying({shape: config}):
+        for number in cases:
+            found = compiled_wrong(CASES[number], shape.kernel, config)
+            if found is not None:
+                return found
         for number in cases:
             wrong = compare(_results(_shorter(CASES[number]), None), _expected(number), CASES[number].dtype)
             if wrong is not None:
                 return wrong
+    return None
+
+
+def compiled_wrong(case: Case, kernel: str, config: Config) -> str | None:
+    """What a kernel of a case has that gives wrong numbers, perhaps not when it is checked."""
+    on = generation()
+    if on not in TARGETS:
+        return None
+    made = record(case, on)
+    for one in (made.forward, made.backward):
+        for launch in () if one is None else one.launches:
+            if (launch.name, launch.config) == (kernel, config) and (said := hazards(unit(launch, on))):
+                return said[0]
+    return None
+
+
+def time_ms(shape: ShapeClass, cases: Sequence[int], config: Config) -> float:
+    """Milliseconds of the cases together, forward and backward."""
+    with trying({shape: config}):
         return sum(_time_ms(replace(CASES[number], device="cuda")) for number in cases)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from mixforge.kernels.blocks import Config, ShapeClass, choose, read_tuned, tryi
 from mixforge.kernels.launch import recording
 
 SHAPE = ShapeClass("linear_scan", torch.bfloat16, 128, 128, "scalar")
+OTHER = ShapeClass("norm_forward", torch.bfloat16, 2048)
 DEVICE = "a device"
 A, B, C = (Config({"BV": size}) for size in (64, 32, 16))
 
@@ -138,3 +140,65 @@ def test_what_was_tuned_goes_before_the_table(monkeypatch: pytest.MonkeyPatch) -
             assert ask() == blocks.from_table(SHAPE, "sm_90")
     finally:
         blocks._tuned.cache_clear()
+
+
+class Bench:
+    """In this process, and without a device."""
+
+    made = 0
+
+    def __enter__(self) -> Bench:
+        Bench.made += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def ask(self, work: object, shape: ShapeClass, cases: tuple[int, ...], config: Config) -> object:
+        name = work.__name__  # type: ignore[attr-defined]
+        if name == "check":
+            return "output 0 is wrong" if config.warps == 8 else None
+        assert name == "time_ms"
+        assert config.warps != 8, "it was found wrong, and may not be timed"
+        return {64: 3.0, 32: 1.0}.get(config.blocks["BV"], 2.0)
+
+
+def test_what_is_right_is_timed_after_all_were_checked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_Bench", Bench)
+    monkeypatch.setattr(tuning, "generation", lambda: "sm_90")
+    monkeypatch.setattr(tuning, "shape_classes", lambda on: {SHAPE: (4,), OTHER: (5,)})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: DEVICE)
+    told: list[str] = []
+    Bench.made = 0
+    (found,) = tuning.tune(told.append, only="linear_scan ", jobs=3)
+    # Three that check, and one that times.
+    assert Bench.made == 4
+    assert found.default.blocks["BV"] == 64
+    assert found.best is not None
+    assert found.best.blocks["BV"] == 32
+    assert {config.warps for config, _ in found.dropped} == {8}
+    assert read_tuned(DEVICE) == {SHAPE.name: found.best}
+    assert told[0].endswith("are compiled and checked, 3 at a time")
+    with pytest.raises(ValueError, match="no shape class contains 'such'"):
+        tuning.tune(told.append, only="such")
+
+
+def test_blocks_beside_the_default_are_tried_and_none_is_too_small() -> None:
+    found = tuning.candidates(SHAPE, "sm_90")
+    default = found[0]
+    assert {32, 64, 128} <= {config.blocks["BV"] for config in found}
+    assert Config({"BV": 2 * default.blocks["BV"]}, 2 * default.warps, default.stages) in found
+    assert all(config.blocks["BV"] >= 16 for config in found)
+
+
+def test_what_is_compiled_wrong_is_dropped_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "generation", lambda: "sm_90")
+    shape = ShapeClass("linear_pairs_backward", torch.bfloat16, 128, 128, "scalar")
+    (cases,) = (cases for found, cases in tuning.shape_classes("sm_90").items() if found == shape)
+    knobs = importlib.import_module("triton").knobs
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        said = tuning.check(shape, cases, Config({"BV": 64}, 4, 2))
+    assert said == "fills a buffer again while a product that reads it is under way"

@@ -105,10 +105,20 @@ def compile_units(wanted: Sequence[Unit]) -> list[Figures]:
     return [_figures(*one, found) for one, found in zip(made, read, strict=True)]
 
 
+def hazards(wanted: Unit) -> tuple[str, ...]:
+    """What of a kernel gives wrong numbers on a device. It is kept where the JIT looks for it."""
+    compiled = triton.compile(_source(wanted), target=TARGETS[wanted.target], options=dict(wanted.options))
+    return read_hazards(compiled.asm["ttgir"])
+
+
+def _source(wanted: Unit) -> ASTSource:
+    kernel = getattr(import_module(wanted.module), wanted.kernel)
+    return ASTSource(kernel, wanted.signature, wanted.constants, wanted.attributes)
+
+
 def _compiled(wanted: Unit, target: Any) -> tuple[Any, float]:
     """What Triton made of it, and the seconds that it took."""
-    kernel = getattr(import_module(wanted.module), wanted.kernel)
-    source = ASTSource(kernel, wanted.signature, wanted.constants, wanted.attributes)
+    source = _source(wanted)
     with (
         tempfile.TemporaryDirectory() as folder,
         triton.knobs.cache.scope(),
