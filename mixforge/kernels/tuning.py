@@ -3,7 +3,7 @@
 A configuration may be only timed after it was run and compared with the reference form on this very device, for
 compilers make wrong code of right kernels. One that is wrong, fails or has what gives wrong numbers only at times is
 dropped and said so. Candidates run in processes of their own, because after an illegal access a process can use its
-device no more: first all are compiled and checked, several at a time, then those that are right are timed, one by one.
+device no more: those of a shape class are first compiled and checked, several at a time, then timed, one by one.
 """
 
 from __future__ import annotations
@@ -124,19 +124,14 @@ def tune(tell: Callable[[str], None], only: str = "", jobs: int = 1) -> list[Tun
         raise ValueError(
             f"no shape class contains {only!r}; there are: {', '.join(shape.name for shape in classes)}"
         )
-    tried = {shape: candidates(shape, on) for shape in wanted}
-    asked = [(shape, cases, config) for shape, cases in wanted.items() for config in tried[shape]]
-    tell(f"{len(asked)} configurations are compiled and checked, {jobs} at a time")
-    reasons = iter(checked(asked, jobs, tell))
-    wrong = {shape: [next(reasons) for _ in configs] for shape, configs in tried.items()}
     found = []
-    with _Bench() as bench:
+    with ExitStack() as stack:
+        benches = [stack.enter_context(_Bench()) for _ in range(jobs)]
         for number, (shape, cases) in enumerate(wanted.items(), 1):
-            tell(
-                f"{number}/{len(wanted)} {shape.name}: {wrong[shape].count(None)} of {len(tried[shape])} are timed"
-            )
-            known = dict(zip((config.text for config in tried[shape]), wrong[shape], strict=True))
-            made = select(shape, tried[shape], partial(measured, bench, shape, cases, known))
+            tried = candidates(shape, on)
+            tell(f"{number}/{len(wanted)} {shape.name}: {len(tried)} candidates")
+            wrong = checked(benches, shape, cases, tried)
+            made = select(shape, tried, partial(measured, benches[0], shape, cases, wrong))
             for config, reason in made.dropped:
                 tell(f"dropped {shape.name} with {config.text}: {reason}")
             found.append(made)
@@ -159,28 +154,22 @@ def measured(
 
 
 def checked(
-    asked: Sequence[tuple[ShapeClass, Sequence[int], Config]], jobs: int, tell: Callable[[str], None]
-) -> list[str | None]:
-    """What is wrong with each configuration, in the order that they were given."""
+    benches: Sequence[_Bench], shape: ShapeClass, cases: Sequence[int], tried: Sequence[Config]
+) -> dict[str, str | None]:
+    """What is wrong with each configuration, by its text, as many at a time as there are processes."""
     free: SimpleQueue[_Bench] = SimpleQueue()
+    for bench in benches:
+        free.put(bench)
 
-    def one(given: tuple[ShapeClass, Sequence[int], Config]) -> str | None:
+    def one(config: Config) -> str | None:
         bench = free.get()
         try:
-            return bench.ask(check, *given)
+            return bench.ask(check, shape, cases, config)
         finally:
             free.put(bench)
 
-    with ExitStack() as stack:
-        for _ in range(jobs):
-            free.put(stack.enter_context(_Bench()))
-        threads = stack.enter_context(ThreadPoolExecutor(jobs))
-        said = []
-        for number, reason in enumerate(threads.map(one, asked), 1):
-            said.append(reason)
-            if number % 50 == 0:
-                tell(f"{number}/{len(asked)} checked")
-        return said
+    with ThreadPoolExecutor(len(benches)) as threads:
+        return dict(zip((config.text for config in tried), threads.map(one, tried), strict=True))
 
 
 def shape_classes(on: str) -> dict[ShapeClass, tuple[int, ...]]:
@@ -221,7 +210,7 @@ def check(shape: ShapeClass, cases: Sequence[int], config: Config) -> str | None
     """What is wrong with a configuration: with what is compiled of it, or with its results."""
     with trying({shape: config}):
         for number in cases:
-            found = compiled_wrong(CASES[number], shape.kernel, config)
+            found = compiled_wrong(CASES[number], shape.kernel)
             if found is not None:
                 return found
         for number in cases:
@@ -231,7 +220,7 @@ def check(shape: ShapeClass, cases: Sequence[int], config: Config) -> str | None
     return None
 
 
-def compiled_wrong(case: Case, kernel: str, config: Config) -> str | None:
+def compiled_wrong(case: Case, kernel: str) -> str | None:
     """What a kernel of a case has that gives wrong numbers, perhaps not when it is checked."""
     on = generation()
     if on not in TARGETS:
@@ -239,7 +228,7 @@ def compiled_wrong(case: Case, kernel: str, config: Config) -> str | None:
     made = record(case, on)
     for one in (made.forward, made.backward):
         for launch in () if one is None else one.launches:
-            if (launch.name, launch.config) == (kernel, config) and (said := hazards(unit(launch, on))):
+            if launch.name == kernel and (said := hazards(unit(launch, on))):
                 return said[0]
     return None
 
