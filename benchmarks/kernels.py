@@ -5,8 +5,8 @@
 bfloat16. Each form is first held against the reference form in float64, with its gradients; where one of ours is wrong,
 nothing is timed and the exit status is 1. All forms of a size are timed in turn, captured in a graph and not, on copies
 of the inputs that are together beyond the L2. The floor is the time in which the bytes of inputs and outputs are copied,
-at the bandwidth of a copy in this run. `--jobs` checks in so many processes, whose compilers run beside one another.
-Without a GPU the exit status is 2.
+at the bandwidth of a copy in this run. Forms are checked in `--jobs` processes apart: fla's tuner never chooses again for
+another length, so that this one must first meet it at the length that is timed. Without a GPU the exit status is 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -102,27 +102,11 @@ def check(found: Sequence[Case], ask: Ask) -> tuple[dict[tuple[str, str], str], 
     return {(each.label, each.form): each.reason for each in dropped}, dropped
 
 
-def one_after_the_other(found: Sequence[Case], device: torch.device) -> Ask:
-    """Forms of the same heads are checked once."""
-    said: dict[tuple[Any, ...], str | None] = {}
-
-    def ask(asked: Iterable[tuple[int, str]]) -> Iterator[str | None]:
-        for number, name in asked:
-            case = found[number]
-            key = (case.op, case.variant, case.is_step, case.size.heads, case.size.dim, name)
-            if key not in said:
-                tell(f"check {case.op} ({case.variant}) H{case.size.heads} D{case.size.dim}: {name}")
-                said[key] = look(case, name, device)
-            yield said[key]
-
-    return ask
-
-
-def beside_one_another(jobs: int, device: torch.device, *chosen: object) -> Ask:
-    """In processes, where each form also runs at its own size: this one then finds it compiled, on the disk."""
+def in_processes(jobs: int, device: torch.device, *chosen: object) -> Ask:
+    """Each form is also run at its own size there: this process then finds it compiled, on the disk."""
 
     def ask(asked: Sequence[tuple[int, str]]) -> list[str | None]:
-        tell(f"compile and check {len(asked)} forms in {jobs} processes")
+        tell(f"compile and check {len(asked)} forms, {jobs} at a time")
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=compile_only) as pool:
             return list(pool.map(partial(look_and_run, device, *chosen), asked))
 
@@ -134,6 +118,7 @@ def look_and_run(
 ) -> str | None:
     number, name = asked
     case = choose(quick, only, without)[number]
+    tell(f"check {case.label}: {name}")
     said = look(case, name, device)
     if said is None and name != "torch":
         inputs = case.draw(case.size, device, DTYPE)
@@ -307,11 +292,7 @@ def main() -> int:
             f"no case contains {asked.only!r}; there are: {', '.join(case.label for case in cases(asked.quick))}"
         )
         return 1
-    if asked.jobs > 1:
-        ask = beside_one_another(asked.jobs, gpu.device, *selection)
-    else:
-        ask = one_after_the_other(chosen, gpu.device)
-    bad, dropped = check(chosen, ask)
+    bad, dropped = check(chosen, in_processes(asked.jobs, gpu.device, *selection))
     if red(dropped):
         for each in red(dropped):
             tell(f"WRONG {each.label}, {each.form}: {each.reason}")

@@ -161,7 +161,7 @@ def test_every_torch_form_is_right(
 ) -> None:
     """The cases draw what their forms take, and the references are those of the forms."""
     monkeypatch.setattr(measuring, "CHECKED_LENGTH", 70)
-    monkeypatch.setattr(measuring, "ATTENTION_LENGTH", 70)
+    monkeypatch.setattr(measuring, "MATRIX_LENGTH", 70)
     made = [*cases.sequences(cases.Size(1, 128, 1, 8)), *cases.steps(cases.Size(1, 1, 1, 8))]
     assert {case.variant for case in made if case.op == "linear"} == {
         f"{decay}, {rule}" for decay in cases.DECAYS for rule in cases.RULES
@@ -172,9 +172,14 @@ def test_every_torch_form_is_right(
             assert said is None, case.label
 
 
+def in_this_process(kernels: ModuleType, case: object) -> Callable[..., list[str | None]]:
+    """Checks of forms that were made up, which no other process knows."""
+    return lambda asked: [kernels.look(case, name, torch.device("cpu")) for _, name in asked]
+
+
 def checked(kernels: ModuleType, case: object) -> tuple[dict[tuple[str, str], str], list[object]]:
     found: tuple[dict[tuple[str, str], str], list[object]] = kernels.check(
-        [case], kernels.one_after_the_other([case], torch.device("cpu"))
+        [case], in_this_process(kernels, case)
     )
     return found
 
@@ -316,6 +321,7 @@ def run(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, case: object, word
     monkeypatch.setattr(kernels, "Gpu", Made)
     monkeypatch.setattr(kernels, "cases", lambda quick: iter([case]))
     monkeypatch.setattr(kernels, "environment", lambda device: environment("cpu"))
+    monkeypatch.setattr(kernels, "in_processes", lambda *_: in_this_process(kernels, case))
     status: int = kernels.main()
     return status
 

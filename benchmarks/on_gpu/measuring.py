@@ -16,8 +16,10 @@ from on_gpu.cases import Case, Inputs, Operation, Phase, Size
 
 # RMS error over RMS, of outputs and gradients against the reference in float64. A wrong kernel is wrong by far more.
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# No multiples of a block; that of attention is longer than every window.
-CHECKED_LENGTH, ATTENTION_LENGTH = 130, 601
+# Longer than every window, and no multiple of a block.
+CHECKED_LENGTH = 601
+# Where a token's state is a matrix for each head, of which the reference keeps several in float64 for its gradients.
+MATRIX_LENGTH, MATRIX_STATES = 130, ("linear", "dplr", "twofold_linear")
 # Inputs of a call are met again when as many bytes as this many L2 caches have gone by.
 CACHES = 2
 MOST_COPIES = 128
@@ -88,7 +90,7 @@ def wrong(
     case: Case, operation: Operation, dtype: torch.dtype, device: torch.device, gradients: bool = True
 ) -> str | None:
     """What differs from the reference form in float64 on a shorter input of the same heads; None where nothing does."""
-    length = ATTENTION_LENGTH if case.op == "attention" else CHECKED_LENGTH
+    length = MATRIX_LENGTH if case.op in MATRIX_STATES else CHECKED_LENGTH
     size = Size(2, 1 if case.is_step else length, case.size.heads, case.size.dim)
     torch.manual_seed(0)
     given = case.draw(size, device, dtype)

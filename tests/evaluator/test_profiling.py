@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -102,31 +104,31 @@ def test_decode_is_a_captured_graph_on_cuda(dtype: str) -> None:
     assert found.peak_bytes
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_captured_step_gives_the_step_s_logits() -> None:
+def captured_step(token_B: torch.Tensor) -> tuple[Any, Any, Any]:
+    """A model on a GPU, the state behind a prompt, and the captured step of a token, which nobody else keeps."""
     from mixforge.evaluator.profiling import _CapturedDecode
 
     model = parse(_TEXT).build(device="cuda")
-    tokens_BT = torch.randint(256, (2, 30), device="cuda")
-    _, state = model.prefill(tokens_BT, capacity=31)
-    captured = _CapturedDecode(model, tokens_BT[:, 0], state)
+    _, state = model.prefill(torch.randint(256, (2, 30), device="cuda"), capacity=31)
+    return model, state, _CapturedDecode(model, token_B, state)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_step_gives_the_step_s_logits() -> None:
+    token_B = torch.randint(256, (2,), device="cuda")
+    model, state, captured = captured_step(token_B)
     for _ in range(3):
         captured.prepare()()
     torch.cuda.synchronize()
-    expected, _ = model.step(tokens_BT[:, 0], state)
+    expected, _ = model.step(token_B, state)
     torch.testing.assert_close(captured.result[0], expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_step_keeps_the_token_that_it_reads() -> None:
-    from mixforge.evaluator.profiling import _CapturedDecode
-
-    model = parse(_TEXT).build(device="cuda")
-    tokens_BT = torch.randint(256, (2, 30), device="cuda")
-    _, state = model.prefill(tokens_BT, capacity=31)
-    captured = _CapturedDecode(model, torch.full((2,), 7, device="cuda"), state)
+    model, state, captured = captured_step(torch.full((2,), 7, device="cuda"))
     # Whatever was freed is written over with what is no token.
     spoilt = [torch.full((2,), 1 << 40, device="cuda") for _ in range(1000)]
     captured.prepare()()
