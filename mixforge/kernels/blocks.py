@@ -149,7 +149,7 @@ TABLE: tuple[Row, ...] = (
     Row("conv_forward", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu", key=16),
     Row("conv_forward", Config({"BLOCK_T": 16, "BLOCK_D": 64})),
     Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu", key=16),
-    Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 64})),
+    Row("conv_weight_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 64}, warps=8)),
     Row("conv_input_gradient", Config({"BLOCK_T": 16, "BLOCK_D": 8}), generation="cpu", key=16),
     Row("conv_input_gradient", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
     Row("conv_step", Config({"BLOCK_D": 256}, warps=2)),

@@ -103,7 +103,7 @@ def conv_forward(
 def conv_weight_gradient(
     x_ptr, weight_ptr, bias_ptr, state_ptr, bounds_ptr, owner_ptr, dy_ptr, dpre_ptr, partial_ptr,
     length, rows_each, splits, dim: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients before the activation, where there is one, and partial sums [splits, TAPS + 1, D] of those of the
     weight and, behind them, the bias."""
@@ -111,38 +111,43 @@ def conv_weight_gradient(
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     mask_D = column_D < dim
-    tap_W = tl.arange(0, BLOCK_W)
     skip = batch * length * dim
     past: tl.constexpr = TAPS - 1
-    sums_WD = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
+    # Sums for each row of a tile, and over its rows at the end: a sum over rows crosses threads.
+    sums = ()
+    for tap in tl.static_range(TAPS + 1):
+        sums += (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
     for start in range(split * rows_each, tl.minimum((split + 1) * rows_each, length), BLOCK_T):
         time_T = start + tl.arange(0, BLOCK_T)
         inside_T = time_T < length
         mask_TD = inside_T[:, None] & mask_D[None, :]
         offsets = time_T.to(tl.int64)[:, None] * dim + column_D[None, :]
-        owner_T, begin_T, _ = sequence_of(bounds_ptr, owner_ptr, time_T, inside_T, batch, length)
+        owner_T, begin_T, end_T = sequence_of(bounds_ptr, owner_ptr, time_T, inside_T, batch, length)
+        values = ()
+        for tap in tl.static_range(TAPS):
+            values += (
+                load_tap(
+                    x_ptr + skip, state_ptr, time_T, begin_T, owner_T, inside_T, column_D, dim, past, tap
+                ),
+            )
         slope = tl.load(dy_ptr + skip + offsets, mask=mask_TD, other=0.0).to(tl.float32)
         if SILU:
             pre = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             if bias_ptr is not None:
                 pre += tl.load(bias_ptr + column_D, mask=mask_D, other=0.0).to(tl.float32)[None, :]
             for tap in tl.static_range(TAPS):
-                value = load_tap(
-                    x_ptr + skip, state_ptr, time_T, begin_T, owner_T, inside_T, column_D, dim, past, tap
-                )
                 weight = tl.load(weight_ptr + column_D * TAPS + tap, mask=mask_D, other=0.0).to(tl.float32)
-                pre += weight[None, :] * value
+                pre += weight[None, :] * values[tap]
             sigmoid = tl.sigmoid(pre)
             slope = slope * sigmoid * (1.0 + pre * (1.0 - sigmoid))
             tl.store(dpre_ptr + skip + offsets, slope.to(dpre_ptr.dtype.element_ty), mask=mask_TD)
+        later = ()
         for tap in tl.static_range(TAPS):
-            value = load_tap(
-                x_ptr + skip, state_ptr, time_T, begin_T, owner_T, inside_T, column_D, dim, past, tap
-            )
-            sums_WD += tl.where((tap_W == tap)[:, None], tl.sum(slope * value, 0)[None, :], 0.0)
-        sums_WD += tl.where((tap_W == TAPS)[:, None], tl.sum(slope, 0)[None, :], 0.0)
-    place = ((batch * splits + split) * (TAPS + 1) + tap_W)[:, None] * dim + column_D[None, :]
-    tl.store(partial_ptr + place, sums_WD, mask=(tap_W <= TAPS)[:, None] & mask_D[None, :])
+            later += (sums[tap] + slope * values[tap],)
+        sums = later + (sums[TAPS] + slope,)
+    place = (batch * splits + split) * (TAPS + 1) * dim + column_D
+    for tap in tl.static_range(TAPS + 1):
+        tl.store(partial_ptr + place + tap * dim, tl.sum(sums[tap], 0), mask=mask_D)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -287,7 +292,7 @@ def run_backward(
     launch(
         conv_weight_gradient, (columns, splits, batch), x, weight, bias, state, cu_seqlens, owner, dy,
         dpre if silu else None, partial, length, ROWS_EACH, splits, dim=dim, TAPS=taps, SILU=silu,
-        BLOCK_W=triton.next_power_of_2(taps + 1), config=config,
+        config=config,
     )  # fmt: skip
     total = partial.sum(0)
     dweight = total[:taps].t().to(weight.dtype).contiguous()
