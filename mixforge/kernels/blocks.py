@@ -154,11 +154,12 @@ TABLE: tuple[Row, ...] = (
     Row("conv_input_gradient", Config({"BLOCK_T": 32, "BLOCK_D": 64})),
     Row("conv_step", Config({"BLOCK_D": 256}, warps=2)),
     # selective_scan: the key dim is the states of a channel, the value dim the channels
-    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 4}), generation="cpu", value=16),
-    # Sums cross fewer warps; on sm_80 and sm_100 it would spill.
-    Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 8}, warps=2), generation="sm_9", key=16),
-    Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 8}), key=16),
-    Row("selective_scan", Config({"BLOCK_T": 16, "BLOCK_D": 2}), key=64),
+    Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 4}), generation="cpu", value=16),
+    # One warp, whose sums need no other. A tile's states stay in registers, so that it has few rows: any number.
+    Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 16}, warps=1), generation="sm_8", key=16),
+    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 16}, warps=1), key=16),
+    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 4}, warps=1), key=32),
+    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 2}, warps=1), key=64),
     Row("selective_step", Config({"BLOCK_D": 32}), key=16),
     Row("selective_step", Config({"BLOCK_D": 8})),
     # recurrent_cells: a wave of AMD's holds 16 columns

@@ -1,14 +1,17 @@
 """Triton form of Mamba's selective scan: `selective_scan` has the equations.
 
-A program walks tiles of BLOCK_T tokens by BLOCK_D channels by all N states, with an associative scan over the tokens of
-a tile; nothing of size [B, T, D, N] reaches memory. Where there are too few programs, the time is cut into segments as
-in `gated_scan_triton`; the product of a segment's gates is exp(A sum dt). For the backward pass the state before each
-tile is kept. It forms the states of a tile anew, and with them a_t h_{t-1} by the same scan, never by a difference;
-with dh_t = C_t dy_t + a_{t+1} dh_{t+1}:
+A program takes BLOCK_D channels with all of their N states through time, token by token; nothing of size [B, T, D, N]
+reaches memory. Where there are too few programs, the time is cut into segments as in `gated_scan_triton`; the product of
+a segment's gates is exp(A sum dt). For the backward pass the state before each tile of BLOCK_T tokens is kept. It forms
+the states of a tile anew, which stay in registers, and walks them from the last, with h_{t-1} as it was and never by a
+difference; with dh_t = C_t dy_t + a_{t+1} dh_{t+1}:
 
     d x_t = dt_t sum_n dh_t B_t + skip dy_t            d B_t = sum_d dh_t dt_t x_t
     d dt_t = sum_n dh_t (A a_t h_{t-1} + B_t x_t)      d C_t = sum_d h_t dy_t
     d A = sum_t dh_t dt_t a_t h_{t-1}                  d skip = sum_t dy_t x_t
+
+Sums over lanes are what takes the time. A program's states are [C, D, N] for that, its channels on two axes: of a thread
+of a warp, whose lanes share D and all but four of the states, are all of C, and these are summed first.
 
 Sums over programs are added up afterwards in a fixed order.
 
@@ -16,10 +19,11 @@ Source: Gu and Dao 2023 (arXiv 2312.00752, section 3.3.2 and appendix D), which 
 """
 
 # Kernels are written in the language of Triton, whose values have no Python type.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,45 +33,66 @@ from torch import Tensor
 
 from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import Config, choose
-from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, compose, cut_time
+from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, cut_time
 from mixforge.kernels.launch import check_device, generation, launch, on_device
 from mixforge.kernels.selective_scan import check_selective
 
 # States of one channel: a tile holds all of them.
 LARGEST_STATE = 64
+LOG_2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
-def compose_past(gate, value, past, later_gate, later_value, later_past):
-    """`compose`, with what the last gate lets through, before its value is added."""
-    through = later_gate * value
-    return gate * later_gate, through + later_value, through + later_past
+def channels_and_states(WIDE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The numbers of a program's channels [C, D, 1], and of their states [1, 1, N]."""
+    # Loads of four float32 at once give a thread four states; D is what fills a warp beside them.
+    LANES: tl.constexpr = min(BLOCK_D, 32 if WIDE < 4 else 128 // WIDE)
+    first = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D // LANES)[:, None, None] * LANES
+    return first + tl.arange(0, LANES)[None, :, None], tl.arange(0, WIDE)[None, None, :]
 
 
 @triton.jit
-def load_rows(pointer, row_T, inside_T, column_D, dim: tl.constexpr):
-    """Rows of a [T, dim] matrix in float32, zeros outside."""
-    mask = inside_T[:, None] & (column_D < dim)[None, :]
-    offsets = row_T.to(tl.int64)[:, None] * dim + column_D[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+def load_row(tile_ptr, step: tl.constexpr, row, length, column, size: tl.constexpr):
+    """Columns of row `row`, which is `step` rows into a tile, of a [T, size] matrix; float32, zeros outside."""
+    mask = (row < length) & (column < size)
+    return tl.load(tile_ptr + (step * size + column), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(tile_ptr, value, step: tl.constexpr, row, length, column, size: tl.constexpr):
+    """As `load_row`, in the dtype of what is pointed to."""
+    mask = (row < length) & (column < size)
+    tl.store(tile_ptr + (step * size + column), value.to(tile_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_rates(rate_ptr, place, inside):
+    """The rates over log 2, of which powers of two are taken."""
+    return tl.load(rate_ptr + place, mask=inside, other=0.0).to(tl.float32) * (1.0 / LOG_2)
+
+
+@triton.jit
+def over_channels(value_CDN):
+    """Sums [1, 1, N], over what a thread has first."""
+    return tl.sum(tl.sum(value_CDN, 0, keep_dims=True), 1, keep_dims=True)
 
 
 @triton.jit
 def enter_segment(
-    steps_ptr, sums_ptr, state_ptr, rate_DN, place_DN, mask_DN, column_D, batch, segment, segments,
+    steps_ptr, sums_ptr, state_ptr, rate_CDN, channel, place, inside, batch, segment, segments,
     dim: tl.constexpr, states: tl.constexpr,
 ):  # fmt: skip
     """The state before a segment: the given one, through all segments before."""
-    state_DN = tl.zeros_like(rate_DN)
+    state_CDN = tl.zeros_like(rate_CDN)
     if state_ptr is not None:
-        state_DN += tl.load(state_ptr + batch * dim * states + place_DN, mask=mask_DN, other=0.0)
+        state_CDN += tl.load(state_ptr + batch * dim * states + place, mask=inside, other=0.0)
     if sums_ptr is not None:
         for earlier in range(segment):
             row = batch * segments + earlier
-            step_D = tl.load(steps_ptr + row * dim + column_D, mask=column_D < dim, other=0.0)
-            sum_DN = tl.load(sums_ptr + row * dim * states + place_DN, mask=mask_DN, other=0.0)
-            state_DN = tl.exp(step_D[:, None] * rate_DN) * state_DN + sum_DN
-    return state_DN
+            step = tl.load(steps_ptr + row * dim + channel, mask=channel < dim, other=0.0)
+            sum_CDN = tl.load(sums_ptr + row * dim * states + place, mask=inside, other=0.0)
+            state_CDN = tl.exp2(step * rate_CDN) * state_CDN + sum_CDN
+    return state_CDN
 
 
 @triton.jit(do_not_specialize=["length", "tiles_each", "segments"])
@@ -78,42 +103,38 @@ def selective_sums(
 ):  # fmt: skip
     """Each segment's sum of steps [B, segments, D] and state from zero [B, segments, D, N].
 
-    Backwards, the walk is from the last tile and row to the first, with the step of the row after; `x` is then dy, and
-    `b` is c.
+    Backwards, the walk is from the last tile and row to the first, and the state is a_t dh_t; `x` is then dy, `b` c.
     """
-    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel, state = channels_and_states(WIDE, BLOCK_D)
     segment = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    state_N = tl.arange(0, WIDE)
-    mask_DN = (column_D < dim)[:, None] & (state_N < states)[None, :]
-    place_DN = column_D[:, None] * states + state_N[None, :]
-    rate_DN = tl.load(rate_ptr + place_DN, mask=mask_DN, other=0.0).to(tl.float32)
+    inside = (channel < dim) & (state < states)
+    place = channel * states + state
+    rate_CDN = load_rates(rate_ptr, place, inside)
     tiles = tl.cdiv(length, BLOCK_T)
     skip = batch * length
-    sum_DN = tl.zeros([BLOCK_D, WIDE], tl.float32)
-    step_D = tl.zeros([BLOCK_D], tl.float32)
+    sum_CDN = tl.zeros_like(rate_CDN)
+    steps = tl.zeros_like(channel).to(tl.float32)
     for walked in range(segment * tiles_each, tl.minimum((segment + 1) * tiles_each, tiles)):
-        row_T = walked * BLOCK_T + tl.arange(0, BLOCK_T)
-        gate_T = row_T
+        tile = walked
         if BACKWARD:
-            row_T = (tiles - walked) * BLOCK_T - 1 - tl.arange(0, BLOCK_T)
-            gate_T = row_T + 1
-        inside_T = row_T < length
-        dt_TD = load_rows(dt_ptr + skip * dim, gate_T, gate_T < length, column_D, dim)
-        write_TD = load_rows(x_ptr + skip * dim, row_T, inside_T, column_D, dim)
-        if not BACKWARD:
-            write_TD = write_TD * dt_TD
-        b_TN = load_rows(b_ptr + skip * states, row_T, inside_T, state_N, states)
-        gate_TDN = tl.exp(dt_TD[:, :, None] * rate_DN[None, :, :])
-        value_TDN = write_TD[:, :, None] * b_TN[:, None, :]
-        gate_TDN, value_TDN = tl.associative_scan((gate_TDN, value_TDN), 0, compose)
-        last_T = (tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None, None]
-        gate_DN = tl.sum(tl.where(last_T, gate_TDN, 0.0), 0)
-        sum_DN = gate_DN * sum_DN + tl.sum(tl.where(last_T, value_TDN, 0.0), 0)
-        step_D += tl.sum(dt_TD, 0)
+            tile = tiles - 1 - walked
+        first = skip + tile * BLOCK_T
+        for index in tl.static_range(BLOCK_T):
+            step = BLOCK_T - 1 - index if BACKWARD else index
+            row = tile * BLOCK_T + step
+            dt = load_row(dt_ptr + first * dim, step, row, length, channel, dim)
+            x = load_row(x_ptr + first * dim, step, row, length, channel, dim)
+            b = load_row(b_ptr + first * states, step, row, length, state, states)
+            gate_CDN = tl.exp2(dt * rate_CDN)
+            if BACKWARD:
+                sum_CDN = gate_CDN * (sum_CDN + x * b)
+            else:
+                sum_CDN = gate_CDN * sum_CDN + (dt * x) * b
+            steps += dt
     row = batch * segments + segment
-    tl.store(steps_ptr + row * dim + column_D, step_D, mask=column_D < dim)
-    tl.store(sums_ptr + row * dim * states + place_DN, sum_DN, mask=mask_DN)
+    tl.store(steps_ptr + row * dim + channel, steps, mask=channel < dim)
+    tl.store(sums_ptr + row * dim * states + place, sum_CDN, mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_each", "segments"])
@@ -123,54 +144,34 @@ def selective_forward(
     dim: tl.constexpr, states: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y of one segment, the state behind the last, and in starts [B, tiles, D, N] those before the tiles."""
-    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel, state = channels_and_states(WIDE, BLOCK_D)
     segment = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    state_N = tl.arange(0, WIDE)
-    mask_DN = (column_D < dim)[:, None] & (state_N < states)[None, :]
-    place_DN = column_D[:, None] * states + state_N[None, :]
-    rate_DN = tl.load(rate_ptr + place_DN, mask=mask_DN, other=0.0).to(tl.float32)
+    inside = (channel < dim) & (state < states)
+    place = channel * states + state
+    rate_CDN = load_rates(rate_ptr, place, inside)
     tiles = tl.cdiv(length, BLOCK_T)
     skip = batch * length
-    state_DN = enter_segment(
-        steps_ptr,
-        sums_ptr,
-        state_ptr,
-        rate_DN,
-        place_DN,
-        mask_DN,
-        column_D,
-        batch,
-        segment,
-        segments,
-        dim,
-        states,
-    )
+    direct = tl.zeros_like(channel).to(tl.float32)
+    if skip_ptr is not None:
+        direct = load_row(skip_ptr, 0, 0, 1, channel, dim)
+    h_CDN = enter_segment(
+        steps_ptr, sums_ptr, state_ptr, rate_CDN, channel, place, inside, batch, segment, segments, dim, states
+    )  # fmt: skip
     for tile in range(segment * tiles_each, tl.minimum((segment + 1) * tiles_each, tiles)):
         if starts_ptr is not None:
-            start = (batch * tiles + tile) * dim * states
-            tl.store(starts_ptr + start + place_DN, state_DN, mask=mask_DN)
-        row_T = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside_T = row_T < length
-        dt_TD = load_rows(dt_ptr + skip * dim, row_T, inside_T, column_D, dim)
-        x_TD = load_rows(x_ptr + skip * dim, row_T, inside_T, column_D, dim)
-        b_TN = load_rows(b_ptr + skip * states, row_T, inside_T, state_N, states)
-        c_TN = load_rows(c_ptr + skip * states, row_T, inside_T, state_N, states)
-        gate_TDN = tl.exp(dt_TD[:, :, None] * rate_DN[None, :, :])
-        h_TDN = (dt_TD * x_TD)[:, :, None] * b_TN[:, None, :]
-        gate_TDN, h_TDN = tl.associative_scan((gate_TDN, h_TDN), 0, compose)
-        h_TDN += gate_TDN * state_DN[None, :, :]
-        y_TD = tl.sum(h_TDN * c_TN[:, None, :], 2)
-        if skip_ptr is not None:
-            y_TD += (
-                tl.load(skip_ptr + column_D, mask=column_D < dim, other=0.0).to(tl.float32)[None, :] * x_TD
-            )
-        offsets = row_T.to(tl.int64)[:, None] * dim + column_D[None, :]
-        mask_TD = inside_T[:, None] & (column_D < dim)[None, :]
-        tl.store(y_ptr + skip * dim + offsets, y_TD.to(y_ptr.dtype.element_ty), mask=mask_TD)
-        last_T = (tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None, None]
-        state_DN = tl.sum(tl.where(last_T, h_TDN, 0.0), 0)
-    tl.store(final_ptr + batch * dim * states + place_DN, state_DN, mask=mask_DN & (segment == segments - 1))
+            tl.store(starts_ptr + (batch * tiles + tile) * dim * states + place, h_CDN, mask=inside)
+        first = skip + tile * BLOCK_T
+        for step in tl.static_range(BLOCK_T):
+            row = tile * BLOCK_T + step
+            dt = load_row(dt_ptr + first * dim, step, row, length, channel, dim)
+            x = load_row(x_ptr + first * dim, step, row, length, channel, dim)
+            b = load_row(b_ptr + first * states, step, row, length, state, states)
+            c = load_row(c_ptr + first * states, step, row, length, state, states)
+            h_CDN = tl.exp2(dt * rate_CDN) * h_CDN + (dt * x) * b
+            y = tl.sum(h_CDN * c, 2, keep_dims=True) + direct * x
+            store_row(y_ptr + first * dim, y, step, row, length, channel, dim)
+    tl.store(final_ptr + batch * dim * states + place, h_CDN, mask=inside & (segment == segments - 1))
 
 
 @triton.jit(do_not_specialize=["length", "tiles_each", "segments"])
@@ -181,85 +182,63 @@ def selective_backward(
 ):  # fmt: skip
     """Gradients of one segment, counted from the last tile. Those of b and c are of these channels, [B, columns, T, N];
     those of the rates and the skip of this segment, [B, segments, D, N] and [B, segments, D]."""
-    column = tl.program_id(0)
-    column_D = column * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel, state = channels_and_states(WIDE, BLOCK_D)
     segment = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    state_N = tl.arange(0, WIDE)
-    mask_DN = (column_D < dim)[:, None] & (state_N < states)[None, :]
-    place_DN = column_D[:, None] * states + state_N[None, :]
-    rate_DN = tl.load(rate_ptr + place_DN, mask=mask_DN, other=0.0).to(tl.float32)
+    inside = (channel < dim) & (state < states)
+    place = channel * states + state
+    rate_CDN = load_rates(rate_ptr, place, inside)
     tiles = tl.cdiv(length, BLOCK_T)
     skip = batch * length
-    dh_DN = enter_segment(
-        steps_ptr,
-        sums_ptr,
-        dfinal_ptr,
-        rate_DN,
-        place_DN,
-        mask_DN,
-        column_D,
-        batch,
-        segment,
-        segments,
-        dim,
-        states,
-    )
-    drate_DN = tl.zeros([BLOCK_D, WIDE], tl.float32)
-    dskip_D = tl.zeros([BLOCK_D], tl.float32)
+    along = (batch * tl.num_programs(0) + tl.program_id(0)) * length
+    direct = tl.zeros_like(channel).to(tl.float32)
+    if skip_ptr is not None:
+        direct = load_row(skip_ptr, 0, 0, 1, channel, dim)
+    # a_t dh_t of the token behind the segment.
+    passed_CDN = enter_segment(
+        steps_ptr, sums_ptr, dfinal_ptr, rate_CDN, channel, place, inside, batch, segment, segments, dim, states
+    )  # fmt: skip
+    drate_CDN = tl.zeros_like(rate_CDN)
+    dskip = tl.zeros_like(channel).to(tl.float32)
     for walked in range(segment * tiles_each, tl.minimum((segment + 1) * tiles_each, tiles)):
         tile = tiles - 1 - walked
-        row_T = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside_T = row_T < length
-        mask_TD = inside_T[:, None] & (column_D < dim)[None, :]
-        offsets = row_T.to(tl.int64)[:, None] * dim + column_D[None, :]
-        dt_TD = load_rows(dt_ptr + skip * dim, row_T, inside_T, column_D, dim)
-        next_TD = load_rows(dt_ptr + skip * dim, row_T + 1, row_T + 1 < length, column_D, dim)
-        dy_TD = load_rows(dy_ptr + skip * dim, row_T, inside_T, column_D, dim)
-        c_TN = load_rows(c_ptr + skip * states, row_T, inside_T, state_N, states)
-        gate_TDN = tl.exp(next_TD[:, :, None] * rate_DN[None, :, :])
-        dh_TDN = dy_TD[:, :, None] * c_TN[:, None, :]
-        gate_TDN, dh_TDN = tl.associative_scan((gate_TDN, dh_TDN), 0, compose, reverse=True)
-        dh_TDN += gate_TDN * dh_DN[None, :, :]
-        dh_DN = tl.sum(tl.where((tl.arange(0, BLOCK_T) == 0)[:, None, None], dh_TDN, 0.0), 0)
-
-        x_TD = load_rows(x_ptr + skip * dim, row_T, inside_T, column_D, dim)
-        b_TN = load_rows(b_ptr + skip * states, row_T, inside_T, state_N, states)
-        start = (batch * tiles + tile) * dim * states
-        start_DN = tl.load(starts_ptr + start + place_DN, mask=mask_DN, other=0.0)
-        gate_TDN = tl.exp(dt_TD[:, :, None] * rate_DN[None, :, :])
-        h_TDN = (dt_TD * x_TD)[:, :, None] * b_TN[:, None, :]
-        gate_TDN, h_TDN, past_TDN = tl.associative_scan(
-            (gate_TDN, h_TDN, tl.zeros_like(h_TDN)), 0, compose_past
-        )
-        h_TDN += gate_TDN * start_DN[None, :, :]
-        past_TDN += gate_TDN * start_DN[None, :, :]
-
-        along_TN = ((batch * tl.num_programs(0) + column) * length + row_T.to(tl.int64))[:, None] * states
-        along_TN += state_N[None, :]
-        mask_TN = inside_T[:, None] & (state_N < states)[None, :]
-        tl.store(dc_ptr + along_TN, tl.sum(h_TDN * dy_TD[:, :, None], 1), mask=mask_TN)
-        tl.store(db_ptr + along_TN, tl.sum(dh_TDN * (dt_TD * x_TD)[:, :, None], 1), mask=mask_TN)
-        through_TD = tl.sum(dh_TDN * b_TN[:, None, :], 2)
-        past_TDN *= dh_TDN
-        ddt_TD = x_TD * through_TD + tl.sum(past_TDN * rate_DN[None, :, :], 2)
-        drate_DN += tl.sum(past_TDN * dt_TD[:, :, None], 0)
-        dx_TD = dt_TD * through_TD
-        if skip_ptr is not None:
-            skip_D = tl.load(skip_ptr + column_D, mask=column_D < dim, other=0.0).to(tl.float32)
-            dx_TD += skip_D[None, :] * dy_TD
-            dskip_D += tl.sum(dy_TD * x_TD, 0)
-        tl.store(dx_ptr + skip * dim + offsets, dx_TD.to(dx_ptr.dtype.element_ty), mask=mask_TD)
-        tl.store(ddt_ptr + skip * dim + offsets, ddt_TD.to(ddt_ptr.dtype.element_ty), mask=mask_TD)
+        h_CDN = tl.load(starts_ptr + (batch * tiles + tile) * dim * states + place, mask=inside, other=0.0)
+        kept = (h_CDN,)
+        first = skip + tile * BLOCK_T
+        for step in tl.static_range(BLOCK_T):
+            row = tile * BLOCK_T + step
+            dt = load_row(dt_ptr + first * dim, step, row, length, channel, dim)
+            x = load_row(x_ptr + first * dim, step, row, length, channel, dim)
+            b = load_row(b_ptr + first * states, step, row, length, state, states)
+            h_CDN = tl.exp2(dt * rate_CDN) * h_CDN + (dt * x) * b
+            kept += (h_CDN,)
+        for step in tl.static_range(BLOCK_T - 1, -1, -1):
+            row = tile * BLOCK_T + step
+            dt = load_row(dt_ptr + first * dim, step, row, length, channel, dim)
+            x = load_row(x_ptr + first * dim, step, row, length, channel, dim)
+            dy = load_row(dy_ptr + first * dim, step, row, length, channel, dim)
+            b = load_row(b_ptr + first * states, step, row, length, state, states)
+            c = load_row(c_ptr + first * states, step, row, length, state, states)
+            gate_CDN = tl.exp2(dt * rate_CDN)
+            dh_CDN = passed_CDN + dy * c
+            passed_CDN = gate_CDN * dh_CDN
+            of_c = over_channels(kept[step + 1] * dy)
+            of_b = over_channels(dh_CDN * (dt * x))
+            store_row(dc_ptr + (along + tile * BLOCK_T) * states, of_c, step, row, length, state, states)
+            store_row(db_ptr + (along + tile * BLOCK_T) * states, of_b, step, row, length, state, states)
+            through = tl.sum(dh_CDN * b, 2, keep_dims=True)
+            decayed_CDN = passed_CDN * kept[step]
+            drate_CDN += decayed_CDN * dt
+            ddt = x * through + tl.sum(decayed_CDN * rate_CDN, 2, keep_dims=True) * LOG_2
+            dx = dt * through + direct * dy
+            dskip += dy * x
+            store_row(dx_ptr + first * dim, dx, step, row, length, channel, dim)
+            store_row(ddt_ptr + first * dim, ddt, step, row, length, channel, dim)
     row = batch * segments + segment
-    tl.store(drate_ptr + row * dim * states + place_DN, drate_DN, mask=mask_DN)
+    tl.store(drate_ptr + row * dim * states + place, drate_CDN, mask=inside)
     if skip_ptr is not None:
-        tl.store(dskip_ptr + row * dim + column_D, dskip_D, mask=column_D < dim)
-    first_D = tl.load(dt_ptr + skip * dim + column_D, mask=column_D < dim, other=0.0).to(tl.float32)
-    tl.store(
-        dstate_ptr + batch * dim * states + place_DN, tl.exp(first_D[:, None] * rate_DN) * dh_DN,
-        mask=mask_DN & (segment == segments - 1),
-    )  # fmt: skip
+        tl.store(dskip_ptr + row * dim + channel, dskip, mask=channel < dim)
+    tl.store(dstate_ptr + batch * dim * states + place, passed_CDN, mask=inside & (segment == segments - 1))
 
 
 @triton.jit

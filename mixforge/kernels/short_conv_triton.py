@@ -12,7 +12,7 @@ Source: Gu and Dao 2023 (arXiv 2312.00752, section 3.4).
 """
 
 # Kernels are written in the language of Triton, whose values have no Python type.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ def conv_weight_gradient(
     past: tl.constexpr = TAPS - 1
     # Sums for each row of a tile, and over its rows at the end: a sum over rows crosses threads.
     sums = ()
-    for tap in tl.static_range(TAPS + 1):
+    for _ in tl.static_range(TAPS + 1):
         sums += (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
     for start in range(split * rows_each, tl.minimum((split + 1) * rows_each, length), BLOCK_T):
         time_T = start + tl.arange(0, BLOCK_T)
         inside_T = time_T < length
         mask_TD = inside_T[:, None] & mask_D[None, :]
         offsets = time_T.to(tl.int64)[:, None] * dim + column_D[None, :]
-        owner_T, begin_T, end_T = sequence_of(bounds_ptr, owner_ptr, time_T, inside_T, batch, length)
+        owner_T, begin_T, _end = sequence_of(bounds_ptr, owner_ptr, time_T, inside_T, batch, length)
         values = ()
         for tap in tl.static_range(TAPS):
             values += (
@@ -141,10 +141,11 @@ def conv_weight_gradient(
             sigmoid = tl.sigmoid(pre)
             slope = slope * sigmoid * (1.0 + pre * (1.0 - sigmoid))
             tl.store(dpre_ptr + skip + offsets, slope.to(dpre_ptr.dtype.element_ty), mask=mask_TD)
+        values += (tl.full([BLOCK_T, BLOCK_D], 1.0, tl.float32),)
         later = ()
-        for tap in tl.static_range(TAPS):
+        for tap in tl.static_range(TAPS + 1):
             later += (sums[tap] + slope * values[tap],)
-        sums = later + (sums[TAPS] + slope,)
+        sums = later
     place = (batch * splits + split) * (TAPS + 1) * dim + column_D
     for tap in tl.static_range(TAPS + 1):
         tl.store(partial_ptr + place + tap * dim, tl.sum(sums[tap], 0), mask=mask_D)

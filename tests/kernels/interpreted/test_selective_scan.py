@@ -40,6 +40,10 @@ def test_an_odd_batch_of_five_channels_without_state_and_skip() -> None:
     assert_agree(TRITON, REFERENCE, [*draw(9, batch=2, width=5, states=2)[:5], None, None])
 
 
+def test_channels_lie_on_two_axes_where_states_fill_a_warp() -> None:
+    assert_agree(TRITON, REFERENCE, draw(7, width=5, states=50))
+
+
 def test_rates_that_forget_at_once() -> None:
     """What is left of the state is formed as a product: not the difference of two numbers that are almost one."""
     inputs = draw(9, states=1)
