@@ -170,6 +170,20 @@ def _anchored(total, within, block, SUB: tl.constexpr):
 
 
 @triton.jit
+def _as_product(value):
+    """The same numbers, spread over the threads as those that a product makes: nothing is moved where the two meet."""
+    left = tl.zeros([value.shape[0], 16], tl.bfloat16)
+    return tl.dot(left, tl.zeros([16, value.shape[1]], tl.bfloat16), value)
+
+
+@triton.jit
+def _up_to(total, anchor_K, within, end):
+    """Powers e^(a - G_j) of the rows before `end`; others 0."""
+    before = (within < end)[:, None]
+    return tl.where(before, tl.exp(tl.where(before, tl.minimum(anchor_K[None, :] - total, 80.0), 0.0)), 0.0)
+
+
+@triton.jit
 def _block(
     system,
     row,
@@ -499,14 +513,86 @@ def linear_gradients(
     g = bg % G
     first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within, channel = tl.arange(0, C), block * BK + tl.arange(0, BK)
-    valid = c * C + within < length
-    row = first + c * C + within
+    # Places count from the chunk's first row: numbers of 64 bits for each element would fill the registers.
+    base = first + c * C
+    count = tl.maximum(tl.minimum(length - c * C, C), 0).to(tl.int32)
+    valid = within < count
+    head = base * G + g
+    q += base * (H * K) + g // (G // H) * K
+    k += base * (H * K) + g // (G // H) * K
+    dq += head * K
+    dk += head * K
+    u += head * V
+    do += head * V
+    dpairs += head * C
+    states += (h * G + g) * (K * V)
+    dstates += (h * G + g) * (K * V)
     # Rows of scalars, one for each block of key channels.
-    part = (block.to(tl.int64) * rows + row) * G + g
-    in_keys = valid[:, None] & (channel < K)[None, :]
+    part = block.to(tl.int64) * rows * G + head
+    if GATE == 3:
+        sums += head * K
+        dlog += head * K
+    elif GATE != 0:
+        dlog += part
+    if GATE == 2:
+        sums += base * G
+    if DELTA:
+        beta += head
+        dx += head * V
+        dsystem += head * C
+        # The first part is that of the values.
+        dbeta += rows * G + part
     step = tl.full([C], 1.0, tl.float32)
     if DELTA:
-        step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
+        step = tl.load(beta + within * G, mask=valid, other=0.0).to(tl.float32)
+    in_keys = valid[:, None] & (channel < K)[None, :]
+    key_row = (within * (H * K))[:, None] + channel[None, :]
+    pair = (within * (G * C))[:, None] + within[None, :]
+    last_row = tl.maximum(count, 1) - 1
+    spot = (within * (G * K))[:, None] + channel[None, :]
+    d_CK = tl.zeros([C, BK], tl.float32)
+    if GATE == 3:
+        q_CK = tl.load(q + key_row, mask=in_keys, other=0.0)
+        k_CK = tl.load(k + key_row, mask=in_keys, other=0.0)
+        dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
+        da_CC = dp_CC
+        if DELTA:
+            da_CC = tl.load(dsystem + pair, mask=valid[:, None], other=0.0)
+        total = tl.load(sums + spot, mask=in_keys, other=0.0)
+        last = tl.load(sums + last_row * (G * K) + channel, mask=channel < K, other=0.0)
+        # Rows beyond the sequence go on from its last, so that no power of theirs is large.
+        total = tl.where(valid[:, None], total, last[None, :])
+        of_block = tl.minimum(within // SUB * SUB, last_row) * (G * K)
+        anchor = tl.load(sums + of_block[:, None] + channel[None, :], mask=(channel < K)[None, :], other=0.0)
+        left = tl.exp(tl.minimum(total - anchor, 0.0))
+        # Products read what lies otherwise among the threads than what they make: both are held.
+        read_total, read_k = total, k_CK.to(tl.float32)
+        query_CK = (q_CK.to(tl.float32) * left).to(WIDE)
+        step_CK = ((read_k * step[:, None]).to(k_CK.dtype).to(tl.float32) * left).to(WIDE)
+        total, k_CK = _as_product(total), _as_product(read_k)
+        row_CK = tl.zeros([C, BK], tl.float32)
+        step_row_CK = tl.zeros([C, BK], tl.float32)
+        column_CK = tl.zeros([C, BK], tl.float32)
+        for start in range(0, C, SUB):
+            anchor_K = tl.load(
+                sums + tl.minimum(start, last_row) * (G * K) + channel, mask=channel < K, other=0.0
+            )
+            inside = ((within >= start) & (within < start + SUB))[:, None]
+            key_CK = (read_k * _up_to(read_total, anchor_K, within, start + SUB)).to(WIDE)
+            right = _up_to(total, anchor_K, within, start + SUB)
+            written = (k_CK * right).to(WIDE).to(tl.float32)
+            # Rows of other blocks may overflow.
+            row_CK += tl.where(inside, tl.dot(dp_CC, key_CK, input_precision=PRECISION), 0.0)
+            inner_CK = tl.where(inside, query_CK, 0.0).to(WIDE)
+            column = tl.dot(tl.trans(dp_CC), inner_CK, input_precision=PRECISION)
+            column_CK += right * column
+            d_CK -= written * column
+            if DELTA:
+                step_row_CK += tl.where(inside, tl.dot(da_CC, key_CK, input_precision=PRECISION), 0.0)
+                inner_CK = tl.where(inside, step_CK, 0.0).to(WIDE)
+                column = tl.dot(tl.trans(da_CC), inner_CK, input_precision=PRECISION)
+                column_CK += right * column
+                d_CK -= written * column
     dq_CK = tl.zeros([C, BK], tl.float32)
     dwrite_CK = tl.zeros([C, BK], tl.float32)
     z_CK = tl.zeros([C, BK], tl.float32)
@@ -515,14 +601,14 @@ def linear_gradients(
     held = 0.0
     for start in range(0, V, BV):
         value = start + tl.arange(0, BV)
-        spot = (row * G + g)[:, None] * V + value[None, :]
+        of_values = (within * (G * V))[:, None] + value[None, :]
         in_values = valid[:, None] & (value < V)[None, :]
-        matrix = (h * G + g) * K * V + channel[None, :] * V + value[:, None]
+        matrix = channel[None, :] * V + value[:, None]
         in_matrix = (channel < K)[None, :] & (value < V)[:, None] & (length > 0)
         s_VK = tl.load(states + matrix, mask=in_matrix, other=0.0)
         ds_VK = tl.load(dstates + matrix, mask=in_matrix, other=0.0)
-        do_CV = tl.load(do + spot, mask=in_values, other=0.0)
-        u_CV = tl.load(u + spot, mask=in_values, other=0.0)
+        do_CV = tl.load(do + of_values, mask=in_values, other=0.0)
+        u_CV = tl.load(u + of_values, mask=in_values, other=0.0)
         dq_CK = tl.dot(do_CV, s_VK, dq_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(u_CV, ds_VK, dwrite_CK, input_precision=PRECISION)
         if GATE == 3:
@@ -530,71 +616,49 @@ def linear_gradients(
         if (GATE == 1) or (GATE == 2):
             held += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32))
         if DELTA:
-            z_CK = tl.dot(
-                tl.load(dx + spot, mask=in_values, other=0.0), s_VK, z_CK, input_precision=PRECISION
-            )
-    key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
-    q_CK = tl.load(q + key_row, mask=in_keys, other=0.0)
-    k_CK = tl.load(k + key_row, mask=in_keys, other=0.0)
-    count = tl.minimum(length - c * C, C)
-    last_row = first + c * C + tl.maximum(count, 1) - 1
-    spot = (row * G + g)[:, None] * K + channel[None, :]
-    if GATE == 3:
-        total = tl.load(sums + spot, mask=in_keys, other=0.0)
-        last = tl.load(sums + (last_row * G + g) * K + channel, mask=channel < K, other=0.0)
-        # Rows beyond the sequence go on from its last, so that no power of theirs is large.
-        total = tl.where(valid[:, None], total, last[None, :])
-        read_CK = tl.exp(total)
-        dq_CK *= read_CK
-        z_CK *= read_CK
-        dwrite_CK *= tl.exp(tl.minimum(last[None, :] - total, 0.0))
-        along = along * tl.exp(last) + tl.sum(k_CK.to(tl.float32) * dwrite_CK, 0)
-    if (GATE == 1) or (GATE == 2):
-        read, write, keep = _row_scalings(log, sums, g, row, valid, within, last_row, count, G, GATE)
-        dq_CK *= read[:, None]
-        z_CK *= read[:, None]
-        dwrite_CK *= write[:, None]
-        held = held * keep + tl.sum(k_CK.to(tl.float32) * dwrite_CK)
+            dx_CV = tl.load(dx + of_values, mask=in_values, other=0.0)
+            z_CK = tl.dot(dx_CV, s_VK, z_CK, input_precision=PRECISION)
     z_CK = -z_CK
-    steps_CK = (k_CK.to(tl.float32) * step[:, None]).to(k_CK.dtype)
-    d_CK = tl.zeros([C, BK], tl.float32)
     if GATE == 3:
-        d_CK = _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
-    pair = (row * G + g)[:, None] * C + within[None, :]
-    dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
-    da_CC = dp_CC
-    if DELTA:
-        da_CC = tl.load(dsystem + pair, mask=valid[:, None], other=0.0)
-    if GATE == 3:
-        for start in range(0, C, SUB):
-            left, right = _anchored(total, within, start, SUB)
-            key_CK = (k_CK.to(tl.float32) * right).to(WIDE)
-            query_CK = (q_CK.to(tl.float32) * left).to(WIDE)
-            # Rows of other blocks may overflow, and are 0 times that.
-            row_CK = tl.where(left > 0, tl.dot(dp_CC, key_CK, input_precision=PRECISION), 0.0)
-            dq_CK += left * row_CK
-            d_CK += query_CK.to(tl.float32) * row_CK
-            column = tl.dot(tl.trans(dp_CC), query_CK, input_precision=PRECISION)
-            if DELTA:
-                row_CK = tl.where(left > 0, tl.dot(da_CC, key_CK, input_precision=PRECISION), 0.0)
-                z_CK += left * row_CK
-                left = (steps_CK.to(tl.float32) * left).to(WIDE)
-                d_CK += left.to(tl.float32) * row_CK
-                column = tl.dot(tl.trans(da_CC), left, column, input_precision=PRECISION)
-            dwrite_CK += right * column
-            d_CK -= key_CK.to(tl.float32) * column
+        steps_CK = (k_CK * step[:, None]).to(k.dtype.element_ty)
+        # Loaded again, for they would fill the registers of both loops.
+        q_CK = _as_product(tl.load(q + key_row, mask=in_keys, other=0.0).to(tl.float32))
+        anchor = tl.load(sums + of_block[:, None] + channel[None, :], mask=(channel < K)[None, :], other=0.0)
+        left = tl.exp(tl.minimum(total - _as_product(anchor), 0.0))
+        read = tl.exp(total)
+        dq_CK *= read
+        z_CK *= read
+        dwrite_CK *= tl.exp(tl.minimum(last[None, :] - total, 0.0))
+        along = along * tl.exp(last) + tl.sum(k_CK * dwrite_CK, 0)
+        d_CK += _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
+        d_CK += (q_CK * left).to(WIDE).to(tl.float32) * row_CK
+        dq_CK += left * row_CK
+        dwrite_CK += column_CK
+        if DELTA:
+            d_CK += (steps_CK.to(tl.float32) * left).to(WIDE).to(tl.float32) * step_row_CK
+            z_CK += left * step_row_CK
     else:
+        q_CK = tl.load(q + key_row, mask=in_keys, other=0.0)
+        k_CK = tl.load(k + key_row, mask=in_keys, other=0.0)
+        steps_CK = (k_CK.to(tl.float32) * step[:, None]).to(k_CK.dtype)
+        if GATE != 0:
+            read, write, keep = _row_scalings(log, sums, g, within, valid, within, last_row, count, G, GATE)
+            dq_CK *= read[:, None]
+            z_CK *= read[:, None]
+            dwrite_CK *= write[:, None]
+            held = held * keep + tl.sum(k_CK.to(tl.float32) * dwrite_CK)
+        dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
         dq_CK = tl.dot(dp_CC, k_CK, dq_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(tl.trans(dp_CC), q_CK, dwrite_CK, input_precision=PRECISION)
         if DELTA:
+            da_CC = tl.load(dsystem + pair, mask=valid[:, None], other=0.0)
             dwrite_CK = tl.dot(tl.trans(da_CC), steps_CK, dwrite_CK, input_precision=PRECISION)
             z_CK = tl.dot(da_CC, k_CK, z_CK, input_precision=PRECISION)
         if GATE != 0:
             d_CK = _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
     tl.store(dq + spot, dq_CK.to(dq.dtype.element_ty), mask=in_keys)
     if DELTA:
-        # The first part is that of the values.
-        tl.store(dbeta + rows * G + part, tl.sum(k_CK.to(tl.float32) * z_CK, 1), mask=valid)
+        tl.store(dbeta + within * G, tl.sum(k_CK.to(tl.float32) * z_CK, 1), mask=valid)
         dwrite_CK += z_CK * step[:, None]
     tl.store(dk + spot, dwrite_CK.to(dk.dtype.element_ty), mask=in_keys)
     last = within == count - 1
@@ -603,7 +667,7 @@ def linear_gradients(
         tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
     elif GATE != 0:
         d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
-        tl.store(dlog + part, tl.cumsum(d_C, 0, reverse=True), mask=valid)
+        tl.store(dlog + within * G, tl.cumsum(d_C, 0, reverse=True), mask=valid)
 
 
 @triton.jit
