@@ -30,12 +30,21 @@ class Config:
     """Its constexpr block sizes by name."""
     warps: int = 4
     stages: int = 2
+    registers: int = 0
+    """Of a thread, at most, so that more programs run side by side: NVIDIA's alone. 0 leaves it to the compiler."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside the blocks."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
     @property
     def text(self) -> str:
         """As people read it."""
         blocks = [f"{name} {size}" for name, size in self.blocks.items()]
-        return ", ".join([*blocks, f"{self.warps} warps", f"{self.stages} stages"])
+        limit = [f"{self.registers} registers"] if self.registers else []
+        return ", ".join([*blocks, f"{self.warps} warps", f"{self.stages} stages", *limit])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,14 @@ TABLE: tuple[Row, ...] = (
     Row("linear_pairs_backward", Config({"BV": 16}, warps=8, stages=1)),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}), generation="gfx", itemsize=2, variant="channel"),
     Row("linear_gradients", Config({"BK": 16, "BV": 64}, stages=1), itemsize=2, key=16, variant="channel"),
+    # Half of the registers, for twice the programs: one waits for its products while the other multiplies.
+    Row(
+        "linear_gradients",
+        Config({"BK": 32, "BV": 64}, warps=8, stages=1, registers=128),
+        generation="sm_9",
+        itemsize=2,
+        variant="channel",
+    ),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, warps=8, stages=1), itemsize=2, variant="channel"),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, stages=1), generation="sm_8", itemsize=2),
     Row("linear_gradients", Config({"BK": 64, "BV": 64}, stages=1), itemsize=2),
@@ -309,11 +326,13 @@ def read_tuned(device: str) -> dict[str, Config]:
         return {}
 
 
-def _config(blocks: Mapping[str, int], warps: int, stages: int) -> Config:
+def _config(blocks: Mapping[str, int], warps: int, stages: int, registers: int = 0) -> Config:
     numbers = (*blocks.values(), warps, stages)
     if not all(isinstance(number, int) and number > 0 for number in numbers):
         raise ValueError(f"blocks, warps and stages must be whole numbers above 0, got {numbers}")
-    return Config(dict(blocks), warps, stages)
+    if not isinstance(registers, int) or registers < 0:
+        raise ValueError(f"registers must be a whole number, 0 for as many as it takes, got {registers}")
+    return Config(dict(blocks), warps, stages, registers)
 
 
 def write_tuned(device: str, found: Mapping[str, Config]) -> Path:

@@ -35,6 +35,7 @@ made from M in the scan; the gradient is from the equations above, which need ne
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -816,7 +817,7 @@ class Shape:
         found = choose(name, generation(), self.dtype, self.keys, self.values, variant=self.gate)
         dims = {"BK": self.keys, "BV": self.values}
         blocks = {name: min(found.blocks[name], padded(dims[name])) for name in used}
-        return Config(blocks, found.warps, found.stages)
+        return replace(found, blocks=blocks)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -1057,7 +1058,7 @@ def step_kernels(
     heads, values = v.shape[1:]
     gate = "none" if decay_now is None else {1: "head", 2: "scalar", 3: "channel"}[decay_now.dim()]
     found = choose("linear_step", generation(), v.dtype, keys, values)
-    config = Config({"BV": min(found.blocks["BV"], padded(values))}, found.warps, found.stages)
+    config = replace(found, blocks={"BV": min(found.blocks["BV"], padded(values))})
     channels = padded(keys) if keys <= MOST_KEYS[v.dtype] else GROUP
     parts = -(-keys // channels)
     o = v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)

@@ -10,6 +10,7 @@ One kernel, in which removal, g and h may each be left out: it reads and writes 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixforge.kernels.blocks import Config, choose
+from mixforge.kernels.blocks import choose
 from mixforge.kernels.chunked_linear_triton import padded
 from mixforge.kernels.dplr import check_dplr
 from mixforge.kernels.dplr_triton import check_inputs, dplr_triton, twofold_linear_triton
@@ -75,7 +76,7 @@ def step_kernels(
     batch, heads, keys = q.shape
     values = v.shape[2]
     found = choose("dplr_step", generation(), v.dtype, keys, values)
-    config = Config({"BV": min(found.blocks["BV"], padded(values))}, found.warps, found.stages)
+    config = replace(found, blocks={"BV": min(found.blocks["BV"], padded(values))})
     o = torch.empty_like(v)
     launch(
         dplr_step, (batch * heads, -(-values // config.blocks["BV"])), q, k, v, removal, decay, value_decay, state, o,

@@ -36,6 +36,7 @@ from the equations above.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -474,7 +475,7 @@ class Shape:
     def run_chunks(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """One program for each chunk and head."""
         found = choose(kernel.fn.__name__, generation(), self.dtype, self.keys, self.values)
-        config = Config({"BK": min(found.blocks["BK"], padded(self.keys))}, found.warps, found.stages)
+        config = replace(found, blocks={"BK": min(found.blocks["BK"], padded(self.keys))})
         launch(
             kernel, (self.batch * self.heads * self.chunks,), *args, config=config,
             H=self.heads, K=self.keys, KEY=self.flags["KEY"], REMOVE=self.flags["REMOVE"], C=CHUNK,
@@ -483,7 +484,7 @@ class Shape:
 
     def scan_config(self, kernel: Any) -> Config:
         found = choose(kernel.fn.__name__, generation(), self.dtype, self.keys, self.values)
-        return Config({"BV": min(found.blocks["BV"], padded(self.values))}, found.warps, found.stages)
+        return replace(found, blocks={"BV": min(found.blocks["BV"], padded(self.values))})
 
     def run_scan(self, kernel: Any, *args: Any) -> None:
         """One program for each head and block of value channels."""

@@ -101,7 +101,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
     if recorded is not None:
         recorded.launches.append(Launch(kernel, grid, args, constants, config))
     elif all(grid):
-        kernel[grid](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+        kernel[grid](*args, **constants, **config.options)
 
 
 def on_device(run: Callable[..., Any]) -> Callable[..., Any]:

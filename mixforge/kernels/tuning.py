@@ -30,6 +30,8 @@ from mixforge.kernels.launch import generation
 
 WARPS = (1, 2, 4, 8, 16)
 STAGES = (1, 2, 3, 4)
+# Of a thread of eight warps, so that two programs fit a multiprocessor.
+FEWER_REGISTERS = 128
 # A wrong kernel is wrong by far more; rounding in the dtype, in chains of products, is less.
 RATIOS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Nearer than this, two medians are the same.
@@ -66,13 +68,16 @@ class Tuned:
 
 
 def candidates(shape: ShapeClass, on: str) -> list[Config]:
-    """The default, then the table's other configurations, then each with other warps or stages, then the default with
-    one block half or twice as large, under as many warps and under those of that share."""
+    """The default, then the table's other configurations, then each with other warps or stages, and on NVIDIA's with
+    half of the registers, then the default with one block half or twice as large, under as many warps and under those of
+    that share."""
     rows = [row.config for row in rows_for(shape, on)]
     found = list(rows)
     for config in rows:
         found += [replace(config, warps=warps) for warps in _beside(WARPS, config.warps)]
         found += [replace(config, stages=stages) for stages in _beside(STAGES, config.stages)]
+        if on.startswith("sm_"):
+            found.append(replace(config, registers=0 if config.registers else FEWER_REGISTERS))
     default = rows[0]
     for name, size in default.blocks.items():
         for other in (size // 2, size * 2):

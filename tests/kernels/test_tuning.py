@@ -59,6 +59,8 @@ def test_candidates_are_the_default_first_and_each_once() -> None:
     assert len(found) == len({config.text for config in found}) > 3
     assert {config.warps for config in found} <= set(tuning.WARPS)
     assert {config.stages for config in found} <= set(tuning.STAGES)
+    assert {config.registers for config in found} == {0, tuning.FEWER_REGISTERS}
+    assert {config.registers for config in tuning.candidates(SHAPE, "gfx942")} == {0}
 
 
 @pytest.mark.parametrize(

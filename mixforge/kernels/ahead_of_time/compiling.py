@@ -72,8 +72,7 @@ def unit(launch: Launch, target: str) -> Unit:
     kernel, backend = launch.kernel, make_backend(TARGETS[target])
     words = {
         **launch.constants,
-        "num_warps": launch.config.warps,
-        "num_stages": launch.config.stages,
+        **launch.config.options,
         "debug": bool(kernel.debug),
         "instrumentation_mode": "",
     }
@@ -90,7 +89,7 @@ def unit(launch: Launch, target: str) -> Unit:
         constants,
         attributes,
         # What the backend adds of its own is found again from the target.
-        {name: vars(options)[name] for name in ("num_warps", "num_stages", "debug")},
+        {name: vars(options)[name] for name in (*launch.config.options, "debug")},
     )
 
 
