@@ -62,7 +62,7 @@ TEXTS = [
     "lm(segment(blockrec(window=4, states=3) + mlp, length=6, memory=4, carry=associative(4)), width=16)",
     "lm(segment(2 @ (gdn + mlp), length=14, memory=2, carry=associative(4)), width=16, weights=sigma)",
     "lm(attn(mask=prefix(6), kv=own) + 2 @ attn(kv=shared, mask=prefix(3)) + conv, width=16, shortcut=average)",
-    "lm(reuse((attn(mask=prefix(5)) | gdn) + mlp, times=2, halt=act) + attn(mask=prefix(9), meta=2), width=16)",
+    "lm(reuse((attn(mask=prefix(5)) | gdn(init=prefix(7))) + mlp, times=2, halt=act) + based(init=prefix(9)), width=16)",
 ]
 every_text = pytest.mark.parametrize("text", TEXTS)
 
