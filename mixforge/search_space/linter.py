@@ -84,11 +84,16 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
     token = sum(1 for each in placed if each.mixer.kind == "token")
     if token:
         yield Finding("token mixer", "note", f"{token} of {len(placed)} mixers mix tokens")
+    ahead = architecture.prefix
     yield Finding(
         "causality",
         "note",
-        "causal by construction: each mixer of the catalogue reads tokens up to its own alone, and contract "
-        "tests hold that over all of their genes",
+        "causal by construction: each mixer of the catalogue reads tokens up to its own alone"
+        + (
+            f", but for the first {ahead}, which are read together and whose predictions count for nothing"
+            * (ahead > 0)
+        )
+        + ", and contract tests hold that over all of their genes",
     )
     if architecture.place == "none":
         yield Finding(
