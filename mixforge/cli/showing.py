@@ -83,7 +83,7 @@ def _show_architecture(architecture: Architecture, context: int) -> None:
     if reason is not None:
         raise ValueError(f"it cannot be built: {reason}")
     if architecture.prefix:
-        print(f"reads its first {architecture.prefix} tokens together; predictions of them count for nothing")
+        print(f"reads its first {architecture.prefix} tokens together; no prediction of them counts")
     made = table(
         "layer >", "mixer", "genes", "times >", "params >", f"FLOPs at {context} >", f"state bytes at {context} >",
         "bytes per decoded token >",

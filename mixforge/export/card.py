@@ -58,7 +58,7 @@ def write_card(
 
 
 def _prefix(tokens: int) -> list[tuple[str, str]]:
-    said = f"the first {tokens} tokens of a prompt are read together; predictions of them count for nothing"
+    said = f"the first {tokens} tokens of a prompt are read together; no prediction of them counts"
     return [("prefix", said)] if tokens else []
 
 
