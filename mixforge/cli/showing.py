@@ -82,6 +82,8 @@ def _show_architecture(architecture: Architecture, context: int) -> None:
     reason = architecture.why_illegal()
     if reason is not None:
         raise ValueError(f"it cannot be built: {reason}")
+    if architecture.prefix:
+        print(f"reads its first {architecture.prefix} tokens together; no prediction of them counts")
     made = table(
         "layer >", "mixer", "genes", "times >", "params >", f"FLOPs at {context} >", f"state bytes at {context} >",
         "bytes per decoded token >",
@@ -155,6 +157,7 @@ def _architecture_json(
     return {
         "architecture": str(architecture),
         "digest": architecture.digest,
+        "prefix": architecture.prefix,
         "why_illegal": architecture.why_illegal(),
         "context": context,
         "cost": architecture.cost(context)._asdict() if architecture.why_illegal() is None else None,

@@ -69,6 +69,13 @@ class Budget:
             seed=seed,
         )
 
+    def why_unasked(self, prefix: int) -> str | None:
+        """None, or a sentence on the first task that asks nothing behind a prefix of so many tokens."""
+        if prefix == 0:
+            return None
+        reasons = (task.why_unasked(prefix) for task in self.tasks)
+        return next((reason for reason in reasons if reason is not None), None)
+
     @property
     def canonical_json(self) -> str:
         """All that decides what an evaluation finds, as JSON with sorted keys."""

@@ -18,7 +18,7 @@ class Candidate(nn.Module):
         self.front = front
 
     def answer(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, X] and targets [N] of the N positions whose target is not negative."""
+        """Logits [N, X] and targets [N] of the N positions that are asked for."""
         x_ND, targets_N = self._asked(inputs_BT, targets_BT)
         return self.model.head(x_ND), targets_N
 
@@ -27,13 +27,23 @@ class Candidate(nn.Module):
         return token_loss(self.model, *self._asked(inputs_BT, targets_BT))
 
     def _asked(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The stack's outputs [N, D] where the target is not negative, and the targets."""
+        """The stack's outputs [N, D] at the positions that are asked for, and the targets."""
         x_BTD = self.model.embed(inputs_BT)
         if self.front is not None:
             x_BTD = self.front(x_BTD)
         x_BTD = self.model.body(x_BTD)
-        asked_BT = targets_BT >= 0
+        asked_BT = asked(targets_BT, self.model.prefix)
         return x_BTD[asked_BT], targets_BT[asked_BT]
+
+
+def asked(targets_BT: Tensor, prefix: int) -> Tensor:
+    """[B, T], where an answer counts: where there is one, and the next token is not in the prefix that is read together.
+
+    Targets of a prefix would be there to be copied.
+    """
+    asked_BT = targets_BT >= 0
+    asked_BT[:, : max(0, prefix - 1)] = False
+    return asked_BT
 
 
 def token_loss(model: LanguageModel, x_ND: Tensor, targets_N: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _run(
     weights: Path | None,
     progress: Callable[[Step], None] | None,
 ) -> None:
-    reason = architecture.why_illegal()
+    reason = architecture.why_illegal() or budget.why_unasked(architecture.prefix)
     if reason is not None:
         raise Illegal(reason)
     deadline = Deadline(budget.deadline_s)

@@ -10,11 +10,11 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-from mixforge.evaluator.candidate import Candidate
+from mixforge.evaluator.candidate import Candidate, asked
 from mixforge.evaluator.deadline import Deadline
 from mixforge.evaluator.recipe import Recipe
 
@@ -71,6 +71,23 @@ class Task(ABC):
 
     def front(self, width: int) -> nn.Module | None:
         """A module [B, T, D] -> [B, T, D] that the task puts between every embedding and stack."""
+        return None
+
+    def why_unasked(self, prefix: int) -> str | None:
+        """None, or a sentence where a sequence asks nothing of a model that reads so many first tokens together.
+
+        It looks at the first batch of each split.
+        """
+        batches = {"training": self.train_batches(0)} | {
+            split: self.held_out(split) for split in get_args(HeldOut)
+        }
+        for split, drawn in batches.items():
+            targets_BT = next(drawn).targets_BT
+            if not asked(targets_BT, prefix).any(1).all():
+                return (
+                    f"a prefix of {prefix} tokens leaves nothing to predict in {split} sequences of {self.name}, which "
+                    f"have {targets_BT.shape[1]} tokens; say a shorter prefix, or longer sequences in [tasks.{self.name}]"
+                )
         return None
 
     def check(self) -> None:  # noqa: B027 - most tasks draw their data and have nothing to check

@@ -39,6 +39,7 @@ def write_card(
                 ("digest", f"`{architecture.digest}`"),
                 ("weights, sha256", f"`{digest_of_weights}`"),
                 ("tokens", "bytes" if architecture.vocab == 256 else f"{architecture.vocab} ids"),
+                *_prefix(architecture.prefix),
             ],
         ),
         _layers(architecture, card.evaluation.context if card.evaluation else 2048),
@@ -56,9 +57,14 @@ def write_card(
     return "\n\n".join(blocks) + "\n"
 
 
+def _prefix(tokens: int) -> list[tuple[str, str]]:
+    said = f"the first {tokens} tokens of a prompt are read together; no prediction of them counts"
+    return [("prefix", said)] if tokens else []
+
+
 _CHECKS = {
     "searched": "this folder against the searched model",
-    "step": "token by token against one pass",
+    "step": "token by token, behind the prefix if there is one, against one pass",
     "resumed": "half a prompt, then token by token, against one pass",
     "future": "the first half, when the second half's tokens change",
 }

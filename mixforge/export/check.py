@@ -5,9 +5,10 @@
 EVIDENCE is a safetensors file with `tokens_BT` and the searched model's `logits_BTX` on them. For each folder
 one line of JSON goes to standard output: the largest absolute differences in float32 logits of
     searched     the exported model against the searched one,
-    step         token-by-token decoding against one pass,
+    step         token-by-token decoding against one pass, behind the prefix if there is one,
     resumed      prefill of the first half, then steps, against one pass,
     future       the first half's logits when the second half's tokens are others.
+The first half holds at least the prefix.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from torch import Tensor
 class Model(Protocol):
     """What the check needs of an exported model. A state is the model's own affair."""
 
+    prefix: int
+
     def __call__(self, tokens_BT: Tensor) -> Tensor: ...
 
     def prefill(self, tokens_BT: Tensor, *, capacity: int) -> tuple[Tensor, object]: ...
@@ -36,25 +39,25 @@ class Model(Protocol):
 
 def check(model: Model, tokens_BT: Tensor, logits_BTX: Tensor) -> dict[str, float]:
     """The largest differences, by the names above."""
-    length = tokens_BT.shape[1]
-    half = length // 2
+    first = max(1, model.prefix)
+    half = max(first, tokens_BT.shape[1] // 2)
     with torch.no_grad():
         seen_BTX = model(tokens_BT)
         others_BT = tokens_BT.clone()
         others_BT[:, half:] = (others_BT[:, half:] + 1) % logits_BTX.shape[-1]
         return {
             "searched": _largest(seen_BTX, logits_BTX),
-            "step": _largest(_decoded(model, tokens_BT, 1), seen_BTX),
+            "step": _largest(_decoded(model, tokens_BT, first), seen_BTX[:, first - 1 :]),
             "resumed": _largest(_decoded(model, tokens_BT, half), seen_BTX[:, half - 1 :]),
             "future": _largest(model(others_BT)[:, :half], seen_BTX[:, :half]),
         }
 
 
-def _decoded(model: Model, tokens_BT: Tensor, prefix: int) -> Tensor:
-    """Logits of the last token of the prefix and of every token after it, which are taken one at a time."""
-    logits_BX, state = model.prefill(tokens_BT[:, :prefix], capacity=tokens_BT.shape[1])
+def _decoded(model: Model, tokens_BT: Tensor, prompt: int) -> Tensor:
+    """Logits of the last token of the prompt and of every token after it, which are taken one at a time."""
+    logits_BX, state = model.prefill(tokens_BT[:, :prompt], capacity=tokens_BT.shape[1])
     out = [logits_BX]
-    for token_B in tokens_BT[:, prefix:].unbind(1):
+    for token_B in tokens_BT[:, prompt:].unbind(1):
         logits_BX, state = model.step(token_B, state)
         out.append(logits_BX.clone())
     return torch.stack(out, 1)

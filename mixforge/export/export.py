@@ -137,7 +137,7 @@ def write_files(architecture: Architecture, searched: LanguageModel, folder: Pat
 def verify(
     pairs: Sequence[tuple[LanguageModel, Path]], *, length: int = _CHECK_TOKENS
 ) -> list[dict[str, float]]:
-    """Run `check` on searched models and their folders, on `length` tokens, in one fresh process.
+    """Run `check` on searched models and their folders, on `length` tokens behind a prefix, in one fresh process.
 
     Raises ExportError where a model.py does not run by itself or a difference is too large.
     """
@@ -145,7 +145,7 @@ def verify(
     command = [sys.executable, "-I", "-B", check.__file__, str(torch.get_num_threads())]
     with torch.no_grad(), tempfile.TemporaryDirectory() as place:
         for number, (searched, folder) in enumerate(pairs):
-            tokens_BT = torch.randint(searched.vocab, (2, length), generator=random)
+            tokens_BT = torch.randint(searched.vocab, (2, searched.prefix + length), generator=random)
             evidence = Path(place, f"{number}.safetensors")
             _store(
                 evidence, safetensors.torch.save({"tokens_BT": tokens_BT, "logits_BTX": searched(tokens_BT)})

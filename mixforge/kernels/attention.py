@@ -3,6 +3,7 @@
 Queries are [B, H, T, K], keys [B, H', P + T, K] and values [B, H', P + T, V] with H' dividing H: the P keys at the left
 are of tokens that came before the first query's. Outputs are [B, H, T, V].
 
+`prefix_attention` is over s <= t or s < n: the first n tokens are read together, and later ones see no later token.
 `masked_attention` takes which pairs are seen, or what is added to their scores, as a tensor.
 
 Three forms: `reference` computes the weights of all pairs; `torch` is torch's own fused operation, over masked pairs or
@@ -11,7 +12,8 @@ FlexAttention for a window. A step of decoding is `step_attention` in all of the
 is said by `attended_pairs`, which is what costs are made of.
 
 Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Shazeer 2019 (arXiv 1911.02150) and Ainslie et al. 2023
-(arXiv 2305.13245) for fewer key heads; Beltagy et al. 2020 (arXiv 2004.05150, section 3.1) for windows and their blocks.
+(arXiv 2305.13245) for fewer key heads; Beltagy et al. 2020 (arXiv 2004.05150, section 3.1) for windows and their blocks;
+Raffel et al. 2019 (arXiv 1910.10683, section 3.2.1) for prefixes.
 """
 
 from __future__ import annotations
@@ -58,13 +60,40 @@ def causal_attention_torch(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, start
     check_attention(q_BHTK, k_BHTK, v_BHTK, None, start)
     if start == 0:
         keys, values = q_BHTK.shape[3], v_BHTK.shape[3]
-        if keys < values:
-            q_BHTK, k_BHTK = (F.pad(x_BHTK, (0, values - keys)) for x_BHTK in (q_BHTK, k_BHTK))
-        elif values < keys:
-            v_BHTK = F.pad(v_BHTK, (0, keys - values))
-        return attend(q_BHTK, k_BHTK, v_BHTK, None, causal=True, scale=keys**-0.5)[..., :values]
+        q, k, v = equally_wide(q_BHTK, k_BHTK, v_BHTK)
+        return attend(q, k, v, None, causal=True, scale=keys**-0.5)[..., :values]
     key = torch.arange(k_BHTK.shape[2], device=q_BHTK.device)
     return attend(q_BHTK, k_BHTK, v_BHTK, key <= key[start:, None])
+
+
+def equally_wide(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, or values, filled up with zeros to the width of the others."""
+    more = v_BHTV.shape[3] - q_BHTK.shape[3]
+    if more > 0:
+        return F.pad(q_BHTK, (0, more)), F.pad(k_BHTK, (0, more)), v_BHTV
+    return q_BHTK, k_BHTK, F.pad(v_BHTV, (0, -more)) if more else v_BHTV
+
+
+def prefix_attention_reference(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, prefix: int) -> Tensor:
+    """Queries of a whole sequence over the keys of earlier tokens and of the first `prefix`. Float32 or better inside."""
+    check_attention(q_BHTK, k_BHTK, v_BHTV, None, 0)
+    key = torch.arange(k_BHTK.shape[2], device=q_BHTK.device)
+    seen = (key <= key[:, None]) | (key < prefix)
+    return masked_attention_reference(q_BHTK, k_BHTK, v_BHTV, seen, q_BHTK.shape[3] ** -0.5)
+
+
+def prefix_attention_torch(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, prefix: int) -> Tensor:
+    """As `prefix_attention_reference`, by the fused operation: of the prefix without a mask, then of what follows."""
+    check_attention(q_BHTK, k_BHTK, v_BHTV, None, 0)
+    length, scale, values = q_BHTK.shape[2], q_BHTK.shape[3] ** -0.5, v_BHTV.shape[3]
+    q, k, v = equally_wide(q_BHTK, k_BHTK, v_BHTV)
+    first = [x_BHTK[:, :, :prefix] for x_BHTK in (q, k, v)]
+    o_BHTV = attend(first[0], first[1], first[2], None, scale=scale)
+    if length > prefix:
+        key = torch.arange(length, device=q.device)
+        rest_BHTV = attend(q[:, :, prefix:], k, v, key <= key[prefix:, None], scale=scale)
+        o_BHTV = torch.cat([o_BHTV, rest_BHTV], 2)
+    return o_BHTV[..., :values]
 
 
 def window_attention_torch(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, window: int, past: int) -> Tensor:
@@ -168,8 +197,11 @@ def check_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, window: int 
         raise ValueError(f"window must be at least 1, got {window}")
 
 
-def attended_pairs(length: int, window: int | None) -> int:
+def attended_pairs(length: int, window: int | None, prefix: int = 0) -> int:
     """Query-key pairs that the torch form computes for a sequence without a past, masked ones included."""
+    if prefix:
+        together = min(length, prefix)
+        return together * together + (length - together) * length
     if window is None or length < 4 * window:
         return length * length
     blocks = -(-length // window)
@@ -179,6 +211,10 @@ def attended_pairs(length: int, window: int | None) -> int:
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
     "reference": causal_attention_reference,
     "torch": causal_attention_torch,
+}
+PREFIX_FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "reference": prefix_attention_reference,
+    "torch": prefix_attention_torch,
 }
 WINDOW_FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, int, int], Tensor]] = {
     "reference": window_attention_reference,
@@ -199,6 +235,16 @@ def form(backend: str) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
         ).causal_attention_triton
         return found
     return FORMS[backend]
+
+
+def prefix_form(backend: str) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """Attention that sees a prefix as a whole, of one backend; that of Triton is imported when it is asked for."""
+    if backend == "triton":
+        found: Callable[[Tensor, Tensor, Tensor, int], Tensor] = importlib.import_module(
+            "mixforge.kernels.attention_triton"
+        ).prefix_attention_triton
+        return found
+    return PREFIX_FORMS[backend]
 
 
 def window_form(backend: str) -> Callable[[Tensor, Tensor, Tensor, int, int], Tensor]:

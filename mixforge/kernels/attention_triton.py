@@ -24,6 +24,7 @@ from mixforge.kernels.attention import (
     causal_attention_torch,
     check_attention,
     masked_attention_torch,
+    prefix_attention_torch,
 )
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -73,6 +74,12 @@ def causal_attention_triton(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, star
     """As `causal_attention_reference`, on a GPU. Raises ValueError elsewhere, and where shapes do not fit."""
     check_gpu(q_BHTK, k_BHTK, v_BHTK)
     return causal_attention_torch(q_BHTK, k_BHTK, v_BHTK, start)
+
+
+def prefix_attention_triton(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, prefix: int) -> Tensor:
+    """As `prefix_attention_reference`, on a GPU, by torch's fused operation. Raises ValueError elsewhere."""
+    check_gpu(q_BHTK, k_BHTK, v_BHTV)
+    return prefix_attention_torch(q_BHTK, k_BHTK, v_BHTV, prefix)
 
 
 def window_attention_triton(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, window: int, past: int) -> Tensor:

@@ -151,6 +151,9 @@ class Study:
             return found
         if is_known(found.digest):
             return Rejection(DUPLICATE, f"{found} was tried in this campaign")
+        unasked = self._campaign.budget.why_unasked(found.prefix)
+        if unasked is not None:
+            return Rejection("prefix", unasked)
         backend = self._campaign.budget.backend
         try:
             # Written down and not built: what the backend has no kernel for costs no worker its time.

@@ -185,6 +185,11 @@ class Architecture:
         names = (spell_mixer(mixer, self.width).partition("(")[0] for mixer in mixers(self.stack))
         return tuple(dict.fromkeys(names))
 
+    @property
+    def prefix(self) -> int:
+        """Tokens that a sequence's first pass reads together, at most: the most of its mixers (see `Mixer.prefix`)."""
+        return max(mixer.prefix for mixer in mixers(self.stack))
+
     def why_illegal(self) -> str | None:
         """None where it can be built, else a sentence with the numbers in it."""
         found = self.illegality()

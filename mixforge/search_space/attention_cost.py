@@ -99,8 +99,7 @@ def _position_weights(gene: Attn, width: int, sizes: Sizes) -> tuple[int, int]:
         matrices += gene.seen(width) * turning
     if gene.pos == "lrpe":
         vectors += turning * int(gene.turning(width)) // 2
-    if gene.clip is not None:
-        vectors += (gene.clip + 1) * (head_dim + gene.value_dim(head_dim))
+    vectors += gene.distances * (head_dim + gene.value_dim(head_dim))
     return matrices, vectors
 
 
@@ -173,7 +172,7 @@ def score_flops(gene: Attn, length: int, sizes: Sizes) -> int:
     if scores == "fused":
         by_block = gene.by_block
         pairs = (
-            fused_pairs(length, window, gene.dilation, gene.first)
+            fused_pairs(length, window, gene.dilation, gene.first, gene.prefix)
             if by_block is None
             else strided_pairs(length, *by_block)
         )
@@ -185,8 +184,7 @@ def score_flops(gene: Attn, length: int, sizes: Sizes) -> int:
     beside = gene.meta + (gene.sink == "learned" and scores == "biased")
     rows, pairs = block_pairs(length, size, beside)
     products = pairs * (keys + values)
-    if gene.clip is not None:
-        products += rows * (gene.clip + 1) * (keys + values)
+    products += rows * gene.distances * (keys + values)
     if isinstance(gene.headmix, Form):
         # Before and after the weighing, by the query and by the key, into the rank and out of it.
         products += 8 * pairs * int(gene.headmix.arguments[0])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # What genes must be where tokens are evicted.
 _EVICTION_NEEDS: Mapping[str, GeneValue] = {
+    "mask": "causal",
     "source": "token",
     "dilation": 1,
     "meta": 0,
@@ -79,6 +80,10 @@ def why_unfit(gene: Attn, width: int) -> str | None:
         return _why_no_scan(gene)
     if gene.codes is not None:
         return _why_no_codes(gene)
+    if gene.prefix:
+        reason = _why_no_prefix(gene)
+        if reason is not None:
+            return reason
     turning = gene.turning(width) if gene.turns else 2
     if turning != int(turning) or turning % 2 != 0 or turning == 0:
         given = f"rope_dim {turning}" if gene.latent else f"{turning:g} channels of head_dim {head_dim}"
@@ -118,6 +123,29 @@ def _why_no_filters(gene: Attn, numbers: int) -> str | None:
     if given is None:
         return None
     return f"kv={gene.kv} says how keys and values are made, so it takes no {given} (mixer attn); use kv=mha"
+
+
+def _why_no_prefix(gene: Attn) -> str | None:
+    """What attention that sees a prefix as a whole cannot do."""
+    for name in ("window", "sparse"):
+        if getattr(gene, name) != "none":
+            return (
+                f"mask={gene.mask} is of attention to every token, so it takes no {name}={getattr(gene, name)} "
+                "(mixer attn); leave one out"
+            )
+    if gene.special is not None:
+        return f"score={gene.score} is of earlier tokens, so it takes no mask={gene.mask} (mixer attn); leave one out"
+    if gene.forget != "none":
+        return (
+            f"forget={gene.forget} is what is left of an earlier token, and mask={gene.mask} sees later ones "
+            "(mixer attn); leave one out"
+        )
+    if gene.pos in ("xpos", "alibi", "alibi_rope"):
+        return (
+            f"pos={gene.pos} grades earlier tokens by their distance, and mask={gene.mask} sees later ones (mixer attn); "
+            "use rope, relative(n) or none"
+        )
+    return None
 
 
 def _why_no_experts(gene: Attn, heads: int, kv_heads: int, experts: int) -> str | None:

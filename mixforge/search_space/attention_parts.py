@@ -29,7 +29,7 @@ from mixforge.search_space.parts.attention_heads import (
 from mixforge.search_space.parts.attention_local_linear import LocalLinear
 from mixforge.search_space.parts.attention_memory import Borrowed, KeysValues, Latents, ReusedKeys, TokenShift
 from mixforge.search_space.parts.attention_mix import DynamicMix, StaticMix
-from mixforge.search_space.parts.attention_pattern import EveryToken, Window
+from mixforge.search_space.parts.attention_pattern import EveryToken, EveryTokenAndPrefix, Window
 from mixforge.search_space.parts.attention_position import ContextRotary, LearnedRotary, Nowhere, Rotary
 from mixforge.search_space.parts.attention_scan import LearnedQuery
 from mixforge.search_space.parts.attention_scores import Biased, Fused, Relative, Scored, Slopes, Terms, Weigh
@@ -247,8 +247,12 @@ def pattern_part(gene: Attn, backend: Backend) -> Part:
         if gene.sparse.name == "block_topk":
             return Part(BestBlocks, block=block, others=int(other) - 1, masked=masked)
         return Part(LikelyBlocks, block=block, share=float(other), masked=masked)
+    later = attention.form(backend)
+    if gene.prefix:
+        together = attention.prefix_form(backend)
+        return Part(EveryTokenAndPrefix, length=gene.prefix, operation=together, later=later)
     if window is None:
-        return Part(EveryToken, operation=attention.form(backend))
+        return Part(EveryToken, operation=later)
     return Part(
         Window,
         window=window,
@@ -285,7 +289,8 @@ def scores_part(gene: Attn, width: int, backend: Backend) -> Part:
     elif gene.headmix == "static":
         mix = Part(StaticMix, heads=heads)
     dims = {"key_dim": gene.key_dim(head_dim), "value_dim": gene.value_dim(head_dim)}
-    relative = None if gene.clip is None else Part(Relative, clip=gene.clip, **dims)
+    ahead = {"ahead": gene.clip} if gene.prefix else {}
+    relative = None if gene.clip is None else Part(Relative, clip=gene.clip, **dims, **ahead)
     weigh = Part(Weigh, score=gene.score, sinks=sinks)
     fades = gene.forget == "mask"
     return Part(Scored, scale=scale, terms=terms, weigh=weigh, fades=fades, relative=relative, mix=mix)

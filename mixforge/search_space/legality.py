@@ -52,6 +52,11 @@ def _unit_illegality(unit: Unit, width: int) -> Illegality | None:
             return Illegality(
                 "segments", "a segment inside a segment; one of them says where layers begin anew"
             )
+        case Segment() if ahead := next((mixer for mixer in mixers(unit.body) if mixer.prefix), None):
+            sentence = "its prefix is that of the sequence, and the layers of a segment begin anew with each"
+            return Illegality(
+                "segments", f"{spell_mixer(ahead, width)}: {sentence}; put it outside the segment"
+            )
         case Reuse() | Segment() | Residual():
             found = next((found for each in unit.body if (found := _unit_illegality(each, width))), None)
             return found if isinstance(unit, Residual) else found or _carried_illegality(unit, width)

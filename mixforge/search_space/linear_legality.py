@@ -17,7 +17,8 @@ POSITIVE = ("elu1", "relu", "exp", "softmax", "learned", "hedgehog", "favor", "o
 def why_unfit(mixer: Linear, size: Sizes) -> str | None:
     """A sentence on the first genes that do not go together; None where all do."""
     return (
-        _why_no_levels(mixer)
+        _why_no_prefix(mixer)
+        or _why_no_levels(mixer)
         or _why_no_memories(mixer)
         or _why_uneven(mixer, size)
         or _why_ungated(mixer)
@@ -55,6 +56,22 @@ def _why_uneven(mixer: Linear, size: Sizes) -> str | None:
         return f"skip=late is added after the norm of each head: say out_norm=rms, group or none, not {mixer.out_norm}"
     if mixer.out_gate == "inner" and isinstance(mixer.gate_rank, str):
         return "out_gate=inner is W_2 sigmoid(W_1 x): say its rank, such as gate_rank=128"
+    return None
+
+
+def _why_no_prefix(mixer: Linear) -> str | None:
+    """What a state that the first tokens write together does not fit."""
+    if not mixer.prefix:
+        return None
+    if isinstance(mixer.rule, Form) or mixer.memories != "none":
+        given = f"rule={mixer.rule}" if isinstance(mixer.rule, Form) else f"memories={mixer.memories}"
+        return (
+            f"init={mixer.init} writes keys to one state of each head, and {given} has others: say init=zero"
+        )
+    if mixer.key == "latent":
+        return f"key=latent begins with keys whose weights sum to 1, and init={mixer.init} adds to them: say init=zero"
+    if mixer.pos == "xpos":
+        return f"pos=xpos grades earlier tokens by their distance, and init={mixer.init} reads later ones: say pos=rope"
     return None
 
 

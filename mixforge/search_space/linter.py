@@ -84,11 +84,15 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
     token = sum(1 for each in placed if each.mixer.kind == "token")
     if token:
         yield Finding("token mixer", "note", f"{token} of {len(placed)} mixers mix tokens")
+    ahead = architecture.prefix
+    together = (
+        f", but for the first {ahead}, which are read together: no prediction of them counts" if ahead else ""
+    )
     yield Finding(
         "causality",
         "note",
-        "causal by construction: each mixer of the catalogue reads tokens up to its own alone, and contract "
-        "tests hold that over all of their genes",
+        f"causal by construction: each mixer of the catalogue reads tokens up to its own alone{together}; contract tests "
+        "hold that over all of their genes",
     )
     if architecture.place == "none":
         yield Finding(

@@ -161,6 +161,15 @@ class Mixer(ABC):
         return False
 
     @property
+    def prefix(self) -> int:
+        """Tokens at the beginning of a sequence that are read together, so that each may have a say in all of them.
+
+        What is said of token t, from 0, follows from tokens 0 to max(t, prefix - 1). They are those of the first pass
+        over a sequence, at most so many. 0 where no token sees a later one.
+        """
+        return 0
+
+    @property
     def norms_input(self) -> bool:
         """Whether it norms what it reads itself, so that no norm of its residual unit stands before it."""
         return False

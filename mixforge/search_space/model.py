@@ -60,6 +60,10 @@ class State:
 class LanguageModel(nn.Module):
     """tokens [B, T] -> logits [B, T, X]; token t sees tokens 0 to t.
 
+    With a prefix it sees tokens 0 to max(t, prefix - 1): the first `prefix` tokens are read together, so that the logits
+    before the last of them may know the next token and say nothing of the model. They are those of the first `prefill`
+    into an empty state, at most; without one, and in all that follows, no token sees a later one.
+
     rate_factors: what the learning rate of a weight is multiplied by in training, by its name, where it is not 1.
     """
 
@@ -74,8 +78,10 @@ class LanguageModel(nn.Module):
         softcap: float | None = None,
         output_scale: float = 1.0,
         row_scale: float | None = None,
+        prefix: int = 0,
     ) -> None:
         super().__init__()
+        self.prefix = prefix
         self.output_scale = output_scale
         self.rate_factors: dict[str, float] = {}
         self.embed_scale = embed_scale
@@ -132,7 +138,7 @@ class LanguageModel(nn.Module):
         self, tokens_BT: Tensor, state: State | None = None, capacity: int | None = None
     ) -> tuple[Tensor, State]:
         """Read tokens [B, T], after those that `state` has read. Returns (logits of the last token [B, X],
-        state).
+        state). What is read first holds the prefix, if the model has one.
 
         A new state has room for `capacity` tokens, which is twice the prompt unless it is given. The state
         that was passed in may be overwritten. Raises ValueError where the tokens do not fit.
@@ -195,6 +201,8 @@ def language_model(architecture: Architecture, backend: Backend) -> Part:
         more["softcap"] = architecture.softcap
     if architecture.scale == "mup":
         more |= {"output_scale": output_scale(architecture.width), "row_scale": BASE**-0.5}
+    if architecture.prefix:
+        more["prefix"] = architecture.prefix
     part = Part(
         LanguageModel,
         vocab=architecture.vocab,

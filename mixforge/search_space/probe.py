@@ -21,6 +21,7 @@ from mixforge.search_space.parts.residual import Residual, ResidualStack
 
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)
 MOST_PARAMS = 30_000_000
+MOST_PREFIX = 2048
 VOCAB = 256
 
 
@@ -34,7 +35,7 @@ class Flow:
     is_finite: bool
     """The loss, and every gradient."""
     is_causal: bool
-    """Whether a change of the last token left all logits before it as they were."""
+    """Whether a change of the last token, which is in no prefix, left all logits before it as they were."""
     dead: tuple[str, ...]
     """Weights that no gradient reached in either pass."""
     ratio: float
@@ -42,11 +43,15 @@ class Flow:
 
 
 def probe(architecture: Architecture, length: int = 48, seed: int = 0) -> Flow:
-    """Build it small, on the CPU in float32, and train it for one step on random tokens.
+    """Build it small, on the CPU in float32, and train it for one step on `length` random tokens behind its prefix.
 
-    Raises ValueError where it is illegal, or has more than MOST_PARAMS parameters at its narrowest.
+    Raises ValueError where it is illegal, has more than MOST_PARAMS parameters at its narrowest or a prefix of more than
+    MOST_PREFIX tokens.
     """
     small = _narrowed(architecture)
+    if small.prefix > MOST_PREFIX:
+        raise ValueError(f"it has a prefix of {small.prefix} tokens; at most {MOST_PREFIX} are probed")
+    length += small.prefix
     model = small.build("torch", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     tokens_BT = torch.randint(small.vocab, (2, length), generator=generator)
@@ -103,7 +108,9 @@ def _pass(model: LanguageModel, tokens_BT: Tensor) -> tuple[float, float]:
 
     units = [module for module in model.stack.modules() if isinstance(module, Residual | ResidualStack)]
     hooks = [unit.register_forward_hook(keep) for unit in units]
-    loss = F.cross_entropy(model(tokens_BT)[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+    first = max(1, model.prefix)
+    logits_BTX = model(tokens_BT)[:, first - 1 : -1]
+    loss = F.cross_entropy(logits_BTX.flatten(0, 1), tokens_BT[:, first:].flatten())
     loss.backward()  # type: ignore[no-untyped-call]
     for hook in hooks:
         hook.remove()

@@ -22,6 +22,7 @@ from mixforge.evaluator.evaluate import evaluate
 from mixforge.evaluator.evaluation import Evaluation, Outcome
 from mixforge.evaluator.recipe import Recipe
 from mixforge.evaluator.task import Batch, HeldOut, Task
+from mixforge.evaluator.tasks.copy import Copy
 from mixforge.evaluator.tasks.mqar import Mqar
 from mixforge.evaluator.tasks.text import Text
 from mixforge.evaluator.train import Step
@@ -159,6 +160,30 @@ def test_illegal_architecture() -> None:
     assert evaluation.reason == illegal.why_illegal()
     assert evaluation.trace is None
     assert evaluation.params == 0
+
+
+def test_a_prefix_that_leaves_nothing_to_predict_is_told_before_training() -> None:
+    tasks = (Mqar(training=_RECIPE, examples=8), Copy(training=_RECIPE, length=6, shortest=4, examples=8))
+    budget, steps = Budget(tasks=tasks), list[Step]()
+    for prefix, reason in (
+        (
+            10,
+            "leaves nothing to predict in training sequences of copy, which have 13 tokens; say a shorter prefix",
+        ),
+        (24, "a prefix of 24 tokens leaves nothing to predict in training sequences of copy"),
+    ):
+        architecture = parse(f"lm(attn(mask=prefix({prefix})) + mlp, width=16)")
+        evaluation = evaluate(architecture, budget, progress=steps.append)
+        assert evaluation.outcome is Outcome.illegal
+        assert reason in (evaluation.reason or "")
+        assert not steps
+    reason = budget.tasks[1].why_unasked(24) or ""
+    assert (
+        "of mqar, which have 24 tokens; say a shorter prefix, or longer sequences in [tasks.mqar]" in reason
+    )
+    assert budget.why_unasked(0) is budget.why_unasked(5) is None
+    evaluation = evaluate(parse("lm(attn(mask=prefix(5)) + linear(init=prefix(3)), width=16)"), budget)
+    assert evaluation.outcome is Outcome.ok
 
 
 def test_interrupt_is_not_an_outcome() -> None:

@@ -51,6 +51,7 @@ def _catalogue() -> Iterator[str]:
     yield "lm(2 * (residual(residual(attn + mlp) + gdn) + residual(swiglu, place=inside)), width=16)"
     yield "lm(mamba2 + residual(residual(attn(reads=embeddings) + geglu) + mamba2), width=16)"
     yield "lm(segment(2 * (attn + mlp), length=32, memory=2, carry=associative(4)), width=16, place=deep)"
+    yield "lm(attn(mask=prefix(20), pos=relative(4)) + attn(mask=prefix(30)) + based(init=prefix(9)) + mlp, width=64)"
 
 
 @contextmanager

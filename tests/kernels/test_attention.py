@@ -20,10 +20,12 @@ from torch._dynamo.backends.common import aot_autograd
 from mixforge.kernels.attention import (
     FORMS,
     MASKED_FORMS,
+    PREFIX_FORMS,
     WINDOW_FORMS,
     attended_pairs,
     form,
     masked_form,
+    prefix_form,
     step_attention,
     window_form,
 )
@@ -72,6 +74,14 @@ def test_forms_agree_over_a_window(length: int, window: int, key_heads: int) -> 
     assert_equal(*forms, draw(length, key_heads=key_heads))
 
 
+@pytest.mark.parametrize(("key_heads", "value_dim"), [(4, 6), (2, 3), (1, 9)])
+@pytest.mark.parametrize(("length", "prefix"), [(1, 5), (13, 5), (13, 13), (13, 40), (13, 12), (40, 2)])
+def test_forms_agree_over_a_prefix(length: int, prefix: int, key_heads: int, value_dim: int) -> None:
+    q, k, v = draw(length, key_heads=key_heads)
+    v = torch.cat([v, v], 3)[..., :value_dim]
+    assert_equal(*(partial(PREFIX_FORMS[name], prefix=prefix) for name in ("torch", "reference")), [q, k, v])
+
+
 @pytest.mark.parametrize("past", [1, 8])
 @pytest.mark.parametrize("length", [1, 5, 50])
 def test_forms_agree_behind_a_past(length: int, past: int) -> None:
@@ -84,6 +94,10 @@ def test_the_reference_is_the_equation() -> None:
     o = WINDOW_FORMS["reference"](q, k, v, 4, 0)
     weights = torch.exp(torch.stack([q[1, 2, 9] @ k[1, 2, s] for s in range(6, 10)]) / 6**0.5)
     torch.testing.assert_close(o[1, 2, 9], weights @ v[1, 2, 6:10] / weights.sum())
+    o = PREFIX_FORMS["reference"](q, k, v, 5)
+    for t, seen in ((0, 5), (3, 5), (4, 5), (5, 6), (10, 11)):
+        weights = torch.exp(torch.stack([q[1, 2, t] @ k[1, 2, s] for s in range(seen)]) / 6**0.5)
+        torch.testing.assert_close(o[1, 2, t], weights @ v[1, 2, :seen] / weights.sum())
 
 
 def test_a_past_is_what_came_before() -> None:
@@ -109,6 +123,7 @@ def test_bfloat16_in_and_out(name: str) -> None:
     inputs = [x.bfloat16() for x in draw(40)]
     assert FORMS[name](*inputs, 0).dtype == torch.bfloat16
     assert WINDOW_FORMS[name](*inputs, 9, 0).dtype == torch.bfloat16
+    assert PREFIX_FORMS[name](*inputs, 9).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
@@ -147,6 +162,9 @@ def test_attended_pairs_are_those_that_are_computed(
         else:
             WINDOW_FORMS["torch"](*inputs, window, 0)
         assert sum(pairs) == attended_pairs(length, window)
+        pairs.clear()
+        PREFIX_FORMS["torch"](*inputs, window or 7)
+        assert sum(pairs) == attended_pairs(length, None, window or 7)
 
 
 def test_triton_refuses_a_cpu(flex: ModuleType) -> None:
@@ -155,6 +173,8 @@ def test_triton_refuses_a_cpu(flex: ModuleType) -> None:
         form("triton")(*inputs, 0)
     with pytest.raises(ValueError, match=r"q is on cpu.*backend='triton'.*backend='torch'"):
         window_form("triton")(*inputs, 4, 0)
+    with pytest.raises(ValueError, match=r"q is on cpu.*backend='triton'.*backend='torch'"):
+        prefix_form("triton")(*inputs, 4)
 
 
 @pytest.mark.parametrize("window", [1, 5, 40])
@@ -326,6 +346,9 @@ def test_a_gpu_is_as_exact_as_the_torch_form(
     ]
     assert_as_good(*windows, inputs)
     assert_as_good(*(partial(form(name), start=past) for name in ("triton", "torch", "reference")), inputs)
+    if past == 0:
+        prefixes = [partial(prefix_form(name), prefix=window) for name in ("triton", "torch", "reference")]
+        assert_as_good(*prefixes, inputs)
 
 
 @pytest.mark.parametrize("added", [False, True])

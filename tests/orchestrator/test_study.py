@@ -113,6 +113,16 @@ def test_a_space_without_kernels_says_why_nothing_is_tried(stub, store):
     assert set(ledger.rejected) == {"backend: triton"}
 
 
+def test_a_prefix_that_leaves_a_task_nothing_to_ask_is_refused_at_draw(stub, store):
+    layer = "attn(mask=any(causal, prefix(4), prefix(16)), window=none)"
+    text = stub.CAMPAIGN.replace("any(1, 2, 3) ** layer", f"any(1, 2) ** ({layer} + swiglu)")
+    ledger = Ledger(Campaign.parse(text), store, stub._environment())
+    finish(ledger, store, stub, 22)
+    assert ledger.rejected["prefix"] > 0
+    assert any("prefix(4)" in trial.text for trial in ledger.trials)
+    assert not any("prefix(16)" in trial.text for trial in ledger.trials)
+
+
 def test_shares_of_chance(campaign):
     import dataclasses
 

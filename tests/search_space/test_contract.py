@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import pytest
@@ -128,6 +128,23 @@ def by_steps(module: TokenMixer, mixer: Mixer, x_BTD: Tensor, state: dict[str, T
     return torch.stack(outputs, 1)
 
 
+def in_pieces(module: TokenMixer, mixer: Mixer, x_BTD: Tensor, pieces: tuple[int, ...]) -> Tensor:
+    """Pieces of these lengths, of which the first holds the whole prefix of a mixer that has one; then steps."""
+    length = x_BTD.shape[1]
+    state = module.initial_state(2, length, x_BTD.device, x_BTD.dtype)
+    ends = [min(end, length) for end in accumulate(pieces)]
+    ahead = min(mixer.prefix, length)
+    ends = [ahead, *(end for end in ends if end > ahead)] if ahead else ends
+    outputs = []
+    for start, end in pairwise([0, *ends]):
+        y_BTD, state = module(x_BTD[:, start:end], state, at(mixer, start, end))
+        outputs.append(y_BTD)
+    done = ends[-1] if ends else 0
+    if done < length:
+        outputs.append(by_steps(module, mixer, x_BTD, state, done))
+    return torch.cat(outputs, 1)
+
+
 @every_mixer
 def test_step_equals_forward(mixer: Mixer) -> None:
     module = built(mixer)
@@ -135,8 +152,7 @@ def test_step_equals_forward(mixer: Mixer) -> None:
         x_BTD = inputs(length)
         with torch.no_grad():
             whole, none = module(x_BTD, None, at(mixer, 0, length))
-            state = module.initial_state(2, length, x_BTD.device, x_BTD.dtype)
-            steps = by_steps(module, mixer, x_BTD, state, 0)
+            steps = in_pieces(module, mixer, x_BTD, ())
         assert none is None
         torch.testing.assert_close(steps, whole, rtol=1e-9, atol=1e-9)
 
@@ -146,33 +162,30 @@ def test_step_equals_forward(mixer: Mixer) -> None:
 def test_prefill_in_pieces_and_steps_equal_one_forward(mixer: Mixer) -> None:
     module = built(mixer)
     for pieces in ((1, 5, 7), (13, 40), (50, 1)):
-        end = sum(pieces)
-        x_BTD = inputs(end + 3)
-        whole, _ = module(x_BTD, None, at(mixer, 0, end + 3))
-        state = module.initial_state(2, end + 3, x_BTD.device, x_BTD.dtype)
-        done, outputs = 0, []
-        for piece in pieces:
-            y_BTD, state = module(x_BTD[:, done : done + piece], state, at(mixer, done, done + piece))
-            outputs.append(y_BTD)
-            done += piece
-        outputs.append(by_steps(module, mixer, x_BTD, state, end))
-        torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-9)
+        end = sum(pieces) + 3
+        x_BTD = inputs(end)
+        whole, _ = module(x_BTD, None, at(mixer, 0, end))
+        torch.testing.assert_close(in_pieces(module, mixer, x_BTD, pieces), whole, rtol=1e-9, atol=1e-9)
 
 
 @every_mixer
 @torch.no_grad()
 def test_no_token_sees_a_later_one(mixer: Mixer) -> None:
+    """But for those of a prefix, which may see it whole."""
     module = built(mixer)
     x_BTD = inputs(63)
     before, _ = module(x_BTD, None, at(mixer, 0, 63))
     reacts = False
-    for t in (1, 20, 62):
-        changed = x_BTD.clone()
-        changed[:, t:] = inputs(63, seed=2)[:, t:]
-        after, _ = module(changed, None, at(mixer, 0, 63))
+    for t in sorted({max(each, mixer.prefix) for each in (1, 20, 62)}):
+        after, _ = module(changed_from(t, x_BTD), None, at(mixer, 0, 63))
         torch.testing.assert_close(after[:, :t], before[:, :t], rtol=1e-12, atol=1e-12)
         reacts = reacts or not torch.allclose(after[:, t], before[:, t])
     assert reacts, "no token has a say in its own output"
+
+
+def changed_from(t: int, x_BTD: Tensor) -> Tensor:
+    """The same inputs before token t, others from it on."""
+    return torch.cat([x_BTD[:, :t], inputs(x_BTD.shape[1], seed=2)[:, t:]], 1)
 
 
 def counted_flops(module: TokenMixer, mixer: Mixer, length: int) -> int:
@@ -450,11 +463,12 @@ def _check_sequence_forms(mixer: Mixer) -> None:
         assert weight.grad is not None, name
         assert torch.isfinite(weight.grad).all(), name
     with torch.no_grad():
-        state = module.initial_state(2, 29, x_BTD.device, x_BTD.dtype)
-        first, state = module(x_BTD[:, :6], state, at(mixer, 0, 6))
-        second, state = module(x_BTD[:, 6:19], state, at(mixer, 6, 19))
-        pieces = torch.cat([first, second, by_steps(module, mixer, x_BTD, state, 19)], 1)
+        pieces = in_pieces(module, mixer, x_BTD, (6, 13))
         torch.testing.assert_close(pieces, whole.detach(), rtol=1e-9, atol=1e-9)
-        changed = torch.cat([x_BTD[:, :17], inputs(29, seed=2)[:, 17:]], 1)
-        after, _ = module(changed, None, at(mixer, 0, 29))
-        torch.testing.assert_close(after[:, :17], whole[:, :17].detach(), rtol=1e-12, atol=1e-12)
+        for t in {mixer.prefix or 17, 17}:
+            after, _ = module(changed_from(t, x_BTD), None, at(mixer, 0, 29))
+            torch.testing.assert_close(after[:, :t], whole[:, :t], rtol=1e-12, atol=1e-12)
+        # Keys and values that are borrowed are not of these inputs.
+        if mixer.prefix and not mixer.borrows(WIDTH):
+            after, _ = module(changed_from(mixer.prefix - 1, x_BTD), None, at(mixer, 0, 29))
+            assert not torch.allclose(after[:, 0], whole[:, 0]), "the first token does not see its prefix"

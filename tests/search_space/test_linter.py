@@ -28,13 +28,14 @@ def test_presets_have_no_errors(name: str) -> None:
     assert of(lint(preset(name)), "error") == []
 
 
-@pytest.mark.parametrize("name", ["griffin", "hybrid_3to1", "parallel_hybrid", "yoco"])
+@pytest.mark.parametrize("name", ["griffin", "hybrid_3to1", "parallel_hybrid", "yoco", "jrt_rnn"])
 def test_a_gradient_flows_through_known_models(name: str) -> None:
     found = lint(preset(name), flow=True)
     assert of(found, "error") + of(found, "warning") == []
     assert {"genes", "token mixer", "causality", "residual", "params", "state", "gradient"} <= {
         each.rule for each in found
     }
+    assert ("read together" in dict(of(found, "note"))["causality"]) == (preset(name).prefix > 0)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,8 @@ def test_the_probe_keeps_the_stack_and_makes_it_narrow() -> None:
     assert flow.is_finite
     assert flow.is_causal
     assert flow.dead == ()
+    with pytest.raises(ValueError, match="a prefix of 4096 tokens; at most 2048"):
+        probe(parse("lm(attn(mask=prefix(4096)) + mlp, width=64)"))
     with pytest.raises(ValueError, match="cannot be built"):
         probe(parse("lm(mlp, width=64)"))
 

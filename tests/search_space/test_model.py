@@ -61,6 +61,8 @@ TEXTS = [
     "lm(segment(blockrec(window=2, states=3) + mlp, length=5, memory=2), width=16)",
     "lm(segment(blockrec(window=4, states=3) + mlp, length=6, memory=4, carry=associative(4)), width=16)",
     "lm(segment(2 @ (gdn + mlp), length=14, memory=2, carry=associative(4)), width=16, weights=sigma)",
+    "lm(attn(mask=prefix(6), kv=own) + 2 @ attn(kv=shared, mask=prefix(3)) + conv, width=16, shortcut=average)",
+    "lm(reuse((attn(mask=prefix(5)) | gdn(init=prefix(7))) + mlp, times=2, halt=act) + based(init=prefix(9)), width=16)",
 ]
 every_text = pytest.mark.parametrize("text", TEXTS)
 
@@ -78,6 +80,8 @@ def test_prefill_and_steps_equal_forward(text: str) -> None:
     given = tokens(architecture, 29)
     expected = model(given)
     for pieces in ((1,), (7, 1, 9), (28,)):
+        # The first piece holds the prefix, if there is one.
+        pieces = (max(pieces[0], architecture.prefix), *pieces[1:])
         state, done = None, 0
         for piece in pieces:
             logits, state = model.prefill(given[:, done : done + piece], state, capacity=29)
@@ -126,6 +130,12 @@ def test_no_token_sees_a_later_one(text: str) -> None:
     first, second = tokens(architecture, 29), tokens(architecture, 29, seed=1)
     second[:, :15] = first[:, :15]
     torch.testing.assert_close(model(first)[:, :15], model(second)[:, :15], rtol=1e-12, atol=1e-12)
+    if ahead := architecture.prefix:
+        second[:, :ahead] = first[:, :ahead]
+        second[:, ahead] = (first[:, ahead] + 1) % architecture.vocab
+        torch.testing.assert_close(model(first)[:, :ahead], model(second)[:, :ahead], rtol=1e-12, atol=1e-12)
+        second[:, ahead - 1] = (first[:, ahead - 1] + 1) % architecture.vocab
+        assert (model(first)[:, : ahead - 1] != model(second)[:, : ahead - 1]).any(2).all()
 
 
 @every_text
@@ -188,6 +198,18 @@ def test_a_full_state_says_the_way_out() -> None:
         model.prefill(given, state)
     with pytest.raises(ValueError, match="at least one token"):
         model.prefill(given[:, :0])
+
+
+def test_a_prefix_is_of_the_whole_sequence() -> None:
+    assert parse("lm(2 @ (attn(mask=prefix(6)) + mlp) + (attn(mask=prefix(9)) | gdn), width=16)").prefix == 9
+    assert parse("lm(2 * (attn + mlp), width=16)").prefix == 0
+    for carry in ("tokens", "associative(4)"):
+        text = f"lm(attn + segment(residual(attn(mask=prefix(6)) + mlp), length=8, memory=2, carry={carry}), width=16)"
+        found = parse(text).illegality()
+        assert found is not None
+        assert found.fault == "segments"
+        assert found.sentence.startswith("layer 2: attn(mask=prefix(6)): its prefix is that of the sequence")
+        assert found.sentence.endswith("put it outside the segment")
 
 
 def test_illegal_architectures_and_backends_are_refused() -> None:

@@ -81,6 +81,7 @@ class Attn(Mixer):
     nearest `own` below has published. `source`: keys and values are of the token, of the context (what the branches
     beside it make of it that read no context), or there are two attentions, one to each, and their sum. `query`: made
     of the token, or learned and the same for all. `query_rank`: queries through so many channels, with a norm.
+    `mask`: a token sees earlier ones (causal), and with prefix(n) the first n tokens are read together: each sees all n.
     `window`: how far a token sees; stochastic(a, b) takes a or b for each batch of training, and b otherwise; of it
     every `dilation`-th token. `sink`: a learned logit in the denominator, or the first n tokens beside a window.
     `meta`: learned keys and values that every token sees. `rotary`: the share of channels that turn. `forget`: decays
@@ -116,6 +117,7 @@ class Attn(Mixer):
     source: Annotated[str, Choice("token", "context", "both")] = "token"
     query: Annotated[str, Choice("token", "learned")] = "token"
     query_rank: Annotated[str | int, Choice("none"), Whole(1, 16384)] = "none"
+    mask: Annotated[str | Form, Choice("causal"), Call("prefix", Whole(2, 1048576))] = "causal"
     window: Annotated[
         str | int | Form,
         Choice("none"),
@@ -240,6 +242,15 @@ class Attn(Mixer):
     def clip(self) -> int | None:
         """The largest distance with a key of its own."""
         return int(self.pos.arguments[0]) if isinstance(self.pos, Form) else None
+
+    @property
+    def prefix(self) -> int:
+        return int(self.mask.arguments[0]) if isinstance(self.mask, Form) else 0
+
+    @property
+    def distances(self) -> int:
+        """How many distances have a key of their own, those of tokens ahead included."""
+        return 0 if self.clip is None else self.clip + 1 + (self.clip if self.prefix else 0)
 
     @property
     def turns(self) -> bool:

@@ -37,7 +37,8 @@ Genes, from the input to the output:
                 numbers that follow from the input (`kernels/log_linear`)
     memories    top(n, k) and parts(n, k): n more states for each head, of which a token has k (`parts/memories`)
     init        the state before the first token: zero, learned, or in training noise(sd), drawn from torch's global
-                generator, or carry, that of the batch before (`parts/first_state`)
+                generator, or carry, that of the batch before; prefix(n), what the first n tokens write together
+                (`parts/first_state`)
     norm        denominator divides o_t by q_t . z_t, z_t the same recurrence over ones in place of values, and adds
                 1e-3 to features that may all be 0 (`parts/feature_map`); max1 by max(|q_t . z_t|, 1); length
                 divides each value by a power of its position as it is written
@@ -71,12 +72,12 @@ from mixforge.search_space.part import Part
 from mixforge.search_space.parts import linear_pieces as pieces
 from mixforge.search_space.parts.activation import silu
 from mixforge.search_space.parts.decay import LatentDecay
-from mixforge.search_space.parts.first_state import CarriedState, FirstState, NoisyState
+from mixforge.search_space.parts.first_state import CarriedState, FirstState, NoisyState, PrefixState
 from mixforge.search_space.parts.layer import TokenMixer
 from mixforge.search_space.parts.linear_attention import LinearAttention
 from mixforge.search_space.parts.linear_decode import TAKES, FusedLinearAttention
 from mixforge.search_space.parts.linear_points import POINTS
-from mixforge.search_space.parts.piece import Piece
+from mixforge.search_space.parts.piece import NOTHING, Piece
 
 Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -142,7 +143,12 @@ class Linear(Mixer):
         Call("top", Whole(4, 64), Whole(1, 64)),
         Call("parts", Whole(4, 64), Whole(1, 64)),
     ] = "none"
-    init: Annotated[str | Form, Choice("zero", "learned", "carry"), Call("noise", Real(0.001, 10))] = "zero"
+    init: Annotated[
+        str | Form,
+        Choice("zero", "learned", "carry"),
+        Call("noise", Real(0.001, 10)),
+        Call("prefix", Whole(2, 1048576)),
+    ] = "zero"
     skip: Annotated[str, Choice("none", "head", "channel", "bonus", "late")] = "none"
     out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "grouped", "none")] = "rms"
     out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "inner", "self", "none")] = "silu"
@@ -367,13 +373,16 @@ class Linear(Mixer):
         for piece in self._pieces(width, "torch").values():
             params += piece.params
             macs += piece.macs
+        ahead = self._prefix_piece(width, size)
         return Cost(
-            params=params,
-            flops=2 * length * macs + self._recurrence_flops(size, length),
+            params=params + ahead.params,
+            flops=2 * (length * macs + min(length, self.prefix) * ahead.macs)
+            + self._recurrence_flops(size, length),
             state_bytes=state,
             decode_bytes=params * itemsize
             + 2 * state
             + matrix * (self._states(length + 1) - self._states(length)),
+            idle_params=ahead.params,
         )
 
     def _states(self, length: int) -> int:
@@ -417,6 +426,12 @@ class Linear(Mixer):
     @property
     def carries(self) -> bool:
         return self.init == "carry"
+
+    @property
+    def prefix(self) -> int:
+        if isinstance(self.init, Form) and self.init.name == "prefix":
+            return int(self.init.arguments[0])
+        return 0
 
     def _reads(self) -> list[str]:
         """The projections that a token shift gives inputs of their own."""
@@ -488,7 +503,7 @@ class Linear(Mixer):
             found["blend"] = pieces.blend_piece(width, heads, value_dim)
         if self.key == "latent":
             found["latent"] = Piece(part=lambda: Part(LatentDecay))
-        if self.init != "zero":
+        if self.init != "zero" and not self.prefix:
             found["first" if self.init == "learned" else "explored"] = self._first_piece(size)
         if self.levels == "log":
             found["levels"] = pieces.levels_piece(width, heads)
@@ -519,12 +534,25 @@ class Linear(Mixer):
         given = {"value_dim": size.value_dim, "deviation": float(self.init.arguments[0])}
         return Piece(part=lambda: Part(NoisyState, **states, columns=columns, **given))
 
+    def _prefix_piece(self, width: int, size: Sizes) -> Piece:
+        """What the tokens of a prefix write together; its macs are of these tokens alone."""
+        if not self.prefix:
+            return NOTHING
+        keys, values = size.key_heads * size.key_dim, size.heads * size.value_dim
+        written = size.heads * size.features * (size.value_dim + int(self.normalised))
+        mapped = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 1)[1].macs
+        matrices = width * (keys + values)
+        given = {"width": width, "length": self.prefix, "keys": keys, "values": values}
+        return Piece(
+            part=lambda: Part(PrefixState, **given), params=matrices, macs=matrices + mapped + written
+        )
+
     def build(self, width: int, backend: Backend) -> Part:
         size = self.sizes(width)
         if backend == "triton":
             self._check_kernels(size)
-        made = self._pieces(width, backend).items()
-        parts = {name: piece.part() for name, piece in made if piece.part is not None}
+        made = self._pieces(width, backend) | {"prefix": self._prefix_piece(width, size)}
+        parts = {name: piece.part() for name, piece in made.items() if piece.part is not None}
         function = pieces.map_piece(self.phi, size.key_heads, size.key_dim, 0)[0]
         operation, one_step = self._operation(backend)
         others: dict[str, Any] = {

@@ -4,6 +4,7 @@
     a window of W tokens       t - s < W
     a dilated window           t - s < (W - 1) d + 1 and d divides t - s
     with first tokens          as a window, and s < n
+    a prefix of n tokens       s <= t or s < n, of the tokens that a sequence's first pass brings
 
 A pattern answers for every way of running the same attention: which pairs are seen (`sees`, by the tokens'
 positions), how many keys a query sees (`visible`), which slot of a cache a token has (`slot`) and which token a slot
@@ -14,7 +15,7 @@ and keys by `attend`.
 Sources: Beltagy et al. 2020 (arXiv 2004.05150), section 3.1, for windows and dilated windows; Jiang et al. 2023
 (arXiv 2310.06825), section 2, for the ring; Xiao et al. 2023 (arXiv 2309.17453), section 3.2, for the first tokens
 that stay in sight; Cabannes et al. 2025 (arXiv 2509.24552) for windows whose size is drawn anew for each batch of
-training.
+training; Raffel et al. 2019 (arXiv 1910.10683), section 3.2.1 and figure 3, for a prefix that is read together.
 """
 
 from __future__ import annotations
@@ -123,6 +124,42 @@ class EveryToken(EveryTokenKept):
         self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, query_T: Tensor, key_S: Tensor
     ) -> Tensor:
         return self.operation(q_BHTK, k_BHSK, v_BHSV, k_BHSK.shape[2] - q_BHTK.shape[2])
+
+
+class EveryTokenAndPrefix(EveryTokenKept):
+    """Every earlier token and itself, and of the tokens of a sequence's first pass the first `length`.
+
+    In later passes, and in steps, it is every earlier token: a shorter first pass makes a shorter prefix.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        operation: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+        later: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+    ) -> None:
+        super().__init__()
+        self.length = length
+        self.operation = operation
+        self.later = later
+        # Tokens that this pass reads together. A step is a pass over one token, wherever it stands.
+        self.together = 0
+
+    def prepare(self, at: Pass, training: bool) -> None:
+        self.together = min(self.length, len(at.positions_T)) if at.start == 0 else 0
+
+    def sees(self, query_T: Tensor, key_S: Tensor) -> Tensor:
+        return ((key_S <= query_T[:, None]) | (key_S < self.together)) & (key_S >= 0)
+
+    def visible(self, query_T: Tensor) -> Tensor:
+        return (query_T + 1).clamp(min=self.together)
+
+    def attend(
+        self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, query_T: Tensor, key_S: Tensor
+    ) -> Tensor:
+        if self.together:
+            return self.operation(q_BHTK, k_BHSK, v_BHSV, self.together)
+        return self.later(q_BHTK, k_BHSK, v_BHSV, k_BHSK.shape[2] - q_BHTK.shape[2])
 
 
 class Window(Pattern):
@@ -238,12 +275,12 @@ class Window(Pattern):
         return torch.unflatten(padded, 2, (short, self.dilation)).permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
-def fused_pairs(length: int, window: int | None, dilation: int, first: int) -> int:
+def fused_pairs(length: int, window: int | None, dilation: int, first: int, prefix: int = 0) -> int:
     """Pairs that `attend` computes in the torch form for a sequence without a past, masked ones included."""
     if first > 0:
         return length * length
     if dilation == 1:
-        return attended_pairs(length, window)
+        return attended_pairs(length, window, prefix)
     return dilation * attended_pairs(-(-length // dilation), window)
 
 

@@ -234,18 +234,23 @@ class Weigh(nn.Module):
 
 
 class Relative(nn.Module):
-    """Keys and values for distances from 0 to `clip`, which stands for all that are farther; one set for all heads."""
+    """Keys and values for distances from 0 to `clip`, which stands for all that are farther; one set for all heads.
 
-    def __init__(self, clip: int, key_dim: int, value_dim: int) -> None:
+    ahead: the same for the distances of keys behind the query, which a prefix has.
+    """
+
+    def __init__(self, clip: int, key_dim: int, value_dim: int, ahead: int = 0) -> None:
         super().__init__()
         self.clip = clip
-        self.key = nn.Parameter(torch.randn(clip + 1, key_dim) * key_dim**-0.5)
-        self.value = nn.Parameter(torch.randn(clip + 1, value_dim) * value_dim**-0.5)
+        self.ahead = ahead
+        count = ahead + 1 + clip
+        self.key = nn.Parameter(torch.randn(count, key_dim) * key_dim**-0.5)
+        self.value = nn.Parameter(torch.randn(count, value_dim) * value_dim**-0.5)
 
     def distances(self, weights_BHTS: Tensor, sight: Sight) -> Tensor:
-        """[B, H, T, S], clipped."""
-        distance_TS = (sight.query_T[:, None] - sight.key_S).clamp(0, self.clip)
-        return distance_TS.expand_as(weights_BHTS)
+        """[B, H, T, S], clipped, and counted from the farthest key behind the query."""
+        distance_TS = (sight.query_T[:, None] - sight.key_S).clamp(-self.ahead, self.clip)
+        return (distance_TS + self.ahead).expand_as(weights_BHTS)
 
     def score(self, q_BHTK: Tensor, z_BHTS: Tensor, sight: Sight) -> Tensor:
         """q . key of the distance."""
@@ -254,7 +259,7 @@ class Relative(nn.Module):
     def mix(self, weights_BHTS: Tensor, sight: Sight) -> Tensor:
         """Sum of weights times the value of the distance."""
         each = torch.zeros(
-            *weights_BHTS.shape[:3], self.clip + 1, device=self.value.device, dtype=self.value.dtype
+            *weights_BHTS.shape[:3], len(self.value), device=self.value.device, dtype=self.value.dtype
         )
         by_distance = each.scatter_add(3, self.distances(weights_BHTS, sight), weights_BHTS)
         o_BHTV: Tensor = by_distance @ self.value

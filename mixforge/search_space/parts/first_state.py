@@ -3,11 +3,19 @@
     learned   S_0 a weight, in training and after it
     noise     S_0 ~ N(0, sd^2) in training
     carry     in training the state after the last sequence of the batch before, without its gradient
+    prefix    S_0 = sum over j < n of phi(k'_j) v'_j^T, k' = W'_k x and v' = W'_v x: what the first n tokens write
+              together, with projections of their own
 
-The last two let a model meet states that its sequences do not lead to from zero. After training they start from zero.
+Noise and carry let a model meet states that its sequences do not lead to from zero. After training they start from zero.
+With a prefix the recurrence then goes over all tokens, those of the prefix included, from S_0 on; the normaliser's sum
+starts with that of phi(k'_j). Keys k' are turned, mapped and normed as the others are, and have no convolution, no
+activation before the feature map, no gate and no decay, nor have the values.
 
 Sources: Young 2026 (arXiv 2604.01168) for a learned one; Buitrago and Gu 2025 (arXiv 2507.02782), random noise and
-state passing, for the others. Departure: all sequences of a batch start from one state of the batch before.
+state passing, for noise and carry; Arora et al. 2024 (arXiv 2407.05483), section 4.2, for a prefix, with the feature map
+and the queries of both sums the same, as in its public code (`based/models/mixers/prefix_linear_attention.py`).
+Departures: all sequences of a batch start from one state of the batch before; a prefix stands before any rule and decay,
+where in the paper sums are added.
 """
 
 from __future__ import annotations
@@ -45,6 +53,19 @@ class NoisyState(nn.Module):
 
     def keep(self, matrix_BHKV: Tensor) -> None:
         """What a training sequence ends with is of no use."""
+
+
+class PrefixState(nn.Module):
+    """Keys and values [B, n, F] of the first `length` tokens, or of as many as there are."""
+
+    def __init__(self, width: int, length: int, keys: int, values: int) -> None:
+        super().__init__()
+        self.length = length
+        self.key = nn.Linear(width, keys, bias=False)
+        self.value = nn.Linear(width, values, bias=False)
+
+    def forward(self, k_BTD: Tensor, v_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.key(k_BTD[:, : self.length]), self.value(v_BTD[:, : self.length])
 
 
 class CarriedState(nn.Module):

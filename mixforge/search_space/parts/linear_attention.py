@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixforge.kernels.norm import unit_norm
 from mixforge.search_space.parts.decay import SigmoidDecay, SoftplusDecay, exact
-from mixforge.search_space.parts.first_state import CarriedState, NoisyState
+from mixforge.search_space.parts.first_state import CarriedState, NoisyState, PrefixState
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.linear_output import GatedOutput, NormedOutput
 from mixforge.search_space.parts.memories import Memories
@@ -38,6 +38,7 @@ class Reads:
     strength: beta [B, T, H] of the delta rule, the gates [B, T, H] of bare values, the log decays [B, T, H, V] of the
         values, or what rule=dplr removes.
     floor_BTH: what the normaliser is at least, for norm=max1 with in_gate=exp.
+    angle: what turned queries and keys after the feature map.
     """
 
     q_BTHK: Tensor
@@ -47,6 +48,7 @@ class Reads:
     decay: Tensor | None = None
     strength: Tensor | None = None
     floor_BTH: Tensor | None = None
+    angle: Tensor | None = None
 
 
 @dataclass
@@ -122,6 +124,7 @@ class LinearAttention(TokenMixer):
         reads: list[str] | None = None,
         first: nn.Module | None = None,
         explored: NoisyState | CarriedState | None = None,
+        prefix: PrefixState | None = None,
         least: float = 0.0,
         unit_inside: bool = False,
         gates_inside: bool = False,
@@ -181,6 +184,7 @@ class LinearAttention(TokenMixer):
         self.removal = removal
         self.first = first
         self.explored = explored
+        self.prefix = prefix
         self.skip = skip
         self.output = output
 
@@ -216,7 +220,10 @@ class LinearAttention(TokenMixer):
             mixed_BTF, after["conv"] = self.conv(mixed_BTF, None if state is None else state["conv"])
         read = self.reads_of(mixed_BTF, inputs, state, after, at, is_sequence=True)
         weight_BTE = self.routed(self.memories, read, inputs)
-        matrix = self.first_matrix(read) if state is None else state["matrix"]
+        if self.prefix is not None and at.start == 0:
+            matrix: Tensor | None = self.read_together(self.prefix, read, inputs, at)
+        else:
+            matrix = self.first_matrix(read) if state is None else state["matrix"]
         if self.bonus is None:
             others: tuple[Tensor | float, ...] = (self.scale,) if self.unit_inside else ()
             if self.gates_inside:
@@ -360,7 +367,7 @@ class LinearAttention(TokenMixer):
         k_BTHK = self.map_key(k_BTHK, at.positions_T, angle, is_gate=is_gate, is_bare=is_bare)
         if angle is not None and decay is not None and decay.dim() == 4:
             decay = torch.cat([decay, decay], -1)
-        read = Reads(q_BTHK if is_bare else q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay)
+        read = Reads(q_BTHK if is_bare else q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay, angle=angle)
         self.gate_writes(read, gate, inputs, state, after, at, is_bare=is_sequence and self.gates_inside)
         return read
 
@@ -475,6 +482,21 @@ class LinearAttention(TokenMixer):
             return None
         drawn: Tensor = self.explored(batch, read.v_BTHV.device)
         return drawn
+
+    def read_together(self, prefix: PrefixState, read: Reads, inputs: Inputs, at: Pass) -> Tensor:
+        """The state [B, H, K, V] that the tokens of a prefix write, before the first of them reads."""
+        k, v = prefix(inputs.k, inputs.v)
+        angle = None if read.angle is None else read.angle[..., : prefix.length, :, :]
+        positions_T = at.positions_T[: prefix.length]
+        k_BTHK = self.map_key(
+            split_heads(k, self.key_heads), positions_T, angle, is_gate=False, is_bare=False
+        )
+        v_BTHV = split_heads(v, self.heads)
+        if self.normalised:
+            v_BTHV = F.pad(v_BTHV, (0, 1), value=1)
+        k_BTHK = k_BTHK.repeat_interleave(self.heads // self.key_heads, 2)
+        matrix = exact(k_BTHK).permute(0, 2, 3, 1) @ exact(v_BTHV).transpose(1, 2)
+        return F.pad(matrix, (0, self.beside))
 
     def read_before_write(
         self, bonus: nn.Module, read: Reads, matrix: Tensor | None

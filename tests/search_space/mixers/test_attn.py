@@ -14,6 +14,7 @@ from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.presets import preset
 
 WIDTH, LENGTH = 24, 41
+PREFIX = Form("prefix", (5,))
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
@@ -160,6 +161,16 @@ def test_genes_without_effect_are_dropped(mixer: Attn, expected: Attn) -> None:
         (Attn(heads=3, diff="full"), "diff=full pairs heads"),
         (Attn(heads=4, diff=Form("shared", (2,)), query_rank=8), "no query_rank=8"),
         (Attn(heads=1, headmix="static"), "say more heads"),
+        (
+            Attn(mask=PREFIX, window=4),
+            "mask=prefix(5) is of attention to every token, so it takes no window=4",
+        ),
+        (Attn(mask=PREFIX, sparse=Form("strided", (4,))), "so it takes no sparse=strided(4)"),
+        (Attn(mask=PREFIX, score="local_linear"), "score=local_linear is of earlier tokens"),
+        (Attn(mask=PREFIX, forget="head"), "forget=head is what is left of an earlier token"),
+        (Attn(mask=PREFIX, pos="alibi"), "use rope, relative(n) or none"),
+        (Attn(mask=PREFIX, query="learned", pos="none"), "takes no mask=prefix(5)"),
+        (Attn(mask=PREFIX, kv=Form("vq", (4,)), pos="none"), "say mask=causal"),
     ],
 )
 def test_genes_that_do_not_go_together_are_named_with_the_way_out(mixer: Attn, words: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from attention_oracle import LENGTH, agree, at_once, attention, built, by_steps, projected, rope, tokens
@@ -42,6 +45,49 @@ def test_a_window_with_first_tokens_keeps_no_more_than_both() -> None:
     mixer = Attn(heads=2, window=4, sink=Form("tokens", (3,)))
     assert mixer.cost(24, 1000).state_bytes == (4 + 3) * 2 * 24 * 4
     assert Attn(heads=2, window=4, dilation=5).cost(24, 1000).state_bytes == (3 * 5 + 1) * 2 * 24 * 4
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@torch.no_grad()
+def test_tokens_of_a_prefix_see_one_another_and_later_ones_no_later_one(kv_heads: int) -> None:
+    """Raffel et al., section 3.2.1: pairs are seen where s <= t, or s is in the prefix."""
+    module, w = built(Attn(heads=4, kv=Form("gqa", (kv_heads,)), mask=Form("prefix", (9,))))
+    x_TD = tokens()
+    q_THK, k_THK, v_THK = projected(x_TD, w, 4, kv_heads)
+
+    def expected(prefix: int) -> Tensor:
+        given = (rope(q_THK, 6), rope(k_THK, 6), v_THK)
+        return attention(*given, sees=lambda t, s: s <= t or s < prefix) @ w["output.out.weight"].T
+
+    torch.testing.assert_close(at_once(module, x_TD), expected(9))
+    # The prefix is of the first pass alone: what comes after it, however short it was, sees no later token.
+    for cuts in ((0, 9, LENGTH), (0, 12, 20, LENGTH), (0, 4, LENGTH), (0, 4, 6, LENGTH)):
+        state = module.initial_state(1, LENGTH, x_TD.device, x_TD.dtype)
+        pieces = [
+            module(x_TD[None, start:end], state, Pass(torch.arange(start, end), start))[0][0]
+            for start, end in pairwise(cuts)
+        ]
+        torch.testing.assert_close(torch.cat(pieces), expected(min(9, cuts[1])))
+    torch.testing.assert_close(by_steps(module, x_TD)[0], expected(0))
+
+
+@torch.no_grad()
+def test_a_prefix_has_relative_positions_of_both_signs_and_counts_its_keys() -> None:
+    module, w = built(Attn(heads=3, mask=Form("prefix", (9,)), pos=Form("relative", (4,)), temper="ssmax"))
+    x_TD = tokens()
+    q_THK, k_THK, v_THK = projected(x_TD, w, 3, 3)
+    keys, values = w["scores.relative.key"], w["scores.relative.value"]
+    assert len(keys) == len(values) == 9
+    rows = []
+    for t in range(LENGTH):
+        seen = list(range(max(t + 1, 9)))
+        distance = [max(-4, min(t - s, 4)) + 4 for s in seen]
+        for h in range(3):
+            query = q_THK[t, h] * w["queries.temper.weight"][h] * math.log(len(seen))
+            z = (k_THK[seen, h] + keys[distance]) @ query / math.sqrt(8)
+            rows.append(z.softmax(0) @ (v_THK[seen, h] + values[distance]))
+    expected = torch.stack(rows).view(LENGTH, -1) @ w["output.out.weight"].T
+    torch.testing.assert_close(at_once(module, x_TD), expected)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mixforge.search_space.genes import Form, GeneValue
 from mixforge.search_space.mixers.linear import Linear
 from mixforge.search_space.notation import parse
 from mixforge.search_space.parts.layer import Pass
+from mixforge.search_space.parts.linear_points import POINTS
 
 DIM = WIDTH // HEADS
 
@@ -585,6 +587,80 @@ def test_a_learned_first_state_is_read_and_noise_only_in_training() -> None:
     assert torch.equal(noisy(x[None], None, at)[0], plain(x[None], None, at)[0])
     noisy.train()
     assert not torch.equal(noisy(x[None], None, at)[0], plain(x[None], None, at)[0])
+
+
+def prefix_linear_attention(w: Weights, x: Tensor, prefix: int) -> Tensor:
+    """Arora et al. 2024 (arXiv 2407.05483), section 4.2: two sums, of the prefix by its own keys and values and of the
+    tokens so far, over their joint denominator; phi(q) . phi(k) = 1 + z + z^2 / 2 with z = q . k / sqrt(K)."""
+    q, k, v = projected(w, x, 16, DIM)
+    k_e, v_e = (by_heads(x @ w[f"prefix.{name}.weight"].T)[:prefix] for name in ("key", "value"))
+    rows = []
+    for t in range(LENGTH):
+        for h in range(HEADS):
+            z = torch.cat([k_e[:, h], k[: t + 1, h]]) @ q[t, h] / 4
+            weights = 1 + z + z * z / 2
+            rows.append(weights @ torch.cat([v_e[:, h], v[: t + 1, h]]) / (weights.sum() + 1e-6))
+    return torch.stack(rows).view(LENGTH, -1) @ w["output.out.weight"].T
+
+
+def test_a_prefix_writes_the_first_state_with_projections_of_its_own() -> None:
+    x, at = sequence(), Pass(torch.arange(LENGTH), 0)
+    for prefix in (9, LENGTH, 60):
+        module, w = built(replace(Linear(**POINTS["based"]), heads=HEADS, init=Form("prefix", (prefix,))))
+        y_BTD, expected = module(x[None], None, at)[0], prefix_linear_attention(w, x, prefix)
+        torch.testing.assert_close(y_BTD[0], expected, rtol=1e-9, atol=1e-9)
+        names, weights = zip(*w.items(), strict=True)
+        cast = sequence(5)
+        wanted = torch.autograd.grad((expected * cast).sum(), weights)
+        for name, one, other in zip(
+            names, torch.autograd.grad((y_BTD[0] * cast).sum(), weights), wanted, strict=True
+        ):
+            assert other.abs().max() > 0
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8, msg=name)
+
+
+@torch.no_grad()
+def test_what_follows_the_first_pass_is_no_prefix() -> None:
+    x = sequence()
+    module, w = built(replace(Linear(**POINTS["based"]), heads=HEADS, init=Form("prefix", (9,))))
+    for cuts in ((0, 9, LENGTH), (0, 20, LENGTH), (0, 4, 6, LENGTH)):
+        state = module.initial_state(1, LENGTH, x.device, x.dtype)
+        outputs = []
+        for start, end in pairwise(cuts):
+            y_BTD, state = module(x[None, start:end], state, Pass(torch.arange(start, end), start))
+            outputs.append(y_BTD[0])
+        expected = prefix_linear_attention(w, x, min(9, cuts[1]))
+        torch.testing.assert_close(torch.cat(outputs), expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_prefix_stands_before_any_recurrence() -> None:
+    """S_0 of unit keys turned by their positions, then the gated delta rule from it on."""
+    mixer = replace(PLAIN, rule="delta", decay="scalar", pos="rope", key_heads=1, init=Form("prefix", (9,)))
+    module, w = built(mixer)
+    x = sequence()
+    q, k, v = (x @ w["mixed.weight"].T).split([DIM, DIM, WIDTH], 1)
+    k_e, v_e = (x[:9] @ w[f"prefix.{name}.weight"].T for name in ("key", "value"))
+    rate, step = w["decay.rate"].exp(), softplus(x @ w["decay.step_size.weight"].T + w["decay.bias"])
+    strength = sigmoid(x @ w["beta.logit.weight"].T)
+
+    def key(row: Tensor, t: int) -> Tensor:
+        turned = rotated(row, t, lambda i, half: 10000.0 ** (-i / half))
+        return turned / torch.sqrt((turned * turned).sum() + 1e-6)
+
+    rows = []
+    for h in range(HEADS):
+        part = slice(h * DIM, (h + 1) * DIM)
+        state = sum(torch.outer(key(k_e[j], j), v_e[j, part]) for j in range(9))
+        outputs = []
+        for t in range(LENGTH):
+            state = torch.exp(-rate[h] * step[t, h]) * state
+            state = state + strength[t, h] * torch.outer(key(k[t], t), v[t, part] - key(k[t], t) @ state)
+            outputs.append(key(q[t], t) / math.sqrt(DIM) @ state)
+        rows.append(torch.stack(outputs))
+    y_BTD, _ = module(x[None], None, Pass(torch.arange(LENGTH), 0))
+    expected = torch.cat(rows, 1) @ w["output.out.weight"].T
+    torch.testing.assert_close(y_BTD[0], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_training_goes_on_from_the_last_sequence_of_the_batch_before() -> None:

@@ -253,6 +253,12 @@ def test_what_does_not_go_together_is_named() -> None:
         Linear(memories=Form("parts", (4, 1)), pos="lrpe"): "say pos=none, rope or xpos",
         Linear(levels="log"): "needs rule=add or delta and decay=head, layer or scalar",
         Linear(levels="log", decay="scalar", init="learned"): "init=zero",
+        Linear(
+            init=Form("prefix", (5,)), rule=Form("slots", (4,)), decay="channel"
+        ): "rule=slots(4) has others",
+        Linear(init=Form("prefix", (5,)), memories=Form("top", (4, 2))): "memories=top(4, 2) has others",
+        Linear(init=Form("prefix", (5,)), key="latent"): "key=latent begins with keys",
+        Linear(init=Form("prefix", (5,)), pos="xpos"): "say pos=rope",
         Linear(skip="late", out_norm="gated"): "say out_norm=rms, group or none",
         Linear(out_gate="inner"): "say its rank",
     }.items():
