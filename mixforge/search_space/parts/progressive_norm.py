@@ -4,7 +4,7 @@
 
 n: training passes before this one. LN and BN have weights and biases of their own; eta is one number, which begins at 1.
 
-Source: Guo et al. 2024 (arXiv 2405.11582), section 3.2; initial weights are those of the public code for images.
+Source: Guo et al. 2024 (arXiv 2405.11582), and its public code for images, which begins with these weights.
 
 Departures. BN takes the mean and variance of the batches before, in training as well, and adds those of its batch
 afterwards: by those of its own batch a token would see the tokens after it, which decoding does not have. So no

@@ -507,7 +507,7 @@ def test_cosformer_weighs_by_the_cosine_of_the_distance() -> None:
 
 @torch.no_grad()
 def test_simplified_linear_attention_adds_a_convolution_of_its_values() -> None:
-    """Guo et al. 2024, equation 9: softmax-free attention by relu features, and a filter that all heads share."""
+    """Guo et al. 2024: attention by relu features, and a filter of the values that all heads share."""
     x = sequence()
     y, w, _ = output(replace(PLAIN, phi="relu", norm="denominator", skip=Form("conv", (3,))), x)
     q, k, v = projected(w, x, DIM, DIM)
