@@ -97,6 +97,15 @@ _F1 = {
     "lm(2 * (gdn + mlp + attn + mlp), width=32)": "2 of 4",
     "lm(4 * (attn + mlp), width=32)": "4 of 4",
 }
+_F6 = {
+    _mixer("linear(phi=elu1, norm=denominator, out_norm=none, out_gate=none)"): "linear attention",
+    _mixer("linear"): "sum, output gate",
+    _mixer("deltanet"): "DeltaNet",
+    _mixer("gla(conv=4)"): "GLA",
+    _mixer("mamba2"): "Mamba-2",
+    _mixer("gdn"): "GDN",
+    _mixer("attn"): "attention",
+}
 _F9 = {
     _mixer(f"linear(rule={rule}, decay={decay}, qk_norm=l2, conv=none, heads=2)"): label
     for rule, decay, label in (
@@ -146,6 +155,19 @@ FINDINGS = (
                 heading="text, bits per byte",
                 x="attention layers among GDN layers",
                 series=_each("f1-hybrid-ratio", _F1),
+            ),
+        ),
+    ),
+    Finding(
+        name="f6",
+        title="F6: hidden states over gaps of six blanks",
+        panels=(
+            Panel(
+                score="selectivity",
+                heading="hidden states named right, fraction",
+                series=_each("f6-selectivity", _F6),
+                # By the letter alone.
+                chance=0.456,
             ),
         ),
     ),

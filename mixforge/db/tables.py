@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-SCHEMA = "0002"
+SCHEMA = "0003"
 """The newest migration's revision."""
 
 VERSION_TABLE = "mixforge_schema"
@@ -153,6 +153,7 @@ trial = Table(
     Column("recall", Float),
     Column("copying", Float),
     Column("tracking", Float),
+    Column("selectivity", Float),
     Column("prefill_ms", Float),
     Column("prefill_ms_spread", Float),
     Column("decode_ms", Float),
@@ -210,6 +211,8 @@ evaluation = Table(
     Column("copying_test", Float),
     Column("tracking", Float),
     Column("tracking_test", Float),
+    Column("selectivity", Float),
+    Column("selectivity_test", Float),
     Column("train_tokens", BigInteger, nullable=False),
     Column("train_s", Float, nullable=False),
     Column("curves", Document, nullable=False),

@@ -40,6 +40,8 @@ trials = Table(
     Column("copying_test", Float),
     Column("tracking", Float),
     Column("tracking_test", Float),
+    Column("selectivity", Float),
+    Column("selectivity_test", Float),
     Column("prefill_ms", Float),
     Column("prefill_ms_spread", Float),
     Column("decode_ms", Float),

@@ -71,6 +71,8 @@ def evaluate(
         copying_test=scores.get("copying_test"),
         tracking=scores.get("tracking"),
         tracking_test=scores.get("tracking_test"),
+        selectivity=scores.get("selectivity"),
+        selectivity_test=scores.get("selectivity_test"),
         train_tokens=found.tokens,
         train_s=time.monotonic() - started,
         curves=tuple(found.curves),

@@ -44,6 +44,7 @@ FIGURES: dict[str, Figure] = {
         Figure(name="recall", label="recall accuracy", unit="fraction", better="higher"),
         Figure(name="copying", label="copying accuracy", unit="fraction", better="higher"),
         Figure(name="tracking", label="state-tracking accuracy", unit="fraction", better="higher"),
+        Figure(name="selectivity", label="hidden-state accuracy", unit="fraction", better="higher"),
         Figure(name="prefill_ms", label="prefill latency", unit="ms", better="lower"),
         Figure(name="decode_ms", label="decode latency per token", unit="ms", better="lower"),
         Figure(name="train_ms", label="train-step latency", unit="ms", better="lower"),
@@ -56,7 +57,7 @@ FIGURES: dict[str, Figure] = {
 }
 
 # The figures that a task yields. Each has a second one, `_test`, of the test split.
-SCORES = ("bits_per_byte", "recall", "copying", "tracking")
+SCORES = ("bits_per_byte", "recall", "copying", "tracking", "selectivity")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +122,8 @@ class Evaluation:
     copying_test: float | None = None
     tracking: float | None = None
     tracking_test: float | None = None
+    selectivity: float | None = None
+    selectivity_test: float | None = None
     train_tokens: int = 0
     train_s: float = 0.0
     curves: tuple[Curve, ...] = ()

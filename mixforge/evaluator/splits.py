@@ -20,7 +20,8 @@ FEWEST_SEQUENCES = 1_000
 """With so many different ones, no eighth of them is empty."""
 
 _EIGHTH: dict[HeldOut, int] = {"selection": 0, "test": 1}
-_SCORED_TOKENS = 32_768
+SCORED_TOKENS = 32_768
+"""The most that are scored at once."""
 
 
 def training_batches(draw: Draw, batch: int, seed: int) -> Iterator[Batch]:
@@ -42,7 +43,7 @@ def held_out_batches(
     sequence belongs, where that is not all of them.
     """
     generator = torch.Generator().manual_seed(seed_for(0, task, split))
-    size = max(1, _SCORED_TOKENS // length)
+    size = max(1, SCORED_TOKENS // length)
     left = examples
     while left:
         drawn = draw(8 * size, generator)

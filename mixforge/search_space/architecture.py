@@ -19,11 +19,11 @@ from mixforge.search_space.costs import (
     body_cost,
     in_segments,
     mixer_cost,
-    norm_params,
+    norm_cost,
     shortcut_cost,
     sum_costs,
 )
-from mixforge.search_space.genes import GeneValue, gene_json
+from mixforge.search_space.genes import Form, GeneValue, gene_json
 from mixforge.search_space.legality import Illegality as Illegality
 from mixforge.search_space.legality import illegality
 from mixforge.search_space.mixer import Backend, Cost, Mixer
@@ -64,7 +64,7 @@ class Architecture:
     width: int
     vocab: int = 256
     embed: str = "tied"
-    norm: str = "rms"
+    norm: str | Form = "rms"
     place: str = "pre"
     eps: float | None = None
     scale: str = "standard"
@@ -96,8 +96,8 @@ class Architecture:
 
     def _settled_words(self) -> Iterator[tuple[str, GeneValue]]:
         """Words that say what holds without them."""
-        # A layer norm's own epsilon is another than that of the norms inside the mixers, which it is not then.
-        if self.norm != "layer" and self.eps == RMS_EPS:
+        # Layer and batch norms have an epsilon of their own, which is not that of the norms inside the mixers.
+        if self.norm in ("rms", "simple") and self.eps == RMS_EPS:
             yield "eps", None
         root = math.sqrt(self.width)
         if self.embed_scale in ("sqrt", root):
@@ -148,7 +148,7 @@ class Architecture:
         width: int | None = None,
         vocab: int | None = None,
         embed: str | None = None,
-        norm: str | None = None,
+        norm: str | Form | None = None,
         place: str | None = None,
         eps: float | None = None,
         scale: str | None = None,
@@ -197,7 +197,7 @@ class Architecture:
 
     def illegality(self) -> Illegality | None:
         """Which rule it breaks first, and the sentence of `why_illegal`; None where it can be built."""
-        return illegality(self.stack, self.width)
+        return illegality(self.stack, self.width, self.norm)
 
     def cost(self, length: int, itemsize: int = 4) -> Cost:
         """Exact costs of the built model for one sequence of `length` tokens; see `Cost`."""
@@ -211,14 +211,14 @@ class Architecture:
     def _frame_cost(self, length: int, itemsize: int) -> Cost:
         """Embedding, last norm and head."""
         table = self.vocab * self.width
-        norm = norm_params(self.norm, self.width)
-        return Cost(
-            params=table * (1 if self.embed == "tied" else 2) + norm,
+        tables = Cost(
+            params=table * (1 if self.embed == "tied" else 2),
             flops=2 * length * table,
             state_bytes=0,
             # One row of the embedding, and the whole of the head.
-            decode_bytes=itemsize * (self.width + table + norm),
+            decode_bytes=itemsize * (self.width + table),
         )
+        return tables + norm_cost(self.norm, self.width, itemsize)
 
     @property
     def layers(self) -> tuple[LayerEntry, ...]:

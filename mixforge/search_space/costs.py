@@ -20,7 +20,7 @@ def mixer_cost(mixer: Mixer, width: int, length: int, itemsize: int) -> Cost:
 class Frame(NamedTuple):
     """What an architecture's words put around every mixer."""
 
-    norm: str
+    norm: str | Form
     place: str
     weights: str
 
@@ -166,11 +166,11 @@ def residual_cost(frame: Frame, width: int, length: int, itemsize: int, mixers: 
     read: those that read what a norm of the residual gives.
     """
     counts = {"sandwich": read + mixers, "inside": mixers, "none": 0, "post": 1, "deep": 1}
-    norms = counts.get(frame.place, read) * norm_params(frame.norm, width)
+    norms = repeated(norm_cost(frame.norm, width, itemsize), counts.get(frame.place, read))
     if frame.place != "gated":
-        return weights_cost(0, norms, length, itemsize)
-    gates = weights_cost(6 * width * width, width + norms, length, itemsize)
-    return gates + sigma_cost(3 if frame.has_sigma else 0, itemsize)
+        return norms
+    gates = weights_cost(6 * width * width, width, length, itemsize)
+    return norms + gates + sigma_cost(3 if frame.has_sigma else 0, itemsize)
 
 
 def shortcut_cost(shortcut: str, units: int, width: int, length: int, itemsize: int, frame: Frame) -> Cost:
@@ -179,17 +179,22 @@ def shortcut_cost(shortcut: str, units: int, width: int, length: int, itemsize: 
         case "average":
             return weights_cost(0, units * (units + 3) // 2, length, itemsize)
         case "attention":
-            weights = weights_cost(4 * width * width, norm_params(frame.norm, width), length, itemsize)
+            weights = weights_cost(4 * width * width, 0, length, itemsize)
             # Keys and values of the depths below, and the products with them.
             more = 4 * length * units * width * width + 4 * length * (units + 1) * width
             products = Cost(params=0, flops=more, state_bytes=0, decode_bytes=0)
-            return weights + products + sigma_cost(3 if frame.has_sigma else 0, itemsize)
+            norm = norm_cost(frame.norm, width, itemsize)
+            return weights + products + norm + sigma_cost(3 if frame.has_sigma else 0, itemsize)
     return Cost(params=0, flops=0, state_bytes=0, decode_bytes=0)
 
 
-def norm_params(norm: str, width: int) -> int:
-    """Weights of one norm."""
-    return {"rms": width, "layer": 2 * width, "simple": 0}[norm]
+def norm_cost(norm: str | Form, width: int, itemsize: int) -> Cost:
+    """Of one norm."""
+    if isinstance(norm, Form):
+        # Weights and biases of two norms, and eta; decoding reads their statistics and the number of passes too.
+        params = 4 * width + 1
+        return Cost(params=params, flops=0, state_bytes=0, decode_bytes=(params + 2 * width) * itemsize + 8)
+    return weights_cost(0, {"rms": width, "layer": 2 * width, "simple": 0}[norm], 1, itemsize)
 
 
 def weights_cost(matrices: int, vectors: int, length: int, itemsize: int) -> Cost:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from mixforge.search_space.genes import Form
 from mixforge.search_space.loans import borrows, why_unowned
 from mixforge.search_space.settled import narrow, why_illegal
 from mixforge.search_space.spelling import spell_mixer
 from mixforge.search_space.stack import Beside, Layer, Residual, Reuse, Segment, Unit, mixers, mixes_tokens
 
-Fault = Literal["genes", "shares", "no token mixer", "no owner", "segments"]
+Fault = Literal["genes", "shares", "no token mixer", "no owner", "segments", "norm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,8 @@ class Illegality:
     sentence: str
 
 
-def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
-    """The first rule that a canonical stack breaks; None where it is a model."""
+def illegality(units: tuple[Unit, ...], width: int, norm: str | Form = "rms") -> Illegality | None:
+    """The first rule that a canonical stack breaks with this norm; None where it is a model."""
     distinct = dict.fromkeys(units)
     for unit in distinct:
         found = _unit_illegality(unit, width)
@@ -35,7 +36,14 @@ def illegality(units: tuple[Unit, ...], width: int) -> Illegality | None:
         )
     if any(borrows(unit, width) for unit in distinct):
         sentence = why_unowned(units, width)
-        return None if sentence is None else Illegality("no owner", sentence)
+        if sentence is not None:
+            return Illegality("no owner", sentence)
+    if isinstance(norm, Form) and any(isinstance(unit, Reuse | Segment) for unit in distinct):
+        return Illegality(
+            "norm",
+            f"norm={norm}: training takes the statistics of the batches before, so it is applied once in a pass; write "
+            "layers in n @, reuse or segment out, or say norm=layer",
+        )
     return None
 
 

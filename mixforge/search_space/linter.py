@@ -65,7 +65,7 @@ def lint(
 
 
 def _building(architecture: Architecture) -> Iterator[Finding]:
-    whole = illegality(architecture.stack, architecture.width)
+    whole = architecture.illegality()
     if whole is None:
         yield Finding("genes", "note", f"every mixer can be built at width {architecture.width}")
         return

@@ -35,6 +35,7 @@ from mixforge.search_space.parts.beside import (
 from mixforge.search_space.parts.halting import Halting, Recurrence, TimeSignal
 from mixforge.search_space.parts.layer import Pass, Pointwise
 from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
+from mixforge.search_space.parts.progressive_norm import ProgressiveNorm
 from mixforge.search_space.parts.residual import Branch, Residual, ResidualStack, Stack, StreamGate, Unit
 from mixforge.search_space.parts.segment import SegmentStack
 from mixforge.search_space.parts.shortcut import DepthAttention, DepthAverage, ShortcutStack
@@ -215,9 +216,12 @@ def language_model(architecture: Architecture, backend: Backend) -> Part:
     return part if architecture.eps is None else _with_eps(part, architecture.eps)
 
 
+_NORMS = (RMSNorm, SimpleRMSNorm, nn.LayerNorm, ProgressiveNorm)
+
+
 def _with_eps(part: Part, eps: float) -> Part:
     """The same part with this number under the root of every norm."""
-    given = {"eps": eps} if part.make in (RMSNorm, SimpleRMSNorm, nn.LayerNorm) else {}
+    given = {"eps": eps} if part.make in _NORMS else {}
     return Part(part.make, **{name: _within(value, eps) for name, value in part.arguments.items()}, **given)
 
 
@@ -350,11 +354,16 @@ class _Assembly:
 
     def norm(self) -> Part:
         """The norm of the residual stream."""
-        if self.architecture.norm == "layer":
-            return Part(nn.LayerNorm, normalized_shape=self.architecture.width)
-        if self.architecture.norm == "simple":
-            return Part(SimpleRMSNorm)
-        return norm_part(self.architecture.width, self.backend)
+        width = self.architecture.width
+        match self.architecture.norm:
+            case Form(arguments=(steps,)):
+                layer = Part(nn.LayerNorm, normalized_shape=width)
+                return Part(ProgressiveNorm, width=width, steps=int(steps), layer=layer)
+            case "layer":
+                return Part(nn.LayerNorm, normalized_shape=width)
+            case "simple":
+                return Part(SimpleRMSNorm)
+        return norm_part(width, self.backend)
 
     def branches(self, unit: Layer | BesideUnit) -> Part:
         """The function of a residual unit: one mixer, or several beside one another."""
@@ -389,6 +398,10 @@ class _Assembly:
         return Part(Pointwise, inner=part) if mixer.is_pointwise else part
 
 
+# What ends a residual branch.
+_LAST = (".out.weight", ".out.gamma", ".inside.weight", ".inside.eta", ".inside.layer.weight")
+
+
 def build(
     architecture: Architecture,
     backend: Backend = "torch",
@@ -418,7 +431,7 @@ def build(
             shrink /= 2
         for name, weight in model.stack.named_parameters():
             # A norm at the end of a branch would undo what is done to the weights before it.
-            if name.endswith((".out.weight", ".out.gamma", ".inside.weight")) or ".fuse.norms." in name:
+            if name.endswith(_LAST) or ".fuse.norms." in name:
                 weight.mul_(shrink)
     model.rate_factors = factors
     return model.to(device=torch.device(device), dtype=dtype).eval()

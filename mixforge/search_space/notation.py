@@ -224,6 +224,8 @@ def from_json(text: str) -> Architecture:
     try:
         record = json.loads(text)
         units = tuple(_unit_from_json(each) for each in record.pop("units"))
+        if "norm" in record:
+            record["norm"] = gene_value("lm", WORDS["norm"], read(str(record["norm"])))
         return Architecture(units, **record)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"this is not the JSON of an architecture: {error!r}") from error

@@ -2,7 +2,8 @@
 
 vocab         token ids
 embed         whether the head shares the embedding's weights
-norm          which norm every residual unit has, and the model before its head
+norm          which norm every residual unit has, and the model before its head; prepbn(n) is a layer norm that becomes
+              a batch norm in n training passes (`parts/progressive_norm`)
 place         where it stands, and how a unit's output joins the residual stream (`parts/residual`)
 eps           the number under the root of the norms; auto is what the norm has by itself
 scale         how initial weights and learning rates follow the width (`scaling`)
@@ -28,7 +29,7 @@ WORDS: dict[str, Gene] = {
     for gene in (
         Gene("vocab", (Whole(2, LARGEST_VOCAB),), 256),
         Gene("embed", (Choice("tied", "untied"),), "tied"),
-        Gene("norm", (Choice("rms", "layer", "simple"),), "rms"),
+        Gene("norm", (Choice("rms", "layer", "simple"), Call("prepbn", Whole(1, 1_000_000_000))), "rms"),
         Gene("place", (Choice("pre", "post", "sandwich", "inside", "deep", "gated", "none"),), "pre"),
         Gene("eps", (Real(1e-12, 0.1),), None),
         Gene("scale", (Choice("standard", "mup"),), "standard"),

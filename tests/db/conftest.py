@@ -82,6 +82,8 @@ class Samples:
             copying_test=0.625,
             tracking=0.75,
             tracking_test=0.875,
+            selectivity=0.375,
+            selectivity_test=0.125,
             train_tokens=1000,
             train_s=1.5,
             curves=(Curve(task="text", steps=(1, 10), loss=(5.5, 1.0 / 3.0)),),

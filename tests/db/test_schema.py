@@ -78,6 +78,9 @@ def test_every_old_schema_still_opens(tmp_path, dump):
         copying = None if dump.stem == "0001" else 0.75
         assert best[1].figures.get("copying") == copying
         assert results.show(best[1].digest[:8]).evaluations[0][1].copying == copying
+        selectivity = 0.375 if dump.stem >= "0003" else None
+        assert best[1].figures.get("selectivity") == selectivity
+        assert results.show(best[1].digest[:8]).evaluations[0][1].selectivity == selectivity
     with Store.open(path) as store:
         assert store.abandon_open_attempts(store.campaign("laptop").id) == 1
 

@@ -25,6 +25,7 @@ from mixforge.export.card import Card
 from mixforge.export.export import ExportError, export, verify, write_files
 from mixforge.export.source import ALLOWED
 from mixforge.search_space.architecture import Architecture
+from mixforge.search_space.genes import Form
 from mixforge.search_space.mixers import CATALOGUE
 from mixforge.search_space.notation import parse
 from mixforge.search_space.presets import PRESETS, preset
@@ -52,6 +53,7 @@ def _catalogue() -> Iterator[str]:
     yield "lm(mamba2 + residual(residual(attn(reads=embeddings) + geglu) + mamba2), width=16)"
     yield "lm(segment(2 * (attn + mlp), length=32, memory=2, carry=associative(4)), width=16, place=deep)"
     yield "lm(attn(mask=prefix(20), pos=relative(4)) + attn(mask=prefix(30)) + based(init=prefix(9)) + mlp, width=64)"
+    yield "lm(attn + mlp, width=16, norm=prepbn(2), place=sandwich)"
 
 
 @contextmanager
@@ -74,6 +76,9 @@ def _moved(architecture: Architecture, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.03 * torch.randn(weight.shape, generator=random))
+    if isinstance(architecture.norm, Form):
+        # Half way from one norm to the other.
+        model.train()(torch.arange(20)[None])
     # What is measured at the end of training follows the weights.
     return model.train().eval()
 

@@ -103,6 +103,12 @@ def test_costs_add_up_by_hand() -> None:
             "no owner",
             "give both the same position",
         ),
+        (
+            "lm(attn + 2 @ (mlp + mlp), width=64, norm=prepbn(9))",
+            "norm",
+            "norm=prepbn(9): training takes",
+        ),
+        ("lm(segment(attn, length=8, memory=2), width=64, norm=prepbn(9))", "norm", "say norm=layer"),
     ],
 )
 def test_illegal_architectures_say_why(text: str, fault: str, saying: str) -> None:

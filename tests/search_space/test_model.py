@@ -43,6 +43,7 @@ TEXTS = [
     "lm(beside(1 * attn(heads=2), 1 * gla(heads=2), fuse=concat, norm=rms), width=16, place=sandwich)",
     "lm(attn + 2 @ (swiglu + gdn) + mlp, width=16, shortcut=average)",
     "lm(2 * (attn + swiglu), width=64, shortcut=attention, norm=layer)",
+    "lm(residual(attn + mlp, place=gated) + (gdn | swiglu), width=16, norm=prepbn(5), shortcut=attention)",
     "lm(beside(attn, gdn, fuse=gate) + swiglu, width=16, weights=sigma, place=gated)",
     "lm(attn + swiglu + rglru, width=16, weights=sigma, shortcut=attention)",
     "lm(rglru + moe(weights=own) + attn + moe(weights=shared), width=16, weights=sigma)",

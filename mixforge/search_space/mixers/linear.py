@@ -43,7 +43,9 @@ Genes, from the input to the output:
                 1e-3 to features that may all be 0 (`parts/feature_map`); max1 by max(|q_t . z_t|, 1); length
                 divides each value by a power of its position as it is written
     skip        head adds d_h v_t to o_t, channel d_hc v_t, v_t before its gates; bonus reads the state before it is
-                written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t; late adds (q_t . (u k_t)) v_t after the norm
+                written: o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t; late adds (q_t . (u k_t)) v_t after the norm;
+                conv(n) adds a depthwise convolution of the last n values, the same for all heads (Guo et al. 2024,
+                arXiv 2405.11582)
     out_norm    rms and group normalise each head before the gate, joint and simple (no weights) all heads at once
                 before it, gated all at once after it, grouped the heads of each key head at once after it
     out_gate    times silu, sigmoid or nothing (linear) of W x, of rank `gate_rank` where that is a number; inner is
@@ -149,7 +151,9 @@ class Linear(Mixer):
         Call("noise", Real(0.001, 10)),
         Call("prefix", Whole(2, 1048576)),
     ] = "zero"
-    skip: Annotated[str, Choice("none", "head", "channel", "bonus", "late")] = "none"
+    skip: Annotated[
+        str | Form, Choice("none", "head", "channel", "bonus", "late"), Call("conv", Whole(2, 8))
+    ] = "none"
     out_norm: Annotated[str, Choice("rms", "group", "joint", "simple", "gated", "grouped", "none")] = "rms"
     out_gate: Annotated[str, Choice("silu", "sigmoid", "linear", "inner", "self", "none")] = "silu"
     gate_rank: Annotated[str | int, Choice("full"), Whole(1, 1024)] = "full"
@@ -252,6 +256,11 @@ class Linear(Mixer):
             self.decay == "layer",
         )
         return not any(without)
+
+    @property
+    def _local_taps(self) -> int:
+        """Of skip=conv; 0 where there is none."""
+        return int(self.skip.arguments[0]) if isinstance(self.skip, Form) else 0
 
     @property
     def has_caps(self) -> bool:
@@ -365,6 +374,7 @@ class Linear(Mixer):
         taps = 0 if isinstance(self.conv, str) else self.conv
         matrix = 4 * size.heads * size.memories * size.rows * columns
         state = matrix * self._states(length) + mixed * max(0, taps - 1) * itemsize
+        state += (self._local_taps - 1) * size.heads * size.value_dim * itemsize if self._local_taps else 0
         state += width * itemsize if self.shift != "none" else 0
         state += 4 * size.key_heads * size.channels if self.pos == "phase" else 0
         state += 4 * size.key_heads * size.key_dim if self.key == "latent" else 0
@@ -473,7 +483,9 @@ class Linear(Mixer):
             found["decay"] = pieces.fixed_decay_piece(self.decay, heads, self.place)
         if self.rule == "delta":
             found["beta"] = pieces.strength_piece(width, sets, self.beta)
-        if self.skip != "none":
+        if isinstance(self.skip, Form):
+            found["local"] = pieces.local_piece(heads, value_dim, self._local_taps, backend)
+        elif self.skip != "none":
             name = self.skip if self.skip in ("bonus", "late") else "skip"
             found[name] = pieces.skip_piece(self.skip, heads, value_dim, size.features)
         rank = None if isinstance(self.gate_rank, str) else self.gate_rank

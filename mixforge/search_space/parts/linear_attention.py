@@ -18,7 +18,7 @@ from mixforge.kernels.norm import unit_norm
 from mixforge.search_space.parts.decay import SigmoidDecay, SoftplusDecay, exact
 from mixforge.search_space.parts.first_state import CarriedState, NoisyState, PrefixState
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
-from mixforge.search_space.parts.linear_output import GatedOutput, NormedOutput
+from mixforge.search_space.parts.linear_output import GatedOutput, NormedOutput, ValueConvolution
 from mixforge.search_space.parts.memories import Memories
 from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.short_convolution import ShortConvolution
@@ -39,6 +39,7 @@ class Reads:
         values, or what rule=dplr removes.
     floor_BTH: what the normaliser is at least, for norm=max1 with in_gate=exp.
     angle: what turned queries and keys after the feature map.
+    local_BTHV: what a convolution makes of the last values.
     """
 
     q_BTHK: Tensor
@@ -49,6 +50,7 @@ class Reads:
     strength: Tensor | None = None
     floor_BTH: Tensor | None = None
     angle: Tensor | None = None
+    local_BTHV: Tensor | None = None
 
 
 @dataclass
@@ -114,6 +116,7 @@ class LinearAttention(TokenMixer):
         crosses: bool = False,
         bonus: nn.Module | None = None,
         late: nn.Module | None = None,
+        local: ValueConvolution | None = None,
         beside: int = 0,
         memories: Memories | None = None,
         apart: nn.Module | None = None,
@@ -179,6 +182,7 @@ class LinearAttention(TokenMixer):
         self.blend = blend
         self.bonus = bonus
         self.late = late
+        self.local = local
         # Columns of the state beside those of the values.
         self.beside = beside
         self.removal = removal
@@ -199,6 +203,8 @@ class LinearAttention(TokenMixer):
             state["matrix"].copy_(self.first(batch, columns))
         if self.conv is not None:
             state["conv"] = self.conv.initial_state(batch, device, dtype)
+        if self.local is not None:
+            state["local"] = self.local.initial_state(batch, device, dtype)
         if self.shift is not None:
             state["shift"] = self.shift.initial_state(batch, device, dtype)
         phase = None if self.turn is None else self.turn.initial_state(batch, device, exact)
@@ -368,6 +374,9 @@ class LinearAttention(TokenMixer):
         if angle is not None and decay is not None and decay.dim() == 4:
             decay = torch.cat([decay, decay], -1)
         read = Reads(q_BTHK if is_bare else q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay, angle=angle)
+        if self.local is not None:
+            before = None if state is None else state["local"]
+            read.local_BTHV, after["local"] = self.local(v_BTHV, before)
         self.gate_writes(read, gate, inputs, state, after, at, is_bare=is_sequence and self.gates_inside)
         return read
 
@@ -528,6 +537,8 @@ class LinearAttention(TokenMixer):
             o_BTHV = (o_BTHV * (total + 1e-6).reciprocal()).to(read.v_BTHV.dtype)
         if self.skip is not None:
             o_BTHV = o_BTHV + self.skip(read.v_BTHV)
+        if read.local_BTHV is not None:
+            o_BTHV = o_BTHV + read.local_BTHV
         late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)
         y: Tensor = self.output(o_BTHV, inputs.out, *late, **inputs.given(self.output, "logit_BTF"))
         return y

@@ -37,6 +37,29 @@ class ChannelSkip(nn.Module):
         return self.weight * v_BTHV
 
 
+class ValueConvolution(nn.Module):
+    """b_c + sum_j w_cj v_{t-j}: a depthwise causal convolution of the last `size` values, one filter for all heads."""
+
+    def __init__(
+        self, heads: int, value_dim: int, size: int, operation: Callable[..., tuple[Tensor, Tensor]]
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.operation = operation
+        self.weight = nn.Parameter(torch.empty(value_dim, size).uniform_(-1, 1) * size**-0.5)
+        self.bias = nn.Parameter(torch.zeros(value_dim))
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The last `size` - 1 values of all heads [B, D, W-1], which are zeros before the first token."""
+        channels, size = self.weight.shape
+        return torch.zeros(batch, self.heads * channels, size - 1, device=device, dtype=dtype)
+
+    def forward(self, v_BTHV: Tensor, state_BDW: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight_DW, bias_D = self.weight.repeat(self.heads, 1), self.bias.repeat(self.heads)
+        y_BTD, after_BDW = self.operation(v_BTHV.flatten(2), weight_DW, bias_D, "none", state_BDW)
+        return y_BTD.view(v_BTHV.shape), after_BDW
+
+
 class Bonus(nn.Module):
     """(q_t . (u k_t)) w_t: what the present token adds to a read of the state before it."""
 

@@ -47,6 +47,7 @@ from mixforge.search_space.parts.linear_output import (
     NormedOutput,
     PartsNorm,
     SimpleNorm,
+    ValueConvolution,
 )
 from mixforge.search_space.parts.memories import ApartKeys, Memories
 from mixforge.search_space.parts.norm import SimpleRMSNorm, norm_part
@@ -325,6 +326,16 @@ def skip_piece(skip: str, heads: int, value_dim: int, features: int) -> Piece:
             part=lambda: Part(ChannelSkip, heads=heads, value_dim=value_dim), params=heads * value_dim
         )
     return Piece(part=lambda: Part(Bonus, heads=heads, features=features), params=heads * features)
+
+
+def local_piece(heads: int, value_dim: int, taps: int, backend: Backend) -> Piece:
+    """skip=conv."""
+    operation = short_conv.form(backend)
+    return Piece(
+        part=lambda: Part(ValueConvolution, heads=heads, value_dim=value_dim, size=taps, operation=operation),
+        params=value_dim * (taps + 1),
+        macs=heads * value_dim * taps,
+    )
 
 
 def output_piece(

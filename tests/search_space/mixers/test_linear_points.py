@@ -508,6 +508,25 @@ def test_cosformer_weighs_by_the_cosine_of_the_distance() -> None:
 
 
 @torch.no_grad()
+def test_simplified_linear_attention_adds_a_convolution_of_its_values() -> None:
+    """Guo et al. 2024: attention by relu features, and a filter of the values that all heads share."""
+    x = sequence()
+    y, w, _ = output(replace(PLAIN, phi="relu", norm="denominator", skip=Form("conv", (3,))), x)
+    q, k, v = projected(w, x, DIM, DIM)
+    q, k = torch.relu(q) + 1e-3, torch.relu(k) + 1e-3
+    rows = []
+    for t in range(LENGTH):
+        heads = []
+        for h in range(HEADS):
+            weights = torch.stack([q[t, h] @ k[s, h] for s in range(t + 1)])
+            o = weights / (weights.sum() + math.sqrt(DIM) * 1e-6) @ v[: t + 1, h]
+            last = [w["local.weight"][:, 2 - back] * v[t - back, h] for back in range(min(3, t + 1))]
+            heads.append(o + sum(last) + w["local.bias"])
+        rows.append(torch.stack(heads).flatten())
+    torch.testing.assert_close(y, torch.stack(rows) @ w["output.out.weight"].T, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_gates_of_what_is_written() -> None:
     """sigmoid and 1 - decay for each head, and the low-rank gate of the values; skip=channel before them."""
     x = sequence()
