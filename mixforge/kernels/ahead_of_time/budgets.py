@@ -85,6 +85,8 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan_backward", "sm_80", 8, _OLDER),
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
     StackBudget("dplr_scan_backward", "sm_80", 16, _FEW),
+    StackBudget("dplr_scan_backward", "sm_90", 256, _TWICE),
+    StackBudget("dplr_gradients", "sm_", 96, _FEW),
     StackBudget("linear_gradients", "sm_80", 448, _TF32),
     StackBudget("linear_gradients", "sm_90", 320, _TWICE),
     StackBudget("linear_gradients", "sm_", 16, _FEW),
