@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.diagonal_ssm import diagonal_ssm_step
-from mixforge.kernels.selective_scan import selective_scan_step
 from mixforge.search_space.parts.decay import draw_dt_bias, exact
 
 
@@ -69,10 +68,16 @@ class Selection(nn.Module):
 class SelectiveScan(StateSpace):
     """S6: dt, B and C follow from the input."""
 
-    def __init__(self, selection: Selection, operation: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        operation: Callable[..., tuple[Tensor, Tensor]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
+    ) -> None:
         super().__init__()
         self.selection = selection
         self.operation = operation
+        self.one_step = one_step
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"hidden": zero_state(batch, self.selection.rate.shape, device, dtype)}
@@ -89,7 +94,7 @@ class SelectiveScan(StateSpace):
     def step(self, u_BF: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         part = self.selection
         dt_BF, b_BN, c_BN = part(u_BF)
-        y_BF, after = selective_scan_step(u_BF, dt_BF, part.rates(), b_BN, c_BN, part.skip, state["hidden"])
+        y_BF, after = self.one_step(u_BF, dt_BF, part.rates(), b_BN, c_BN, part.skip, state["hidden"])
         if after is not state["hidden"]:
             state["hidden"].copy_(after)
         return y_BF, None

@@ -35,6 +35,7 @@ MIXERS = [
     "conv",
     "ssm(state=4, expand=1)",
     "ssm(rule=s4d, gate=glu, state=4)",
+    "ssm(state=4, expand=1, fixed_point=householder(2))",
     "hgrn",
     "slstm",
     "lstm(heads=2)",
@@ -75,15 +76,25 @@ def test_steps(mixer: str) -> None:
                 torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_holds_few_launches() -> None:
-    """Beside the products of torch: the norms, the convolution, and one kernel for all that is between them."""
-    model = parse("lm(gdn + swiglu, width=32)").build("triton")
+# Between the norm in front and those of the channel mixer and the end.
+LAUNCHES = {
+    "gdn": ["conv_step", "linear_decode"],
+    "ssm(state=4, expand=1)": ["conv_step", "selective_step"],
+    "ssm(state=4, expand=1, fixed_point=householder(2))": ["conv_step", *2 * ["selective_step"]],
+    "hgrn": ["scan_step", "norm_forward"],
+}
+
+
+@pytest.mark.parametrize("mixer", LAUNCHES)
+def test_a_step_holds_few_launches(mixer: str) -> None:
+    """Beside the products of torch: the norms, the convolution, and few kernels for all that is between them."""
+    model = parse(f"lm({mixer} + swiglu, width=32)").build("triton")
     with torch.no_grad():
         _, state = model.prefill(torch.zeros(1, 4, dtype=torch.long), capacity=8)
         with recording("sm_90") as recorded:
             model.step(torch.zeros(1, dtype=torch.long), state)
     names = [launch.name for launch in recorded.launches]
-    assert names == ["norm_forward", "conv_step", "linear_decode", "norm_forward", "norm_forward"]
+    assert names == ["norm_forward", *LAUNCHES[mixer], "norm_forward", "norm_forward"]
 
 
 def test_what_cannot_run_is_refused_when_it_is_built() -> None:
