@@ -954,9 +954,9 @@ forward.register_autograd(_gradients, setup_context=_keep)
 def linear_step(
     q, k, v, log, beta, state, o,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
-    KP: tl.constexpr, BV: tl.constexpr,
+    ROW: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One token of one head, a block of value channels, a part of the key channels; the state in place."""
+    """One token of one head, a block of value channels, a part of the key channels; the state, rows of ROW, in place."""
     bg, block, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     g = bg % G
     channel, value = part * KP + tl.arange(0, KP), block * BV + tl.arange(0, BV)
@@ -965,7 +965,7 @@ def linear_step(
     q_K = tl.load(q + key, mask=in_keys, other=0.0).to(tl.float32)
     k_K = tl.load(k + key, mask=in_keys, other=0.0).to(tl.float32)
     u_V = tl.load(v + bg * V + value, mask=in_values, other=0.0).to(tl.float32)
-    matrix = bg * K * V + channel[:, None] * V + value[None, :]
+    matrix = bg * K * ROW + channel[:, None] * ROW + value[None, :]
     in_matrix = in_keys[:, None] & in_values[None, :]
     s_KV = tl.load(state + matrix, mask=in_matrix, other=0.0)
     if GATE == 1:
@@ -985,7 +985,7 @@ def linear_step(
 def step_kernels(
     q: Tensor, k: Tensor, v: Tensor, decay_now: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> Tensor:
-    """o of one token; the state, which must be contiguous, is brought up to date in place."""
+    """o of one token; the state is brought up to date in place."""
     check_device(q=q, k=k, v=v, decay=decay_now, beta=beta, state=state)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     decay_now, beta = (None if x is None else x.contiguous() for x in (decay_now, beta))
@@ -999,7 +999,8 @@ def step_kernels(
     o = v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)
     launch(
         linear_step, (batch * heads, -(-values // config.blocks["BV"]), parts), q, k, v, decay_now, beta, state, o,
-        config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], DELTA=beta is not None, KP=channels,
+        config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], DELTA=beta is not None,
+        ROW=state.stride(2), KP=channels,
     )  # fmt: skip
     return o[0] if parts == 1 else o.sum(0).to(v.dtype)
 
@@ -1036,8 +1037,16 @@ def linear_step_triton(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         o, state = chunked_linear_triton(q, k, v, decay, beta, state_BGKV)
         return o[:, 0], state
-    if state_BGKV.dtype != torch.float32 or not state_BGKV.is_contiguous():
-        raise ValueError(
-            f"state is {state_BGKV.dtype} with strides {state_BGKV.stride()}; it must be float32 and contiguous"
-        )
+    check_rows(state_BGKV)
     return one_step(q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV), state_BGKV
+
+
+def check_rows(state: Tensor) -> None:
+    """Raise ValueError for a state that cannot be written in place: rows of one distance, each in one piece."""
+    (_, heads, rows, _), row = state.shape, state.stride(2)
+    strides = zip(state.shape, state.stride(), (heads * rows * row, rows * row, row, 1), strict=True)
+    if state.dtype != torch.float32 or any(size > 1 and found != wanted for size, found, wanted in strides):
+        raise ValueError(
+            f"state is {state.dtype} with strides {state.stride()}; it must be float32, and contiguous or some of the "
+            "columns of one that is"
+        )

@@ -604,9 +604,9 @@ class Linear(Mixer):
         if self.levels == "log":
             return log_linear.form(backend), log_linear.log_linear_step
         if isinstance(self.rule, Form):
-            return slot_attention.form(backend), slot_attention.slot_attention_step
+            return slot_attention.form(backend), slot_attention.step_form(backend)
         if self.rule == "second":
-            return second_order.form(backend), second_order.second_order_step
+            return second_order.form(backend), second_order.step_form(backend)
         if self.rule == "dplr":
             return dplr.form(backend), dplr.step_form(backend)
         if self.decay == "both":

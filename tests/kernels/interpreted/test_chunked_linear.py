@@ -160,6 +160,23 @@ def test_step(decay: str, rule: str) -> None:
     assert_close("state", state, after)
 
 
+@torch.no_grad()
+def test_step_over_some_columns_of_a_state() -> None:
+    """Those beside them stay as they are. Rows that are not at one distance are refused."""
+    q, k, v, g, beta, state = draw("scalar", "delta", 1, batch=2, value_heads=2, key_dim=24, value_dim=33)
+    given = [x[:, 0] for x in (q, k, v, g, beta)]
+    beside = torch.randn(2, 2, 24, 9)
+    wide = torch.cat([beside, state, beside], -1)
+    expected, after = linear_step(*given, state)
+    actual, _ = linear_step_triton(*given, wide[..., 9:42])
+    assert_close("o", actual, expected)
+    assert_close("state", wide[..., 9:42], after)
+    assert torch.equal(wide[..., :9], beside)
+    assert torch.equal(wide[..., 42:], beside)
+    with pytest.raises(ValueError, match="some of the columns"):
+        linear_step_triton(*given, state.mT.contiguous().mT)
+
+
 def test_step_gives_gradients_where_they_are_wanted() -> None:
     q, k, v, g, beta, state = draw("scalar", "delta", 1)
 
@@ -176,6 +193,11 @@ def test_registered_with_torch(decay: str, rule: str) -> None:
     torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None), test_utils=checks)
     packed = (*draw(decay, rule, 20, sequences=2), torch.tensor([0, 7, 20]))
     torch.library.opcheck(chunked_linear_triton.forward, packed, test_utils=checks)
+    q, k, v, now, beta, state = (x if x is None else x.detach() for x in inputs)
+    q, k, v, beta = (x if x is None else x[:, 0] for x in (q, k, v, beta))
+    now = now if now is None or now.dim() == 1 else now[:, 0]
+    for kept in (state, torch.cat([state, state], -1)[..., : state.shape[3]]):
+        torch.library.opcheck(chunked_linear_triton.one_step, (q, k, v, now, beta, kept), test_utils=checks)
 
 
 def test_compiles_as_one_graph() -> None:

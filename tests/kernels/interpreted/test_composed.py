@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,39 @@ def test_second_order(decay: Tensor | None) -> None:
     forms = (second_order.form("triton"), second_order.form("reference"))
     assert_agree(*forms, inputs, RATIO)
     assert_agree(*forms, [*inputs[:-1], None], RATIO)
+
+
+def assert_steps_agree(
+    steps: tuple[Callable[..., tuple[Tensor, Tensor]], ...], inputs: list[Tensor | None], state: Tensor
+) -> None:
+    """Tokens of the second step in float64, the state of the first in its place; and the gradients of one token."""
+    wide = state.double()
+    with torch.no_grad():
+        kept = state.clone()
+        for t in range(inputs[0].shape[1]):
+            now = [None if x is None else x[:, t] for x in inputs]
+            o, same = steps[0](*now, kept)
+            assert same is kept
+            expected, wide = steps[1](*(None if x is None else x.double() for x in now), wide)
+            assert_close("output", o, expected, RATIO)
+            assert_close("state", kept, wide, RATIO)
+    assert_agree(*steps, [*(None if x is None else x[:, 0] for x in inputs), state], RATIO)
+
+
+@pytest.mark.parametrize(
+    "decay", [None, -uniform(3, 4, 2), -uniform(3, 4, 2, 5)], ids=["none", "scalar", "channel"]
+)
+def test_steps_of_second_order(decay: Tensor | None) -> None:
+    inputs = [normal(3, 4, 1, 5), normal(3, 4, 1, 5), normal(3, 4, 2, 7), decay, None]
+    steps = (second_order.step_form("triton"), second_order.step_form("torch"))
+    assert_steps_agree(steps, inputs, normal(3, 2, 5, 12))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_steps_of_slots(heads: int) -> None:
+    inputs = [normal(3, 4, 1, 6), normal(3, 4, 1, 6), normal(3, 4, heads, 9), -uniform(3, 4, heads, 5), None]
+    steps = (slot_attention.step_form("triton"), slot_attention.step_form("torch"))
+    assert_steps_agree(steps, inputs, normal(3, heads, 5, 15))
 
 
 @pytest.mark.parametrize("length", [1, 37])

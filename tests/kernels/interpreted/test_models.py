@@ -82,6 +82,8 @@ LAUNCHES = {
     "ssm(state=4, expand=1)": ["conv_step", "selective_step"],
     "ssm(state=4, expand=1, fixed_point=householder(2))": ["conv_step", *2 * ["selective_step"]],
     "hgrn": ["scan_step", "norm_forward"],
+    "hla2": ["linear_step", "linear_step", "norm_forward"],
+    "linear(rule=slots(4), decay=channel)": ["conv_step", "linear_step", "linear_step", "norm_forward"],
 }
 
 
