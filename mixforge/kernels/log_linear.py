@@ -303,3 +303,11 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         found: Callable[..., tuple[Tensor, Tensor | None]] = triton_form("log_linear", "log_linear_triton")
         return found
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("log_linear_step", "log_linear_step_triton")
+        return found
+    return log_linear_step

@@ -602,7 +602,7 @@ class Linear(Mixer):
     def _operation(self, backend: Backend) -> tuple[Recurrence, Recurrence]:
         """The recurrence over a sequence and over one token."""
         if self.levels == "log":
-            return log_linear.form(backend), log_linear.log_linear_step
+            return log_linear.form(backend), log_linear.step_form(backend)
         if isinstance(self.rule, Form):
             return slot_attention.form(backend), slot_attention.step_form(backend)
         if self.rule == "second":

@@ -169,6 +169,7 @@ class Ssm(Mixer):
                 states=self.state,
                 is_complex=self.poles == "complex",
                 operation=diagonal_ssm.form(backend),
+                one_step=diagonal_ssm.step_form(backend),
             )
         sizes = [rank, self.state, self.state] if self.norm == "dt_b_c" else []
         norms = [norm_part(size, backend) for size in sizes]
