@@ -46,6 +46,13 @@ from torch import Tensor
 from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import Config, choose
+from mixforge.kernels.chunked_linear_rows_triton import (
+    chunk_place,
+    cut_log,
+    row_scalings,
+    running_sums,
+    sequence_place,
+)
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device, recording
 
 CHUNK = 64
@@ -58,35 +65,6 @@ MOST_KEYS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 GROUP = 128
 
 
-@triton.jit
-def _place(chunk, b, cu, table, T, NC, VARLEN: tl.constexpr):
-    """First row and length of the chunk's sequence, the chunk's number in it, and its number among all chunks."""
-    if VARLEN:
-        n = tl.load(table + 2 * chunk).to(tl.int64)
-        first = tl.load(cu + tl.maximum(n, 0)).to(tl.int64)
-        length = tl.where(n < 0, 0, tl.load(cu + tl.maximum(n, 0) + 1).to(tl.int64) - first)
-        return first, length, tl.load(table + 2 * chunk + 1).to(tl.int64), chunk.to(tl.int64)
-    else:
-        b = b.to(tl.int64)
-        return b * T, tl.cast(T, tl.int64), chunk.to(tl.int64), b * NC + chunk
-
-
-@triton.jit
-def _cut(decay):
-    """Log decays of at least -30; a NaN stays."""
-    return tl.maximum(decay, -30.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _sums(log, sums, g, row, valid, within, G: tl.constexpr, GATE: tl.constexpr):
-    """Running sums [C] of scalar log decays in a chunk, 0 beyond the sequence."""
-    if GATE == 1:
-        total = (within + 1) * _cut(tl.load(log + g).to(tl.float32))
-        return tl.where(valid, total, 0.0)
-    else:
-        return tl.load(sums + row * G + g, mask=valid, other=0.0)
-
-
 @triton.jit(do_not_specialize=["T", "NC"])
 def linear_gram(
     q, k, log, beta, sums, q_read, k_read, k_write, pairs, system, cu, table, T, NC,
@@ -97,7 +75,7 @@ def linear_gram(
     """P and A of one chunk and head, the running sums of its log decays, and what decays per channel scale."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
-    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, C)
     valid = c * C + within < length
     row = first + c * C + within
@@ -140,10 +118,10 @@ def linear_gram(
     causal = within[:, None] >= within[None, :]
     if GATE == 2:
         decay = tl.load(log + row * G + g, mask=valid, other=0.0).to(tl.float32)
-        total = tl.cumsum(_cut(decay), 0)
+        total = tl.cumsum(cut_log(decay), 0)
         tl.store(sums + row * G + g, total, mask=valid)
     if GATE == 1:
-        total = _sums(log, sums, g, row, valid, within, G, GATE)
+        total = running_sums(log, sums, g, row, valid, within, G, GATE)
     if (GATE == 1) or (GATE == 2):
         weight = tl.exp(tl.where(causal & valid[:, None], total[:, None] - total[None, :], 0.0))
         inner *= weight
@@ -196,7 +174,7 @@ def linear_solve(
     """M = (I + A)^-1 of one chunk and head: substitution in the diagonal blocks, then products of blocks."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
-    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, SUB)
     row = first + c * C + within
     left = length - c * C
@@ -259,28 +237,6 @@ def _store_row(
     tl.store(place + 3 * SUB, m_3.to(inverse.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
-def _sequence(n, cu, offsets, T, NC, VARLEN: tl.constexpr):
-    """First row, length and first chunk of a sequence."""
-    if VARLEN:
-        first = tl.load(cu + n).to(tl.int64)
-        return first, tl.load(cu + n + 1).to(tl.int64) - first, tl.load(offsets + n).to(tl.int64)
-    else:
-        n = n.to(tl.int64)
-        return n * T, tl.cast(T, tl.int64), n * NC
-
-
-@triton.jit
-def _row_scalings(log, sums, g, row, valid, within, last_row, count, G: tl.constexpr, GATE: tl.constexpr):
-    """Of scalar decays: factors of reading and writing, [C], and of keep."""
-    total = _sums(log, sums, g, row, valid, within, G, GATE)
-    if GATE == 1:
-        last = count * _cut(tl.load(log + g).to(tl.float32))
-    else:
-        last = tl.load(sums + last_row * G + g)
-    return tl.exp(total), tl.exp(tl.minimum(last - total, 0.0)), tl.exp(last)
-
-
 @triton.jit(do_not_specialize=["T", "NC"])
 def linear_scan(
     k_read, k_write, v, log, beta, sums, inverse, u, states, first_state, final_state, cu, offsets, T, NC,
@@ -290,7 +246,7 @@ def linear_scan(
     """U and the state before each chunk, and the last state: one head of a sequence and a block of value channels."""
     ng, block = tl.program_id(0), tl.program_id(1)
     g = ng % G
-    first, length, chunk = _sequence(ng // G, cu, offsets, T, NC, VARLEN)
+    first, length, chunk = sequence_place(ng // G, cu, offsets, T, NC, VARLEN)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
     matrix = channel[:, None] * V + value[None, :]
     in_matrix = (channel < K)[:, None] & (value < V)[None, :]
@@ -312,7 +268,7 @@ def linear_scan(
         spot = (row * G + g)[:, None] * V + value[None, :]
         u_CV = tl.load(v + spot, mask=in_values, other=0.0)
         if (GATE == 1) or (GATE == 2):
-            read, write, keep = _row_scalings(
+            read, write, keep = row_scalings(
                 log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE
             )
         if DELTA:
@@ -347,7 +303,7 @@ def linear_output(
     """O of one chunk and head, a block of value channels."""
     bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
-    first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, h = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within, value = tl.arange(0, C), block * BV + tl.arange(0, BV)
     valid = c * C + within < length
     row = first + c * C + within
@@ -364,7 +320,7 @@ def linear_output(
         state = tl.load(states + matrix, mask=(channel < K)[:, None] & (value < V)[None, :], other=0.0)
         o_CV = tl.dot(q_CK, state, o_CV, input_precision=PRECISION)
     if (GATE == 1) or (GATE == 2):
-        o_CV *= tl.exp(_sums(log, sums, g, row, valid, within, G, GATE))[:, None]
+        o_CV *= tl.exp(running_sums(log, sums, g, row, valid, within, G, GATE))[:, None]
     p_CC = tl.load(pairs + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0)
     o_CV = tl.dot(p_CC, tl.load(u + spot, mask=in_values, other=0.0), o_CV, input_precision=PRECISION)
     tl.store(o + spot, o_CV.to(o.dtype.element_ty), mask=in_values)
@@ -379,7 +335,7 @@ def linear_scan_backward(
     """dX and the gradient of the state after each chunk, from the last chunk to the first."""
     ng, block = tl.program_id(0), tl.program_id(1)
     g = ng % G
-    first, length, chunk = _sequence(ng // G, cu, offsets, T, NC, VARLEN)
+    first, length, chunk = sequence_place(ng // G, cu, offsets, T, NC, VARLEN)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
     matrix = channel[:, None] * V + value[None, :]
     in_matrix = (channel < K)[:, None] & (value < V)[None, :]
@@ -400,7 +356,7 @@ def linear_scan_backward(
         in_values = valid[:, None] & (value < V)[None, :]
         key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
         if (GATE == 1) or (GATE == 2):
-            read, write, keep = _row_scalings(
+            read, write, keep = row_scalings(
                 log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE
             )
         k_CK = tl.load(k_write + key_row, mask=in_keys, other=0.0)
@@ -446,7 +402,7 @@ def linear_pairs_backward(
     dbeta."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
-    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, C)
     valid = c * C + within < length
     row = first + c * C + within
@@ -472,7 +428,7 @@ def linear_pairs_backward(
             tl.store(dv + spot, (step[:, None] * dx_CV.to(tl.float32)).to(dv.dtype.element_ty), mask=mask)
     causal = within[:, None] >= within[None, :]
     if (GATE == 1) or (GATE == 2):
-        total = _sums(log, sums, g, row, valid, within, G, GATE)
+        total = running_sums(log, sums, g, row, valid, within, G, GATE)
         weight = tl.exp(tl.where(causal & valid[:, None], total[:, None] - total[None, :], 0.0))
         dp_CC *= weight
         da_CC *= weight
@@ -497,7 +453,7 @@ def linear_gradients(
     """dQ and dK of one chunk and head, a block of key channels, with its part of dG and dbeta."""
     bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
-    first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, h = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within, channel = tl.arange(0, C), block * BK + tl.arange(0, BK)
     valid = c * C + within < length
     row = first + c * C + within
@@ -550,7 +506,7 @@ def linear_gradients(
         dwrite_CK *= tl.exp(tl.minimum(last[None, :] - total, 0.0))
         along = along * tl.exp(last) + tl.sum(k_CK.to(tl.float32) * dwrite_CK, 0)
     if (GATE == 1) or (GATE == 2):
-        read, write, keep = _row_scalings(log, sums, g, row, valid, within, last_row, count, G, GATE)
+        read, write, keep = row_scalings(log, sums, g, row, valid, within, last_row, count, G, GATE)
         dq_CK *= read[:, None]
         z_CK *= read[:, None]
         dwrite_CK *= write[:, None]
