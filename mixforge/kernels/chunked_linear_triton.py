@@ -45,7 +45,7 @@ from torch import Tensor
 
 from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import BeyondKernels
-from mixforge.kernels.blocks import Config, choose
+from mixforge.kernels.blocks import ANY, Config, choose
 from mixforge.kernels.chunked_linear_rows_triton import (
     chunk_place,
     cut_log,
@@ -53,16 +53,23 @@ from mixforge.kernels.chunked_linear_rows_triton import (
     running_sums,
     sequence_place,
 )
+from mixforge.kernels.chunked_linear_wide_triton import (
+    linear_scan_backward_wide,
+    linear_scan_wide,
+    linear_step_wide,
+)
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device, recording
 
 CHUNK = 64
 BLOCK = 16
 GATES = {"none": 0, "head": 1, "scalar": 2, "channel": 3}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# A state of float32 keys wider than 128 is beyond the shared memory of every device.
+# Of one scan whose state stays in registers: float32 keys wider than 128 are beyond the shared memory of every device.
 MOST_KEYS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 # Of a group, where there are more and the rule is add.
 GROUP = 128
+# Of one token.
+MOST_KEYS_NOW = 256
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
@@ -318,7 +325,7 @@ def linear_output(
         )
         matrix = (h * G + g) * K * V + channel[:, None] * V + value[None, :]
         state = tl.load(states + matrix, mask=(channel < K)[:, None] & (value < V)[None, :], other=0.0)
-        o_CV = tl.dot(q_CK, state, o_CV, input_precision=PRECISION)
+        o_CV = tl.dot(q_CK, state.to(q_CK.dtype), o_CV, input_precision=PRECISION)
     if (GATE == 1) or (GATE == 2):
         o_CV *= tl.exp(running_sums(log, sums, g, row, valid, within, G, GATE))[:, None]
     p_CC = tl.load(pairs + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0)
@@ -479,6 +486,7 @@ def linear_gradients(
         ds_VK = tl.load(dstates + matrix, mask=in_matrix, other=0.0)
         do_CV = tl.load(do + spot, mask=in_values, other=0.0)
         u_CV = tl.load(u + spot, mask=in_values, other=0.0)
+        s_VK, ds_VK = s_VK.to(do_CV.dtype), ds_VK.to(do_CV.dtype)
         dq_CK = tl.dot(do_CV, s_VK, dq_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(u_CV, ds_VK, dwrite_CK, input_precision=PRECISION)
         if GATE == 3:
@@ -575,6 +583,9 @@ def _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA: tl.constexpr):
     return d_CK
 
 
+SCANS = (linear_scan, linear_scan_wide, linear_scan_backward, linear_scan_backward_wide)
+
+
 def chunked_linear_triton(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -590,8 +601,8 @@ def chunked_linear_triton(
     then [N, G, K, V]. Raises ValueError where a shape, dtype or device does not fit.
     """
     check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
-    check_limits(q_BTHK, splits=beta_BTG is None)
-    if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype]:
+    check_limits(q_BTHK, ANY)
+    if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype] and beta_BTG is None:
         return by_groups_of_keys(q_BTHK, k_BTHK, v_BTGV, decay, state_BGKV, cu_seqlens)
     o_BTGV, state, *_ = forward(
         q_BTHK,
@@ -643,16 +654,16 @@ def by_groups_of_keys(
     return o_BTGV, last[:, :, :keys].contiguous()
 
 
-def check_limits(q: Tensor, splits: bool = False) -> None:
-    """Raise ValueError for a dtype that the kernels do not take, BeyondKernels for such a dim.
+def check_limits(q: Tensor, most: int | None = None) -> None:
+    """Raise ValueError for a dtype that the kernels do not take, BeyondKernels for more key channels than `most`.
 
-    splits: whether keys can be cut into groups.
+    None is what one scan takes whose state stays in registers.
     """
     if q.dtype not in TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
         raise ValueError(f"q is {q.dtype}; backend='triton' takes {known}")
-    most = MOST_KEYS[q.dtype]
-    if q.shape[3] > most and not splits:
+    most = MOST_KEYS[q.dtype] if most is None else most
+    if q.shape[3] > most:
         name = str(q.dtype).removeprefix("torch.")
         raise BeyondKernels(
             f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name}: give a smaller key_dim, "
@@ -696,6 +707,9 @@ class Shape:
                 [owner.masked_fill(unused, -1), inner.masked_fill(unused, 0)], 1
             ).contiguous()
         self.dtype = v.dtype
+        self.is_wide = self.delta and self.keys > MOST_KEYS[v.dtype]
+        # The scan goes on from what it stored.
+        self.of_states = torch.float32 if self.is_wide else v.dtype
         # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
         self.wide, self.wide_precision = v.dtype, dot_precision(v.dtype)
         if v.dtype == torch.float16 and self.gate == "channel":
@@ -710,6 +724,16 @@ class Shape:
         blocks = {name: min(found.blocks[name], padded(dims[name])) for name in used}
         return Config(blocks, found.warps, found.stages)
 
+    def scan(self, held: Any, wide: Any) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
+        """The kernel of a scan, its blocks, and what it is told beside: `wide` where keys are."""
+        if self.is_wide:
+            return wide, ("BK", "BV"), {}
+        return held, ("BV",), {"DELTA": self.delta, "KP": padded(self.keys)}
+
+    def of_scan(self, kernel: Any, blocks: tuple[str, ...]) -> tuple[int, int]:
+        """Its grid."""
+        return self.sequences * self.heads, -(-self.values // self.config(kernel, blocks).blocks["BV"])
+
     @property
     def constants(self) -> dict[str, Any]:
         return {"G": self.heads, "VARLEN": self.cu is not None, "C": CHUNK}
@@ -718,7 +742,7 @@ class Shape:
         self, kernel: Any, grid: tuple[int, ...], *args: Any, blocks: tuple[str, ...] = (), **constants: Any
     ) -> None:
         """Launch a kernel that takes the sequences' bounds and the lengths at its end."""
-        is_scan = kernel in (linear_scan, linear_scan_backward)
+        is_scan = kernel in SCANS
         places = (self.cu, self.offsets if is_scan else self.table)
         rows = (self.batch * self.length,) if kernel is linear_gradients else ()
         ends = (self.length, self.chunks)
@@ -757,7 +781,9 @@ def forward_kernels(
     system = q.new_empty(*cells, CHUNK, dtype=torch.float32) if shape.delta else None
     inverse = q.new_empty(*cells, CHUNK) if shape.delta else None
     u = torch.empty_like(v) if shape.delta else None
-    states = q.new_empty(shape.chunks * shape.batch, shape.heads, shape.keys, shape.values)
+    states = q.new_empty(
+        shape.chunks * shape.batch, shape.heads, shape.keys, shape.values, dtype=shape.of_states
+    )
     final = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     o = torch.empty_like(v)
     each_chunk = (shape.batch * shape.heads, shape.chunks)
@@ -769,11 +795,11 @@ def forward_kernels(
         solve = dot_precision(torch.float32)
         shape.run(linear_solve, each_chunk, system, inverse, SUB=BLOCK, PRECISION=solve)
     q_read, k_read, k_write = scaled or (q, k, k)
-    scan = shape.config(linear_scan, ("BV",)).blocks["BV"]
+    kernel, blocks, how = shape.scan(linear_scan, linear_scan_wide)
     shape.run(
-        linear_scan, (shape.sequences * shape.heads, -(-shape.values // scan)),
-        k_read, k_write, v, decay, beta, sums, inverse, u, states, state, final, blocks=("BV",),
-        **common, **value, H=shape.read_heads, DELTA=shape.delta, KP=padded(shape.keys), PRECISION=precision,
+        kernel, shape.of_scan(kernel, blocks),
+        k_read, k_write, v, decay, beta, sums, inverse, u, states, state, final, blocks=blocks,
+        **common, **value, **how, H=shape.read_heads, PRECISION=precision,
     )  # fmt: skip
     wide = shape.config(linear_output, ("BK", "BV")).blocks["BV"]
     shape.run(
@@ -811,7 +837,7 @@ def backward_kernels(
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
     decay, beta, dfinal = (None if x is None else x.contiguous() for x in (decay, beta, dfinal))
     shape = Shape(q, v, decay, beta, cu_seqlens)
-    common = {"K": shape.keys, "GATE": GATES[shape.gate], "DELTA": shape.delta}
+    common = {"K": shape.keys, "GATE": GATES[shape.gate]}
     value, precision = {"V": shape.values}, dot_precision(shape.dtype)
     kept_sums = sums if shape.sums else None
     scaled = (q_read, k_read, k_write) if shape.gate == "channel" else (q, k, k)
@@ -819,11 +845,11 @@ def backward_kernels(
     cells = (shape.batch, shape.length, shape.heads)
     dx, dstates = torch.empty_like(v), torch.empty_like(states)
     dfirst = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
-    scan = shape.config(linear_scan_backward, ("BV",)).blocks["BV"]
+    kernel, blocks, how = shape.scan(linear_scan_backward, linear_scan_backward_wide)
     shape.run(
-        linear_scan_backward, (shape.sequences * shape.heads, -(-shape.values // scan)),
+        kernel, shape.of_scan(kernel, blocks),
         *scaled, decay, beta, kept_sums, pairs, inverse if shape.delta else None, do, dx, dstates, dfinal, dfirst,
-        blocks=("BV",), **common, **value, H=shape.read_heads, KP=padded(shape.keys), PRECISION=precision,
+        blocks=blocks, **common, **value, **how, H=shape.read_heads, PRECISION=precision,
     )  # fmt: skip
     dpairs = q.new_empty(*cells, CHUNK, dtype=shape.wide)
     dsystem = torch.empty_like(dpairs) if shape.delta else None
@@ -850,7 +876,7 @@ def backward_kernels(
         linear_gradients, (*each_chunk, parts),
         q, k, decay, beta, kept_sums, kept_u, states, do, dx if shape.delta else None, dstates, dpairs, dsystem,
         dq, dk, dlog, dbeta,
-        blocks=("BK", "BV"), **common, **value, H=shape.key_heads,
+        blocks=("BK", "BV"), **common, **value, H=shape.key_heads, DELTA=shape.delta,
         SUB=BLOCK, WIDE=TYPES[shape.wide], PRECISION=shape.wide_precision,
     )  # fmt: skip
     if is_shared:
@@ -948,9 +974,17 @@ def step_kernels(
     batch, key_heads, keys = q.shape
     heads, values = v.shape[1:]
     gate = "none" if decay_now is None else {1: "head", 2: "scalar", 3: "channel"}[decay_now.dim()]
+    if beta is not None and keys > MOST_KEYS_NOW:
+        config = choose("linear_step_wide", generation(), v.dtype, keys, values)
+        o = torch.empty_like(v)
+        launch(
+            linear_step_wide, (batch * heads, -(-values // config.blocks["BV"])), q, k, v, decay_now, beta, state, o,
+            config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], ROW=state.stride(2),
+        )  # fmt: skip
+        return o
     found = choose("linear_step", generation(), v.dtype, keys, values)
     config = Config({"BV": min(found.blocks["BV"], padded(values))}, found.warps, found.stages)
-    channels = padded(keys) if keys <= MOST_KEYS[v.dtype] else GROUP
+    channels = padded(keys) if keys <= MOST_KEYS_NOW else GROUP
     parts = -(-keys // channels)
     o = v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)
     launch(
@@ -988,7 +1022,7 @@ def linear_step_triton(
     beta = None if beta is None else beta[:, None]
     q, k, v = q_BHK[:, None], k_BHK[:, None], v_BGV[:, None]
     check_arguments(q, k, v, decay, beta, state_BGKV, None)
-    check_limits(q, splits=beta is None)
+    check_limits(q, ANY)
     given = (q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         o, state = chunked_linear_triton(q, k, v, decay, beta, state_BGKV)

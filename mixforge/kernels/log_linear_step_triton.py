@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.arguments import check_arguments
-from mixforge.kernels.blocks import Config, choose
-from mixforge.kernels.chunked_linear_triton import GATES, GROUP, MOST_KEYS, check_limits, padded
+from mixforge.kernels.blocks import ANY, Config, choose
+from mixforge.kernels.chunked_linear_triton import GATES, GROUP, MOST_KEYS_NOW, check_limits, padded
 from mixforge.kernels.gated_scan_triton import check_state
 from mixforge.kernels.launch import check_device, generation, launch, on_device, recording
 
@@ -89,7 +89,7 @@ def step_kernels(
     gate = "none" if decay_now is None else {1: "head", 2: "scalar"}[decay_now.dim()]
     found = choose("log_linear_step", generation(), v.dtype, keys, values)
     config = Config({"BV": min(found.blocks["BV"], padded(values))}, found.warps, found.stages)
-    channels = padded(keys) if keys <= MOST_KEYS[v.dtype] else GROUP
+    channels = padded(keys) if keys <= MOST_KEYS_NOW else GROUP
     parts = -(-keys // channels)
     o = v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)
     launch(
@@ -130,6 +130,6 @@ def log_linear_step_triton(
     decay = decay_now if decay_now is None or decay_now.dim() == 1 else decay_now[:, None]
     beta = None if beta_BG is None else beta_BG[:, None]
     check_arguments(q, k, v, decay, beta, state_BGNKV[:, :, 0], None)
-    check_limits(q, splits=beta is None)
+    check_limits(q, ANY if beta is None else MOST_KEYS_NOW)
     check_state(state_BGNKV, state_BGNKV.shape)
     return one_step(q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGNKV, weight_BGE, position), state_BGNKV

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixforge.kernels.blocks import ANY
 from mixforge.kernels.chunked_linear_triton import check_limits, chunked_linear_triton
 from mixforge.kernels.log_linear import (
     CHUNK,
@@ -41,9 +42,9 @@ def log_linear_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """As `log_linear_reference`, on a GPU.
 
-    Raises ValueError where there are more key channels than the kernels take.
+    Raises ValueError for a dtype that the kernels do not take.
     """
-    check_limits(q_BTHK, splits=beta_BTG is None)
+    check_limits(q_BTHK, ANY)
     batch, length = v_BTGV.shape[:2]
     inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE, start)
     after = None

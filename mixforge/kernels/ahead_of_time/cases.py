@@ -284,6 +284,7 @@ def _cell(name: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
 _WIDE = {"B": 8, "T": 4096, "D": 2048}
 _ROWS = {"B": 64, "D": 2048}
 _PACKED = {"B": 1, "T": 32768, "H": 4, "G": 16, "K": 128, "V": 128, "N": 8, "N+1": 9}
+_WIDER = {"B": 2, "T": 4096, "H": 16, "G": 16, "K": 256, "V": 128}
 _STATES = {"B": 64, "H": 16, "G": 16, "K": 128, "V": 128}
 
 CASES: tuple[Case, ...] = (
@@ -294,12 +295,16 @@ CASES: tuple[Case, ...] = (
     _linear("channel, delta", 128, torch.float16),
     _case("packed linear", "scalar, delta", _packed_linear, _PACKED),
     _case("packed linear", "channel, add", _packed_linear, _PACKED),
+    # States that no kernel holds.
+    _case("wide linear", "channel, delta", _chunked_linear, _WIDER, chunked_linear_reference, torch.float32),
+    _case("wide linear", "scalar, delta", _chunked_linear, {**_WIDER, "K": 512}, chunked_linear_reference),
     *(
         _case("linear decode", variant, _linear_decode, {"B": 64, "H": 16, "G": 16, "K": keys, "V": values})
         for variant in ("channel, delta", "scalar, add")
         for keys, values in ((64, 64), (128, 256))
     ),
     *(_case("linear step", f"{decay}, {rule}", _linear_step, _STATES) for decay in DECAYS for rule in RULES),
+    _case("wide linear step", "channel, delta", _linear_step, {**_STATES, "K": 512}),
     *(
         _case("log linear step", variant, _log_linear_step, {**_STATES, "N": 13})
         for variant in ("scalar, add", "scalar, delta")
@@ -337,7 +342,9 @@ CASES: tuple[Case, ...] = (
 _HARDEST = (
     ("chunked_linear", "channel, delta"),
     ("linear decode", "channel, delta"),
+    ("wide linear", "channel, delta"),
     ("linear step", "channel, delta"),
+    ("wide linear step", "channel, delta"),
     ("log linear step", "scalar, delta"),
     ("dplr", "removal"),
     ("twofold_linear", "both decays"),

@@ -589,11 +589,12 @@ class Linear(Mixer):
         return self.normalised or self.in_gate in ("dt", "sigmoid", "exp", "tied") or self.norm == "length"
 
     def _check_kernels(self, size: Sizes) -> None:
-        """Raise BeyondKernels where no kernel holds the state of a head; under rule add its rows are cut into groups."""
-        slots = isinstance(self.rule, Form)
+        """Raise BeyondKernels where no kernel holds the state of a head, and none does without holding it."""
+        slots, is_levelled = isinstance(self.rule, Form), self.rule == "delta" and self.levels == "log"
         most = 128 if slots else 256
-        if (slots or self.rule in ("delta", "dplr") or self.decay == "both") and size.features > most:
+        if (slots or is_levelled or self.rule == "dplr" or self.decay == "both") and size.features > most:
             genes = "decay=both" if self.decay == "both" else f"rule={self.rule}"
+            genes += " and levels=log" if is_levelled else ""
             raise BeyondKernels(
                 f"backend='triton' takes at most {most} key channels with {genes}, and this mixer has {size.features} "
                 "(mixer linear): give a smaller key_dim, or build with backend='torch'"

@@ -149,15 +149,15 @@ def test_steps_of_log_linear(kind: str, is_delta: bool) -> None:
 @torch.no_grad()
 def test_steps_of_log_linear_over_wide_keys() -> None:
     """Under rule add keys are summed over groups of 128 channels; under rule delta they are refused."""
-    q, k, v = normal(1, 1, 200), normal(1, 1, 200), normal(1, 2, 3)
-    state, weight, at = normal(1, 2, 3, 200, 3), uniform(1, 2, 4), torch.tensor(3)
+    q, k, v = normal(1, 1, 300), normal(1, 1, 300), normal(1, 2, 3)
+    state, weight, at = normal(1, 2, 3, 300, 3), uniform(1, 2, 4), torch.tensor(3)
     exact = [x.double() for x in (q, k, v)]
     expected, after = log_linear.step_form("torch")(*exact, None, None, state.double(), weight.double(), at)
     found = state.clone()
     o, _ = log_linear.step_form("triton")(q, k, v, None, None, found, weight, at)
     assert_close("output", o, expected, RATIO)
     assert_close("state", found, after, RATIO)
-    with pytest.raises(ValueError, match="takes at most 128"):
+    with pytest.raises(ValueError, match="takes at most 256"):
         log_linear.step_form("triton")(q, k, v, None, uniform(1, 2), state, weight, at)
 
 

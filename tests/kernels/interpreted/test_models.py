@@ -19,6 +19,7 @@ MIXERS = [
     "linear(decay=scalar, forget=sigmoid, out_gate=sigmoid, phi=elu1)",
     "linear(phi=elu1, norm=denominator)",
     "based",
+    "linear(rule=delta, phi=taylor(2), key_dim=16, heads=1)",
     "hgrn2",
     "mlstm",
     "rwkv6(forget_rank=4)",
@@ -107,8 +108,8 @@ def test_a_step_holds_few_launches(mixer: str) -> None:
 
 
 def test_what_cannot_run_is_refused_when_it_is_built() -> None:
-    with pytest.raises(ValueError, match="at most 256 key channels with rule=delta, and this mixer has 561"):
-        parse("lm(linear(rule=delta, phi=taylor(2), key_dim=32) + swiglu, width=32)").build("triton")
+    with pytest.raises(ValueError, match="at most 256 key channels with rule=dplr, and this mixer has 300"):
+        parse("lm(linear(rule=dplr, key_dim=300, heads=1) + swiglu, width=32)").build("triton")
 
 
 def test_a_state_that_cannot_be_written_is_refused() -> None:
