@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -200,8 +199,8 @@ def steps(size: Size) -> Iterator[Case]:
         op="selective_scan",
         variant="",
         draw=draw_selective_step,
-        reference=selective_step,
-        forms={"triton": selective_step_triton, "torch": selective_step},
+        reference=partial(selective_step, "reference"),
+        forms={name: partial(selective_step, name) for name in ("triton", "torch")},
     )
     yield make(
         op="short_conv",
@@ -221,17 +220,9 @@ def convolve_step(name: str, x: Tensor, weight: Tensor, state: Tensor) -> tuple[
 
 
 def selective_step(
-    x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, state: Tensor
+    name: str, x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return selective_scan.selective_scan_step(x, dt, rate, b, c, None, state)
-
-
-def selective_step_triton(
-    x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    module = importlib.import_module("mixforge.kernels.selective_scan_triton")
-    found: tuple[Tensor, Tensor] = module.selective_scan_step_triton(x, dt, rate, b, c, None, state)
-    return found
+    return selective_scan.step_form(name)(x, dt, rate, b, c, None, state)
 
 
 def normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:

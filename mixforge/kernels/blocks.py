@@ -121,12 +121,24 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gradients", Config({"BK": 16, "BV": 16}, warps=4), generation="gfx"),
     Row("linear_gradients", Config({"BK": 16, "BV": 32}, stages=1), generation="sm_9"),
     Row("linear_gradients", Config({"BK": 16, "BV": 32}, warps=8, stages=1)),
+    Row("linear_scan_wide", Config({"BK": 64, "BV": 16}), generation="cpu"),
+    Row("linear_scan_wide", Config({"BK": 32, "BV": 64}), generation="sm_10", itemsize=2),
+    Row("linear_scan_wide", Config({"BK": 64, "BV": 64}), itemsize=2),
+    Row("linear_scan_wide", Config({"BK": 16, "BV": 32}), generation="sm_9"),
+    Row("linear_scan_wide", Config({"BK": 16, "BV": 32}, warps=8)),
+    Row("linear_scan_backward_wide", Config({"BK": 64, "BV": 16}), generation="cpu"),
+    Row("linear_scan_backward_wide", Config({"BK": 32, "BV": 64}), generation="sm_8", itemsize=2),
+    Row("linear_scan_backward_wide", Config({"BK": 64, "BV": 64}), itemsize=2),
+    Row("linear_scan_backward_wide", Config({"BK": 16, "BV": 32}), generation="sm_9"),
+    Row("linear_scan_backward_wide", Config({"BK": 16, "BV": 32}, warps=8)),
+    Row("linear_step_wide", Config({"BK": 128, "BV": 16})),
     Row("linear_step", Config({"BV": 32}), key=128),
     Row("linear_step", Config({"BV": 16})),
     # A state that is smaller than the threads would be held by several of them.
     Row("linear_decode", Config(warps=1), key=32, value=32),
     Row("linear_decode", Config(warps=4), key=64, value=64),
     Row("linear_decode", Config(warps=8)),
+    Row("log_linear_step", Config({"BV": 16})),
     # dplr and twofold_linear
     # Chunks of 16 rows are work for one warp, which waits for no other.
     Row("dplr_pairs", Config({"BK": 32}, warps=1, stages=1), itemsize=2),
@@ -161,6 +173,12 @@ TABLE: tuple[Row, ...] = (
     Row("scan_backward", Config({"BLOCK_T": 32, "BLOCK_D": 32}, warps=1), value=1),
     Row("scan_backward", Config({"BLOCK_T": 16, "BLOCK_D": 32}, warps=1)),
     Row("scan_step", Config({"BLOCK_D": 256}, warps=2)),
+    # diagonal_ssm: the key dim is the poles of a channel; softmax_scan: that of the values
+    Row("diagonal_step", Config({"BLOCK_D": 4, "BLOCK_P": 16}), generation="cpu"),
+    Row("diagonal_step", Config({"BLOCK_D": 32, "BLOCK_P": 16}), key=16),
+    Row("diagonal_step", Config({"BLOCK_D": 8, "BLOCK_P": 64})),
+    Row("softmax_step", Config({"BLOCK_R": 2, "BLOCK_V": 16}), generation="cpu"),
+    Row("softmax_step", Config({"BLOCK_R": 4, "BLOCK_V": 128})),
     # norm
     Row("norm_forward", Config({"BLOCK_R": 4}), generation="cpu"),
     Row("norm_forward", Config({"BLOCK_R": 16}), key=128),

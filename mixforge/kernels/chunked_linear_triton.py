@@ -46,46 +46,31 @@ from torch import Tensor
 
 from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import BeyondKernels
-from mixforge.kernels.blocks import Config, choose
+from mixforge.kernels.blocks import ANY, Config, choose
+from mixforge.kernels.chunked_linear_rows_triton import (
+    chunk_place,
+    cut_log,
+    row_scalings,
+    running_sums,
+    sequence_place,
+)
+from mixforge.kernels.chunked_linear_wide_triton import (
+    linear_scan_backward_wide,
+    linear_scan_wide,
+    linear_step_wide,
+)
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device, recording
 
 CHUNK = 64
 BLOCK = 16
 GATES = {"none": 0, "head": 1, "scalar": 2, "channel": 3}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# A state of float32 keys wider than 128 is beyond the shared memory of every device.
+# Of one scan whose state stays in registers: float32 keys wider than 128 are beyond the shared memory of every device.
 MOST_KEYS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 # Of a group, where there are more and the rule is add.
 GROUP = 128
-
-
-@triton.jit
-def _place(chunk, b, cu, table, T, NC, VARLEN: tl.constexpr):
-    """First row and length of the chunk's sequence, the chunk's number in it, and its number among all chunks."""
-    if VARLEN:
-        n = tl.load(table + 2 * chunk).to(tl.int64)
-        first = tl.load(cu + tl.maximum(n, 0)).to(tl.int64)
-        length = tl.where(n < 0, 0, tl.load(cu + tl.maximum(n, 0) + 1).to(tl.int64) - first)
-        return first, length, tl.load(table + 2 * chunk + 1).to(tl.int64), chunk.to(tl.int64)
-    else:
-        b = b.to(tl.int64)
-        return b * T, tl.cast(T, tl.int64), chunk.to(tl.int64), b * NC + chunk
-
-
-@triton.jit
-def _cut(decay):
-    """Log decays of at least -30; a NaN stays."""
-    return tl.maximum(decay, -30.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _sums(log, sums, g, row, valid, within, G: tl.constexpr, GATE: tl.constexpr):
-    """Running sums [C] of scalar log decays in a chunk, 0 beyond the sequence."""
-    if GATE == 1:
-        total = (within + 1) * _cut(tl.load(log + g).to(tl.float32))
-        return tl.where(valid, total, 0.0)
-    else:
-        return tl.load(sums + row * G + g, mask=valid, other=0.0)
+# Of one token.
+MOST_KEYS_NOW = 256
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
@@ -98,7 +83,7 @@ def linear_gram(
     """P and A of one chunk and head, the running sums of its log decays, and what decays per channel scale."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
-    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, C)
     valid = c * C + within < length
     row = first + c * C + within
@@ -141,10 +126,10 @@ def linear_gram(
     causal = within[:, None] >= within[None, :]
     if GATE == 2:
         decay = tl.load(log + row * G + g, mask=valid, other=0.0).to(tl.float32)
-        total = tl.cumsum(_cut(decay), 0)
+        total = tl.cumsum(cut_log(decay), 0)
         tl.store(sums + row * G + g, total, mask=valid)
     if GATE == 1:
-        total = _sums(log, sums, g, row, valid, within, G, GATE)
+        total = running_sums(log, sums, g, row, valid, within, G, GATE)
     if (GATE == 1) or (GATE == 2):
         weight = tl.exp(tl.where(causal & valid[:, None], total[:, None] - total[None, :], 0.0))
         inner *= weight
@@ -211,7 +196,7 @@ def linear_solve(
     """M = (I + A)^-1 of one chunk and head: substitution in the diagonal blocks, then products of blocks."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
-    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, SUB)
     row = first + c * C + within
     left = length - c * C
@@ -274,28 +259,6 @@ def _store_row(
     tl.store(place + 3 * SUB, m_3.to(inverse.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
-def _sequence(n, cu, offsets, T, NC, VARLEN: tl.constexpr):
-    """First row, length and first chunk of a sequence."""
-    if VARLEN:
-        first = tl.load(cu + n).to(tl.int64)
-        return first, tl.load(cu + n + 1).to(tl.int64) - first, tl.load(offsets + n).to(tl.int64)
-    else:
-        n = n.to(tl.int64)
-        return n * T, tl.cast(T, tl.int64), n * NC
-
-
-@triton.jit
-def _row_scalings(log, sums, g, row, valid, within, last_row, count, G: tl.constexpr, GATE: tl.constexpr):
-    """Of scalar decays: factors of reading and writing, [C], and of keep."""
-    total = _sums(log, sums, g, row, valid, within, G, GATE)
-    if GATE == 1:
-        last = count * _cut(tl.load(log + g).to(tl.float32))
-    else:
-        last = tl.load(sums + last_row * G + g)
-    return tl.exp(total), tl.exp(tl.minimum(last - total, 0.0)), tl.exp(last)
-
-
 @triton.jit(do_not_specialize=["T", "NC"])
 def linear_scan(
     k_read, k_write, v, log, beta, sums, inverse, u, states, first_state, final_state, cu, offsets, T, NC,
@@ -305,7 +268,7 @@ def linear_scan(
     """U and the state before each chunk, and the last state: one head of a sequence and a block of value channels."""
     ng, block = tl.program_id(0), tl.program_id(1)
     g = ng % G
-    first, length, chunk = _sequence(ng // G, cu, offsets, T, NC, VARLEN)
+    first, length, chunk = sequence_place(ng // G, cu, offsets, T, NC, VARLEN)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
     matrix = channel[:, None] * V + value[None, :]
     in_matrix = (channel < K)[:, None] & (value < V)[None, :]
@@ -327,7 +290,7 @@ def linear_scan(
         spot = (row * G + g)[:, None] * V + value[None, :]
         u_CV = tl.load(v + spot, mask=in_values, other=0.0)
         if (GATE == 1) or (GATE == 2):
-            read, write, keep = _row_scalings(
+            read, write, keep = row_scalings(
                 log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE
             )
         if DELTA:
@@ -362,7 +325,7 @@ def linear_output(
     """O of one chunk and head, a block of value channels."""
     bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
-    first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, h = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within, value = tl.arange(0, C), block * BV + tl.arange(0, BV)
     valid = c * C + within < length
     row = first + c * C + within
@@ -377,9 +340,9 @@ def linear_output(
         )
         matrix = (h * G + g) * K * V + channel[:, None] * V + value[None, :]
         state = tl.load(states + matrix, mask=(channel < K)[:, None] & (value < V)[None, :], other=0.0)
-        o_CV = tl.dot(q_CK, state, o_CV, input_precision=PRECISION)
+        o_CV = tl.dot(q_CK, state.to(q_CK.dtype), o_CV, input_precision=PRECISION)
     if (GATE == 1) or (GATE == 2):
-        o_CV *= tl.exp(_sums(log, sums, g, row, valid, within, G, GATE))[:, None]
+        o_CV *= tl.exp(running_sums(log, sums, g, row, valid, within, G, GATE))[:, None]
     p_CC = tl.load(pairs + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0)
     o_CV = tl.dot(p_CC, tl.load(u + spot, mask=in_values, other=0.0), o_CV, input_precision=PRECISION)
     tl.store(o + spot, o_CV.to(o.dtype.element_ty), mask=in_values)
@@ -394,7 +357,7 @@ def linear_scan_backward(
     """dX and the gradient of the state after each chunk, from the last chunk to the first."""
     ng, block = tl.program_id(0), tl.program_id(1)
     g = ng % G
-    first, length, chunk = _sequence(ng // G, cu, offsets, T, NC, VARLEN)
+    first, length, chunk = sequence_place(ng // G, cu, offsets, T, NC, VARLEN)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
     matrix = channel[:, None] * V + value[None, :]
     in_matrix = (channel < K)[:, None] & (value < V)[None, :]
@@ -415,7 +378,7 @@ def linear_scan_backward(
         in_values = valid[:, None] & (value < V)[None, :]
         key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
         if (GATE == 1) or (GATE == 2):
-            read, write, keep = _row_scalings(
+            read, write, keep = row_scalings(
                 log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE
             )
         k_CK = tl.load(k_write + key_row, mask=in_keys, other=0.0)
@@ -461,7 +424,7 @@ def linear_pairs_backward(
     dbeta."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
-    first, length, c, _ = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, C)
     valid = c * C + within < length
     row = first + c * C + within
@@ -487,7 +450,7 @@ def linear_pairs_backward(
             tl.store(dv + spot, (step[:, None] * dx_CV.to(tl.float32)).to(dv.dtype.element_ty), mask=mask)
     causal = within[:, None] >= within[None, :]
     if (GATE == 1) or (GATE == 2):
-        total = _sums(log, sums, g, row, valid, within, G, GATE)
+        total = running_sums(log, sums, g, row, valid, within, G, GATE)
         weight = tl.exp(tl.where(causal & valid[:, None], total[:, None] - total[None, :], 0.0))
         dp_CC *= weight
         da_CC *= weight
@@ -512,7 +475,7 @@ def linear_gradients(
     """dQ and dK of one chunk and head, a block of key channels, with its part of dG and dbeta."""
     bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
-    first, length, c, h = _place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    first, length, c, h = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within, channel = tl.arange(0, C), block * BK + tl.arange(0, BK)
     # Places count from the chunk's first row: numbers of 64 bits for each element would fill the registers.
     base = first + c * C
@@ -610,6 +573,7 @@ def linear_gradients(
         ds_VK = tl.load(dstates + matrix, mask=in_matrix, other=0.0)
         do_CV = tl.load(do + of_values, mask=in_values, other=0.0)
         u_CV = tl.load(u + of_values, mask=in_values, other=0.0)
+        s_VK, ds_VK = s_VK.to(do_CV.dtype), ds_VK.to(do_CV.dtype)
         dq_CK = tl.dot(do_CV, s_VK, dq_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(u_CV, ds_VK, dwrite_CK, input_precision=PRECISION)
         if GATE == 3:
@@ -643,7 +607,7 @@ def linear_gradients(
         k_CK = tl.load(k + key_row, mask=in_keys, other=0.0)
         steps_CK = (k_CK.to(tl.float32) * step[:, None]).to(k_CK.dtype)
         if GATE != 0:
-            read, write, keep = _row_scalings(log, sums, g, within, valid, within, last_row, count, G, GATE)
+            read, write, keep = row_scalings(log, sums, g, within, valid, within, last_row, count, G, GATE)
             dq_CK *= read[:, None]
             z_CK *= read[:, None]
             dwrite_CK *= write[:, None]
@@ -684,6 +648,9 @@ def _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA: tl.constexpr):
     return d_CK
 
 
+SCANS = (linear_scan, linear_scan_wide, linear_scan_backward, linear_scan_backward_wide)
+
+
 def chunked_linear_triton(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -699,8 +666,8 @@ def chunked_linear_triton(
     then [N, G, K, V]. Raises ValueError where a shape, dtype or device does not fit.
     """
     check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
-    check_limits(q_BTHK, splits=beta_BTG is None)
-    if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype]:
+    check_limits(q_BTHK, ANY)
+    if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype] and beta_BTG is None:
         return by_groups_of_keys(q_BTHK, k_BTHK, v_BTGV, decay, state_BGKV, cu_seqlens)
     o_BTGV, state, *_ = forward(
         q_BTHK,
@@ -752,16 +719,16 @@ def by_groups_of_keys(
     return o_BTGV, last[:, :, :keys].contiguous()
 
 
-def check_limits(q: Tensor, splits: bool = False) -> None:
-    """Raise ValueError for a dtype that the kernels do not take, BeyondKernels for such a dim.
+def check_limits(q: Tensor, most: int | None = None) -> None:
+    """Raise ValueError for a dtype that the kernels do not take, BeyondKernels for more key channels than `most`.
 
-    splits: whether keys can be cut into groups.
+    None is what one scan takes whose state stays in registers.
     """
     if q.dtype not in TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
         raise ValueError(f"q is {q.dtype}; backend='triton' takes {known}")
-    most = MOST_KEYS[q.dtype]
-    if q.shape[3] > most and not splits:
+    most = MOST_KEYS[q.dtype] if most is None else most
+    if q.shape[3] > most:
         name = str(q.dtype).removeprefix("torch.")
         raise BeyondKernels(
             f"q has {q.shape[3]} key channels; backend='triton' takes at most {most} in {name}: give a smaller key_dim, "
@@ -805,6 +772,9 @@ class Shape:
                 [owner.masked_fill(unused, -1), inner.masked_fill(unused, 0)], 1
             ).contiguous()
         self.dtype = v.dtype
+        self.is_wide = self.delta and self.keys > MOST_KEYS[v.dtype]
+        # The scan goes on from what it stored.
+        self.of_states = torch.float32 if self.is_wide else v.dtype
         # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
         self.wide, self.wide_precision = v.dtype, dot_precision(v.dtype)
         if v.dtype == torch.float16 and self.gate == "channel":
@@ -819,6 +789,16 @@ class Shape:
         blocks = {name: min(found.blocks[name], padded(dims[name])) for name in used}
         return replace(found, blocks=blocks)
 
+    def scan(self, held: Any, wide: Any) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
+        """The kernel of a scan, its blocks, and what it is told beside: `wide` where keys are."""
+        if self.is_wide:
+            return wide, ("BK", "BV"), {}
+        return held, ("BV",), {"DELTA": self.delta, "KP": padded(self.keys)}
+
+    def of_scan(self, kernel: Any, blocks: tuple[str, ...]) -> tuple[int, int]:
+        """Its grid."""
+        return self.sequences * self.heads, -(-self.values // self.config(kernel, blocks).blocks["BV"])
+
     @property
     def constants(self) -> dict[str, Any]:
         return {"G": self.heads, "VARLEN": self.cu is not None, "C": CHUNK}
@@ -827,7 +807,7 @@ class Shape:
         self, kernel: Any, grid: tuple[int, ...], *args: Any, blocks: tuple[str, ...] = (), **constants: Any
     ) -> None:
         """Launch a kernel that takes the sequences' bounds and the lengths at its end."""
-        is_scan = kernel in (linear_scan, linear_scan_backward)
+        is_scan = kernel in SCANS
         places = (self.cu, self.offsets if is_scan else self.table)
         rows = (self.batch * self.length,) if kernel is linear_gradients else ()
         ends = (self.length, self.chunks)
@@ -866,7 +846,9 @@ def forward_kernels(
     system = q.new_empty(*cells, CHUNK, dtype=torch.float32) if shape.delta else None
     inverse = q.new_empty(*cells, CHUNK) if shape.delta else None
     u = torch.empty_like(v) if shape.delta else None
-    states = q.new_empty(shape.chunks * shape.batch, shape.heads, shape.keys, shape.values)
+    states = q.new_empty(
+        shape.chunks * shape.batch, shape.heads, shape.keys, shape.values, dtype=shape.of_states
+    )
     final = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     o = torch.empty_like(v)
     each_chunk = (shape.batch * shape.heads, shape.chunks)
@@ -878,11 +860,11 @@ def forward_kernels(
         solve = dot_precision(torch.float32)
         shape.run(linear_solve, each_chunk, system, inverse, SUB=BLOCK, PRECISION=solve)
     q_read, k_read, k_write = scaled or (q, k, k)
-    scan = shape.config(linear_scan, ("BV",)).blocks["BV"]
+    kernel, blocks, how = shape.scan(linear_scan, linear_scan_wide)
     shape.run(
-        linear_scan, (shape.sequences * shape.heads, -(-shape.values // scan)),
-        k_read, k_write, v, decay, beta, sums, inverse, u, states, state, final, blocks=("BV",),
-        **common, **value, H=shape.read_heads, DELTA=shape.delta, KP=padded(shape.keys), PRECISION=precision,
+        kernel, shape.of_scan(kernel, blocks),
+        k_read, k_write, v, decay, beta, sums, inverse, u, states, state, final, blocks=blocks,
+        **common, **value, **how, H=shape.read_heads, PRECISION=precision,
     )  # fmt: skip
     wide = shape.config(linear_output, ("BK", "BV")).blocks["BV"]
     shape.run(
@@ -920,7 +902,7 @@ def backward_kernels(
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
     decay, beta, dfinal = (None if x is None else x.contiguous() for x in (decay, beta, dfinal))
     shape = Shape(q, v, decay, beta, cu_seqlens)
-    common = {"K": shape.keys, "GATE": GATES[shape.gate], "DELTA": shape.delta}
+    common = {"K": shape.keys, "GATE": GATES[shape.gate]}
     value, precision = {"V": shape.values}, dot_precision(shape.dtype)
     kept_sums = sums if shape.sums else None
     scaled = (q_read, k_read, k_write) if shape.gate == "channel" else (q, k, k)
@@ -928,11 +910,11 @@ def backward_kernels(
     cells = (shape.batch, shape.length, shape.heads)
     dx, dstates = torch.empty_like(v), torch.empty_like(states)
     dfirst = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
-    scan = shape.config(linear_scan_backward, ("BV",)).blocks["BV"]
+    kernel, blocks, how = shape.scan(linear_scan_backward, linear_scan_backward_wide)
     shape.run(
-        linear_scan_backward, (shape.sequences * shape.heads, -(-shape.values // scan)),
+        kernel, shape.of_scan(kernel, blocks),
         *scaled, decay, beta, kept_sums, pairs, inverse if shape.delta else None, do, dx, dstates, dfinal, dfirst,
-        blocks=("BV",), **common, **value, H=shape.read_heads, KP=padded(shape.keys), PRECISION=precision,
+        blocks=blocks, **common, **value, **how, H=shape.read_heads, PRECISION=precision,
     )  # fmt: skip
     dpairs = q.new_empty(*cells, CHUNK, dtype=shape.wide)
     dsystem = torch.empty_like(dpairs) if shape.delta else None
@@ -959,7 +941,7 @@ def backward_kernels(
         linear_gradients, (*each_chunk, parts),
         q, k, decay, beta, kept_sums, kept_u, states, do, dx if shape.delta else None, dstates, dpairs, dsystem,
         dq, dk, dlog, dbeta,
-        blocks=("BK", "BV"), **common, **value, H=shape.key_heads,
+        blocks=("BK", "BV"), **common, **value, H=shape.key_heads, DELTA=shape.delta,
         SUB=BLOCK, WIDE=TYPES[shape.wide], PRECISION=shape.wide_precision,
     )  # fmt: skip
     if is_shared:
@@ -1019,9 +1001,9 @@ forward.register_autograd(_gradients, setup_context=_keep)
 def linear_step(
     q, k, v, log, beta, state, o,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
-    KP: tl.constexpr, BV: tl.constexpr,
+    ROW: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One token of one head, a block of value channels, a part of the key channels; the state in place."""
+    """One token of one head, a block of value channels, a part of the key channels; the state, rows of ROW, in place."""
     bg, block, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     g = bg % G
     channel, value = part * KP + tl.arange(0, KP), block * BV + tl.arange(0, BV)
@@ -1030,7 +1012,7 @@ def linear_step(
     q_K = tl.load(q + key, mask=in_keys, other=0.0).to(tl.float32)
     k_K = tl.load(k + key, mask=in_keys, other=0.0).to(tl.float32)
     u_V = tl.load(v + bg * V + value, mask=in_values, other=0.0).to(tl.float32)
-    matrix = bg * K * V + channel[:, None] * V + value[None, :]
+    matrix = bg * K * ROW + channel[:, None] * ROW + value[None, :]
     in_matrix = in_keys[:, None] & in_values[None, :]
     s_KV = tl.load(state + matrix, mask=in_matrix, other=0.0)
     if GATE == 1:
@@ -1050,21 +1032,30 @@ def linear_step(
 def step_kernels(
     q: Tensor, k: Tensor, v: Tensor, decay_now: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> Tensor:
-    """o of one token; the state, which must be contiguous, is brought up to date in place."""
+    """o of one token; the state is brought up to date in place."""
     check_device(q=q, k=k, v=v, decay=decay_now, beta=beta, state=state)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     decay_now, beta = (None if x is None else x.contiguous() for x in (decay_now, beta))
     batch, key_heads, keys = q.shape
     heads, values = v.shape[1:]
     gate = "none" if decay_now is None else {1: "head", 2: "scalar", 3: "channel"}[decay_now.dim()]
+    if beta is not None and keys > MOST_KEYS_NOW:
+        config = choose("linear_step_wide", generation(), v.dtype, keys, values)
+        o = torch.empty_like(v)
+        launch(
+            linear_step_wide, (batch * heads, -(-values // config.blocks["BV"])), q, k, v, decay_now, beta, state, o,
+            config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], ROW=state.stride(2),
+        )  # fmt: skip
+        return o
     found = choose("linear_step", generation(), v.dtype, keys, values)
     config = replace(found, blocks={"BV": min(found.blocks["BV"], padded(values))})
-    channels = padded(keys) if keys <= MOST_KEYS[v.dtype] else GROUP
+    channels = padded(keys) if keys <= MOST_KEYS_NOW else GROUP
     parts = -(-keys // channels)
     o = v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)
     launch(
         linear_step, (batch * heads, -(-values // config.blocks["BV"]), parts), q, k, v, decay_now, beta, state, o,
-        config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], DELTA=beta is not None, KP=channels,
+        config=config, H=key_heads, G=heads, K=keys, V=values, GATE=GATES[gate], DELTA=beta is not None,
+        ROW=state.stride(2), KP=channels,
     )  # fmt: skip
     return o[0] if parts == 1 else o.sum(0).to(v.dtype)
 
@@ -1096,13 +1087,21 @@ def linear_step_triton(
     beta = None if beta is None else beta[:, None]
     q, k, v = q_BHK[:, None], k_BHK[:, None], v_BGV[:, None]
     check_arguments(q, k, v, decay, beta, state_BGKV, None)
-    check_limits(q, splits=beta is None)
+    check_limits(q, ANY)
     given = (q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         o, state = chunked_linear_triton(q, k, v, decay, beta, state_BGKV)
         return o[:, 0], state
-    if state_BGKV.dtype != torch.float32 or not state_BGKV.is_contiguous():
-        raise ValueError(
-            f"state is {state_BGKV.dtype} with strides {state_BGKV.stride()}; it must be float32 and contiguous"
-        )
+    check_rows(state_BGKV)
     return one_step(q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV), state_BGKV
+
+
+def check_rows(state: Tensor) -> None:
+    """Raise ValueError for a state that cannot be written in place: rows of one distance, each in one piece."""
+    (_, heads, rows, _), row = state.shape, state.stride(2)
+    strides = zip(state.shape, state.stride(), (heads * rows * row, rows * row, row, 1), strict=True)
+    if state.dtype != torch.float32 or any(size > 1 and found != wanted for size, found, wanted in strides):
+        raise ValueError(
+            f"state is {state.dtype} with strides {state.stride()}; it must be float32, and contiguous or some of the "
+            "columns of one that is"
+        )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels import gated_scan, gated_scan_complex
+from mixforge.kernels.backend import triton_form
 
 
 def diagonal_ssm_reference(
@@ -107,7 +108,7 @@ def diagonal_ssm_triton(
             rate, phase, torch.stack([x, torch.zeros_like(x)], 2), first
         )
         h_BTDPN = torch.unflatten(h.transpose(2, 3), 2, rate_DP.shape)
-        after = torch.unflatten(after.transpose(1, 2), 1, rate_DP.shape)
+        after = torch.unflatten(after.transpose(1, 2).contiguous(), 1, rate_DP.shape)
     return read_out(c_DPN, h_BTDPN).to(x_BTD.dtype), None if state_BDPN is None else after
 
 
@@ -216,3 +217,13 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     if backend == "triton":
         gated_scan.form("triton")
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend. Raises ValueError where Triton is asked for and not installed."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form(
+            "diagonal_ssm_step", "diagonal_ssm_step_triton"
+        )
+        return found
+    return diagonal_ssm_step

@@ -159,3 +159,13 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
         found: Callable[..., tuple[Tensor, Tensor]] = triton_form("gated_scan", "gated_scan_complex_triton")
         return found
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form(
+            "gated_scan", "gated_scan_complex_step_triton"
+        )
+        return found
+    return gated_scan_complex_step

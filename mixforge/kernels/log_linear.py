@@ -11,6 +11,8 @@ itself is level 0, the bucket of bit b level b + 1, so that token j < t is at le
 One token: every state is moved by A_t; the token's own state and those of the bits that are ones at the end of t become
 one, that of the first bit that is zero. In chunks of C = 32 tokens: inside a chunk the matrix from values to outputs is
 made and weighed by level; the states of the bits of the chunk's number are read and moved as the chunk moves any state.
+A sequence that begins or ends within a chunk has a part of one: what it has not neither decays nor writes, and the states
+of the lower bits, of buckets within the chunk, are read with a weight for each row, and made of the rows that are theirs.
 
 All forms take q_BTHK (scaled), k_BTHK, v_BTGV with a multiple of their heads, log decays [G], [B, T, G] or None, beta_BTG
 or None for the rule add, weight_BTGE for levels 0 to E - 1 (that of the last also for all above), the state_BGNKV of N
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
@@ -115,93 +118,25 @@ def log_linear_torch(
     weight_BTGE: Tensor,
     start: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """In chunks, as matrix products; with a state, what is before and after whole chunks goes token by token."""
-    return through_chunks(in_chunks, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE, start)
-
-
-def through_chunks(
-    run: Callable[..., tuple[Tensor, Tensor | None]],
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTGV: Tensor,
-    decay: Tensor | None,
-    beta_BTG: Tensor | None,
-    state_BGNKV: Tensor | None,
-    weight_BTGE: Tensor,
-    start: int,
-) -> tuple[Tensor, Tensor | None]:
-    """`run` over whole chunks; with a state, what is before and after them goes token by token."""
-    length = v_BTGV.shape[1]
-    if state_BGNKV is None:
-        return run(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, None, weight_BTGE, 0)
-    head = min(length, -start % CHUNK)
-    tail = head + (length - head) // CHUNK * CHUNK
-    outputs, state = [], state_BGNKV
-    for first, last, each in (
-        (0, head, log_linear_reference),
-        (head, tail, run),
-        (tail, length, log_linear_reference),
-    ):
-        if first == last:
-            continue
-        q, k, v, weight = (x[:, first:last] for x in (q_BTHK, k_BTHK, v_BTGV, weight_BTGE))
-        log = decay if decay is None or decay.dim() == 1 else decay[:, first:last]
-        beta = None if beta_BTG is None else beta_BTG[:, first:last]
-        o, after = each(q, k, v, log, beta, state, weight, start + first)
-        assert after is not None
-        outputs.append(o)
-        state = after
-    return torch.cat(outputs, 1), state
-
-
-def in_chunks(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTGV: Tensor,
-    decay: Tensor | None,
-    beta_BTG: Tensor | None,
-    state_BGNKV: Tensor | None,
-    weight_BTGE: Tensor,
-    start: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Whole chunks from a multiple of their size; without a state the last may be padded."""
-    batch, length, heads, value_dim = v_BTGV.shape
-    inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE)
-    q, k, weight, total, write = pairs.q, pairs.k, pairs.weight, pairs.total, pairs.write
-    entered = total.clamp(min=FLOOR).exp().to(q.dtype)
-    read, leaving = q * entered, k * (total[..., -1:, :] - total).clamp(min=FLOOR).exp().to(q.dtype)
-    kept, met = entered[..., -1:, :], None
-    if pairs.inverse is not None and pairs.beta is not None:
-        met = pairs.inverse @ (pairs.beta * k * entered)
-        read = read - pairs.grams @ met
-    added = leaving.mT @ write
-    buckets = _opened(state_BGNKV, start)
+    """In chunks, as matrix products."""
+    batch, length = v_BTGV.shape[:2]
+    inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE, start)
+    passing = passed(pairs)
+    added = passing.leaving.mT @ pairs.write
+    buckets, at, end = opened(state_BGNKV, start), start, start + length
     outputs = []
-    for number, (o, read_c, weight_c, kept_c, added_c) in enumerate(
-        zip(*(x.unbind() for x in (inner, read, weight, kept, added)), strict=True)
-    ):
-        names = sorted(buckets)
-        if names:
-            states = torch.cat([buckets[bit] for bit in names], -1)
-            seen = (read_c @ states).view(*read_c.shape[:2], len(names), value_dim)
-            index = [min(CHUNK_BITS + 1 + bit, weight.shape[3] - 1) for bit in names]
-            o = o + (seen * weight_c[..., index][..., None]).sum(-2)
-            moved = kept_c * states
-            if met is not None:
-                moved = moved - leaving[number].mT @ (met[number] @ states)
-            buckets = dict(zip(names, moved.split(value_dim, -1), strict=True))
+    for chunk, (o, each, weight) in enumerate(zip(inner, added, pairs.weight, strict=True)):
+        if buckets:
+            seen, buckets = crossed(passing, chunk, buckets, weight, at)
+            o = o + seen
         outputs.append(o)
-        carry, bit = added_c, 0
-        while bit in buckets:
-            carry, bit = carry + buckets.pop(bit), bit + 1
-        buckets[bit] = carry
-    o_BTGV = joined(torch.stack(outputs), batch, length).to(v_BTGV.dtype)
-    if state_BGNKV is None:
-        return o_BTGV, None
-    after = torch.zeros_like(state_BGNKV)
-    for bit, bucket in buckets.items():
-        after[:, :, CHUNK_BITS + bit] = bucket.view(batch, heads, *bucket.shape[1:])
-    return o_BTGV, after
+        later = (at // CHUNK + 1) * CHUNK
+        own = {(later ^ later - 1).bit_length() - 1: each}
+        if later > end and state_BGNKV is not None:
+            own, later = left(pairs, passing.leaving[-1], end), end
+        buckets, at = together(buckets, at, own, later), later
+    o_BTGV = joined(torch.stack(outputs), batch, start, length).to(v_BTGV.dtype)
+    return o_BTGV, None if state_BGNKV is None else held(buckets, torch.zeros_like(state_BGNKV))
 
 
 class Pairs(NamedTuple):
@@ -213,6 +148,7 @@ class Pairs(NamedTuple):
 
     q: Tensor
     k: Tensor
+    v: Tensor
     weight: Tensor
     total: Tensor
     grams: Tensor
@@ -228,22 +164,30 @@ def inside(
     decay: Tensor | None,
     beta_BTG: Tensor | None,
     weight_BTGE: Tensor,
+    start: int,
 ) -> tuple[Tensor, Pairs]:
-    """What tokens read of the tokens of their own chunk [C, B * G, L, V], and what it is made of."""
+    """What tokens read of those of their own chunk that are here [C, B * G, L, V], and what it is made of.
+
+    Chunks begin at the multiples of their size: before `start` and after the end tokens neither decay nor write.
+    """
     batch, length, heads, _ = v_BTGV.shape
     exact = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
     log = torch.zeros_like(v_BTGV[..., 0], dtype=exact)
     if decay is not None:
         log = decay.to(exact).expand(batch, length, heads)
-    given = (q_BTHK, k_BTHK, v_BTGV, log[..., None], weight_BTGE)
-    q, k, v, g, weight = (cut(x.to(exact), CHUNK, heads).flatten(1, 2) for x in given)
+    given = [q_BTHK, k_BTHK, v_BTGV, log[..., None], weight_BTGE]
+    if beta_BTG is not None:
+        given.append(beta_BTG[..., None])
+    if start % CHUNK > 0:
+        given = [F.pad(x, (0, 0, 0, 0, start % CHUNK, 0)) for x in given]
+    q, k, v, g, weight, *others = (cut(x.to(exact), CHUNK, heads).flatten(1, 2) for x in given)
     # In float64, for after a decay of -1000 a float32 sum would leave the later pairs with an error of 1e-4.
     total = g.double().cumsum(-2)
     decayed = (total - total.mT).clamp(FLOOR, 0).exp().tril().to(exact)
     grams = (q @ k.mT) * decayed
     read, write, beta, inverse = grams, v, None, None
     if beta_BTG is not None:
-        beta = cut(beta_BTG[..., None].to(exact), CHUNK, heads).flatten(1, 2)
+        beta = others[0]
         system = ((beta * k) @ k.mT * decayed).tril(-1)
         unit = torch.eye(CHUNK, dtype=exact, device=q.device)
         inverse = torch.linalg.solve_triangular(
@@ -253,22 +197,108 @@ def inside(
         write = inverse @ (beta * v)
     levels = _levels(q.device).clamp(max=weight.shape[3] - 1)
     shares = torch.take_along_dim(weight, levels.expand(*weight.shape[:2], -1, -1), -1)
-    return (read * shares) @ v, Pairs(q, k, weight, total, grams, write, beta, inverse)
+    return (read * shares) @ v, Pairs(q, k, v, weight, total, grams, write, beta, inverse)
 
 
-def joined(o: Tensor, batch: int, length: int) -> Tensor:
+def joined(o: Tensor, batch: int, start: int, length: int) -> Tensor:
     """Chunks [C, B * G, L, V] as [B, T, G, V]."""
     chunks, _, rows, dim = o.shape
-    return o.view(chunks, batch, -1, rows, dim).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+    first = start % CHUNK
+    return (
+        o.view(chunks, batch, -1, rows, dim).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, first : first + length]
+    )
 
 
-def _opened(state_BGNKV: Tensor | None, start: int) -> dict[int, Tensor]:
-    """The states [B * G, K, V] of the bits that are set in the number of the chunk that starts here."""
+class Passing(NamedTuple):
+    """What chunks do to the states before them: how they read them, and what they leave of them.
+
+    A state S is read as `read` S and becomes `kept` S, under the rule delta less leaving^T (met S).
+    """
+
+    read: Tensor
+    leaving: Tensor
+    kept: Tensor
+    met: Tensor | None
+
+
+def passed(pairs: Pairs) -> Passing:
+    """Of each chunk."""
+    q, k, total = pairs.q, pairs.k, pairs.total
+    entered = total.clamp(min=FLOOR).exp().to(q.dtype)
+    leaving = k * (total[..., -1:, :] - total).clamp(min=FLOOR).exp().to(q.dtype)
+    read, met = q * entered, None
+    if pairs.inverse is not None and pairs.beta is not None:
+        met = pairs.inverse @ (pairs.beta * k * entered)
+        read = read - pairs.grams @ met
+    return Passing(read, leaving, entered[..., -1:, :], met)
+
+
+def opened(state_BGNKV: Tensor | None, at: int) -> dict[int, Tensor]:
+    """The states [B * G, K, V] of the bits that are set in the number of a token."""
     if state_BGNKV is None:
         return {}
-    number = start // CHUNK
-    bits = [bit for bit in range(number.bit_length()) if number >> bit & 1]
-    return {bit: state_BGNKV[:, :, CHUNK_BITS + bit].flatten(0, 1) for bit in bits}
+    return {bit: state_BGNKV[:, :, bit].flatten(0, 1) for bit in range(state_BGNKV.shape[2]) if at >> bit & 1}
+
+
+def held(buckets: dict[int, Tensor], state_BGNKV: Tensor) -> Tensor:
+    """The state with those of the buckets in their places."""
+    for bit, bucket in buckets.items():
+        state_BGNKV[:, :, bit] = bucket.view_as(state_BGNKV[:, :, bit])
+    return state_BGNKV
+
+
+def crossed(
+    passing: Passing, chunk: int, buckets: dict[int, Tensor], weight: Tensor, at: int
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """What the tokens of a chunk from `at` on [B * G, L, V] read of the buckets that are open there; these after it."""
+    bits = sorted(buckets)
+    states = torch.cat([buckets[bit] for bit in bits], -1)
+    seen = torch.unflatten(passing.read[chunk] @ states, -1, (len(bits), -1))
+    share = torch.stack([_share(weight, bit, at) for bit in bits], -1)
+    moved = passing.kept[chunk] * states
+    if passing.met is not None:
+        moved = moved - passing.leaving[chunk].mT @ (passing.met[chunk] @ states)
+    after = torch.split(moved, seen.shape[-1], -1)
+    return (seen * share[..., None]).sum(-2), dict(zip(bits, after, strict=True))
+
+
+def _share(weight: Tensor, bit: int, at: int) -> Tensor:
+    """The weights [B * G, L] that a chunk's tokens from `at` give to the bucket of a bit there."""
+    last = weight.shape[2] - 1
+    if bit >= CHUNK_BITS:
+        return weight[..., min(bit + 1, last)]
+    levels = _levels(weight.device)[:, _first(bit, at) % CHUNK].clamp(max=last)
+    return torch.take_along_dim(weight, levels[None, :, None].expand(len(weight), -1, 1), 2)[..., 0]
+
+
+def _first(bit: int, at: int) -> int:
+    """The first token of the bucket that a bit has at a token."""
+    return ((at >> bit) - 1) << bit
+
+
+def left(pairs: Pairs, leaving: Tensor, end: int) -> dict[int, Tensor]:
+    """What tokens of the last chunk, which ends within, have written to the buckets that are open after it."""
+    found = {}
+    for bit in range(CHUNK_BITS):
+        if end >> bit & 1:
+            first = _first(bit, end) % CHUNK
+            rows = slice(first, first + (1 << bit))
+            values, keys = pairs.v[-1][:, rows], leaving[:, rows]
+            if pairs.inverse is not None and pairs.beta is not None:
+                values, keys = pairs.inverse[-1][..., rows] @ (pairs.beta[-1][:, rows] * values), leaving
+            found[bit] = keys.mT @ values
+    return found
+
+
+def together(
+    buckets: dict[int, Tensor], at: int, written: dict[int, Tensor], later: int
+) -> dict[int, Tensor]:
+    """The buckets of a later token: those of `at`, and what was written meanwhile to some of the later ones."""
+    found = dict(written)
+    for bit, state in buckets.items():
+        of = (later ^ _first(bit, at)).bit_length() - 1
+        found[of] = found[of] + state if of in found else state
+    return found
 
 
 def _levels(device: torch.device) -> Tensor:
@@ -303,3 +333,11 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         found: Callable[..., tuple[Tensor, Tensor | None]] = triton_form("log_linear", "log_linear_triton")
         return found
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("log_linear_step", "log_linear_step_triton")
+        return found
+    return log_linear_step

@@ -13,8 +13,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixforge.kernels.blocks import ANY
 from mixforge.kernels.chunked_linear_triton import check_limits, chunked_linear_triton
-from mixforge.kernels.log_linear import CHUNK_BITS, inside, joined, through_chunks
+from mixforge.kernels.log_linear import (
+    CHUNK,
+    CHUNK_BITS,
+    Pairs,
+    crossed,
+    held,
+    inside,
+    joined,
+    left,
+    opened,
+    passed,
+    together,
+)
 
 
 def log_linear_triton(
@@ -27,29 +40,18 @@ def log_linear_triton(
     weight_BTGE: Tensor,
     start: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `log_linear_reference`, on a GPU. With a state, what is before and after whole chunks goes token by token.
+    """As `log_linear_reference`, on a GPU.
 
-    Raises ValueError where there are more key channels than the kernels take.
+    Raises ValueError for a dtype that the kernels do not take.
     """
-    check_limits(q_BTHK, splits=beta_BTG is None)
-    return through_chunks(by_levels, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE, start)
-
-
-def by_levels(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTGV: Tensor,
-    decay: Tensor | None,
-    beta_BTG: Tensor | None,
-    state_BGNKV: Tensor | None,
-    weight_BTGE: Tensor,
-    start: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Whole chunks from a multiple of their size; without a state the last may be padded."""
+    check_limits(q_BTHK, ANY)
     batch, length = v_BTGV.shape[:2]
-    inner, _ = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE)
-    o_BTGV = joined(inner, batch, length)
-    after = None if state_BGNKV is None else torch.zeros_like(state_BGNKV)
+    inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE, start)
+    after = None
+    if state_BGNKV is not None:
+        inner, buckets = of_edges(inner, pairs, state_BGNKV, start, start + length)
+        after = held(buckets, torch.zeros_like(state_BGNKV))
+    o_BTGV = joined(inner, batch, start, length)
     end, given = start + length, (q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG)
     at = torch.arange(start, end, device=v_BTGV.device)
     for bit in range(CHUNK_BITS, end.bit_length()):
@@ -75,6 +77,20 @@ def by_levels(
             outputs.append(o)
         o_BTGV = o_BTGV + share * torch.cat(outputs, 1)
     return o_BTGV.to(v_BTGV.dtype), after
+
+
+def of_edges(
+    inner: Tensor, pairs: Pairs, state_BGNKV: Tensor, start: int, end: int
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """`inner` with what the first chunk reads of buckets smaller than a chunk, and those that are open at the end."""
+    passing, small = passed(pairs), opened(state_BGNKV[:, :, :CHUNK_BITS], start)
+    if small:
+        seen, small = crossed(passing, 0, small, pairs.weight[0], start)
+        inner = torch.cat([inner[:1] + seen, inner[1:]])
+    written = left(pairs, passing.leaving[-1], end)
+    # Behind their chunk they are parts of larger ones.
+    is_within = start // CHUNK == end // CHUNK
+    return inner, together(small, start, written, end) if is_within else written
 
 
 def piece(

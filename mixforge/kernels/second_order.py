@@ -96,13 +96,41 @@ def second_order_step(
     strength: None,
     state_BGKF: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token of both recurrences: (o_BGV, state_BGKF)."""
+    """One token of both recurrences: (o_BGV, state_BGKF). Where gradients are off, the state is updated in place."""
+    return _two_steps(linear_step, q_BHK, k_BHK, v_BGV, decay_now, state_BGKF)
+
+
+def second_order_step_triton(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BGV: Tensor,
+    decay_now: Tensor | None,
+    strength: None,
+    state_BGKF: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `second_order_step`, each recurrence by one kernel."""
+    run = triton_form("chunked_linear", "linear_step_triton")
+    return _two_steps(run, q_BHK, k_BHK, v_BGV, decay_now, state_BGKF)
+
+
+def _two_steps(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BGV: Tensor,
+    decay_now: Tensor | None,
+    state_BGKF: Tensor,
+) -> tuple[Tensor, Tensor]:
     value_dim, group = v_BGV.shape[2], v_BGV.shape[1] // q_BHK.shape[1]
-    q, k = (x.to(state_BGKF.dtype).repeat_interleave(group, 1) for x in (q_BHK, k_BHK))
+    q, k, v = (x.to(state_BGKF.dtype) for x in (q_BHK, k_BHK, v_BGV))
+    if group > 1:
+        q, k = q.repeat_interleave(group, 1), k.repeat_interleave(group, 1)
     values, keys = state_BGKF.tensor_split((value_dim,), -1)
-    read, keys = linear_step(q, k, k, decay_now, None, keys)
-    o_BGV, values = linear_step(q, read, v_BGV.to(q.dtype), decay_now, None, values)
-    return o_BGV.to(v_BGV.dtype), torch.cat([values, keys], -1)
+    read, keys_after = run(q, k, k, decay_now, None, keys)
+    o_BGV, values_after = run(q, read, v, decay_now, None, values)
+    is_in_place = keys_after is keys
+    state = state_BGKF if is_in_place else torch.cat([values_after, keys_after], -1)
+    return o_BGV.to(v_BGV.dtype), state
 
 
 def matmul_flops(length: int, *, heads: int, key_dim: int, value_dim: int, decay: str) -> int:
@@ -133,3 +161,8 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "triton":
         triton_form("chunked_linear", "chunked_linear_triton")
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    return second_order_step_triton if backend == "triton" else second_order_step

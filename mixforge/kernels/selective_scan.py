@@ -145,3 +145,13 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
         found: Callable[..., tuple[Tensor, Tensor]] = triton_form("selective_scan", "selective_scan_triton")
         return found
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    if backend == "triton":
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form(
+            "selective_scan", "selective_scan_step_triton"
+        )
+        return found
+    return selective_scan_step

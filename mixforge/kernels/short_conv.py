@@ -57,14 +57,17 @@ def short_conv_torch(
 ) -> tuple[Tensor, Tensor]:
     """As `short_conv_reference`, by torch's depthwise convolution: 2 W D matmul FLOPs a token."""
     check_conv(x_BTD, weight_DW, bias_D, activation, state_BDW, cu_seqlens)
-    if cu_seqlens is not None:
-        return each_sequence(
-            short_conv_torch, x_BTD, weight_DW, bias_D, activation, state_BDW, cu_seqlens.tolist()
-        )
     width, length = weight_DW.shape[1], x_BTD.shape[1]
-    x_BDT = with_past(x_BTD, width, state_BDW)
+    if cu_seqlens is None:
+        x_BDT = with_past(x_BTD, width, state_BDW)
+        after = x_BDT[:, :, length:].clone()
+    else:
+        x_BDT, place_T, end_NW = packed_with_past(x_BTD, width, state_BDW, cu_seqlens)
+        after = x_BDT[0, :, end_NW].transpose(0, 1)
     y_BTD = Convolution.apply(x_BDT, weight_DW, bias_D)  # type: ignore[no-untyped-call]
-    return F.silu(y_BTD) if activation == "silu" else y_BTD, x_BDT[:, :, length:].clone()
+    if cu_seqlens is not None:
+        y_BTD = y_BTD[:, place_T]
+    return F.silu(y_BTD) if activation == "silu" else y_BTD, after
 
 
 class Convolution(torch.autograd.Function):
@@ -157,6 +160,28 @@ def with_past(x_BTD: Tensor, width: int, state_BDW: Tensor | None) -> Tensor:
     if state_BDW is None:
         return F.pad(x_BTD, (0, 0, width - 1, 0)).transpose(1, 2)
     return torch.cat([state_BDW.transpose(1, 2).to(x_BTD.dtype), x_BTD], 1).transpose(1, 2)
+
+
+def packed_with_past(
+    x_BTD: Tensor, width: int, state_NDW: Tensor | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed sequences, each behind the width - 1 inputs before it, as one of [1, D, S]: no shape asks where they begin.
+
+    Returns with it where the outputs of the T tokens are, and the last width - 1 inputs of each sequence.
+    """
+    past, length, count = width - 1, x_BTD.shape[1], cu_seqlens.shape[0] - 1
+    behind_W = torch.arange(past, device=x_BTD.device)
+    time_T = torch.arange(length, device=x_BTD.device)
+    bounds = cu_seqlens.long()
+    number_T = torch.searchsorted(bounds, time_T, right=True) - 1
+    place_T = time_T + number_T * past
+    x_1SD = x_BTD.new_zeros(1, length + count * past, x_BTD.shape[2]).index_copy(1, place_T + past, x_BTD)
+    number_N1 = torch.arange(count, device=x_BTD.device)[:, None]
+    if state_NDW is not None:
+        first_NW = bounds[:-1, None] + number_N1 * past + behind_W
+        before = state_NDW.transpose(1, 2).flatten(0, 1)[None].to(x_BTD.dtype)
+        x_1SD = x_1SD.index_copy(1, first_NW.flatten(), before)
+    return x_1SD.transpose(1, 2), place_T, bounds[1:, None] + number_N1 * past + behind_W
 
 
 def short_conv_step(

@@ -63,6 +63,26 @@ def slot_attention_step(
     return o_BGV.to(v_BGV.dtype), state
 
 
+def slot_attention_step_triton(
+    q_BHK: Tensor, k_BHK: Tensor, v_BGV: Tensor, decay_BGM: Tensor, strength: None, state_BGMF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `slot_attention_step`, its keys and its values each by one kernel. Where gradients are off, in place."""
+    run = triton_form("chunked_linear", "linear_step_triton")
+    group = v_BGV.shape[1] // q_BHK.shape[1]
+    q, k, v, log = (x.to(state_BGMF.dtype) for x in (q_BHK, k_BHK, v_BGV, decay_BGM))
+    if group > 1:
+        q, k = q.repeat_interleave(group, 1), k.repeat_interleave(group, 1)
+    write = -torch.expm1(log)
+    values, keys = state_BGMF.tensor_split((v_BGV.shape[2],), -1)
+    # What it reads is of no use: slots are read along their channels.
+    _, keys_after = run(write, write, k, log, None, keys)
+    weight = (keys_after @ q[..., None])[..., 0].softmax(-1)
+    o_BGV, values_after = run(weight, write, v, log, None, values)
+    is_in_place = keys_after is keys
+    state = state_BGMF if is_in_place else torch.cat([values_after, keys_after], -1)
+    return o_BGV.to(v_BGV.dtype), state
+
+
 def slot_attention_torch(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -161,3 +181,8 @@ def form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "triton":
         twofold_linear.form("triton")
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The step of one backend."""
+    return slot_attention_step_triton if backend == "triton" else slot_attention_step

@@ -110,8 +110,8 @@ def advance(z_BH: Tensor, v_BHV: Tensor, carry: Carry) -> Carry:
 
 def first_carry(v_BHTV: Tensor) -> Carry:
     """Before the first token."""
-    zeros = torch.zeros_like(v_BHTV[:, :, 0])
-    return zeros[..., 0] + START, zeros[..., 0], zeros
+    top_BH = torch.full_like(v_BHTV[:, :, 0, 0], START)
+    return top_BH, torch.zeros_like(top_BH), torch.zeros_like(v_BHTV[:, :, 0])
 
 
 def later(size: int, device: torch.device) -> Tensor:
@@ -151,3 +151,11 @@ def form(backend: str) -> Callable[[Tensor, Tensor, Carry | None], tuple[Tensor,
     if backend == "triton":
         triton_form("gated_scan", "gated_scan_triton")
     return FORMS[backend]
+
+
+def step_form(backend: str) -> Callable[[Tensor, Tensor, Carry], Tensor]:
+    """The step of one backend. Raises ValueError where it is Triton's and Triton is not installed."""
+    if backend == "triton":
+        found: Callable[..., Tensor] = triton_form("softmax_scan_step", "softmax_scan_step_triton")
+        return found
+    return softmax_scan_step

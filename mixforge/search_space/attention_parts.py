@@ -55,9 +55,14 @@ def stateful_part(gene: Attn, width: int, backend: Backend) -> Part | None:
     heads, kv_heads, head_dim = gene.sizes(width)
     memory, output = memory_part(gene, width, backend), output_part(gene, width, backend)
     if gene.query == "learned":
-        operation = softmax_scan.form(backend)
         return Part(
-            LearnedQuery, heads=heads, head_dim=head_dim, memory=memory, output=output, operation=operation
+            LearnedQuery,
+            heads=heads,
+            head_dim=head_dim,
+            memory=memory,
+            output=output,
+            operation=softmax_scan.form(backend),
+            one_step=softmax_scan.step_form(backend),
         )
     queries = queries_part(gene, width, backend)
     if gene.codes is not None:
@@ -175,8 +180,8 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
     key = linear_part(gene, seen, key_heads * head_dim)
     key_norm = qk_norm_part(gene, width, key_heads, backend)
     if gene.filters is not None:
-        operation = diagonal_ssm.form(backend)
-        given = {"states": gene.filters, "is_complex": True, "operation": operation}
+        forms = {"operation": diagonal_ssm.form(backend), "one_step": diagonal_ssm.step_form(backend)}
+        given = {"states": gene.filters, "is_complex": True, **forms}
         return Part(
             FilteredKeysValues,
             heads=heads,

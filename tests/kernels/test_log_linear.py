@@ -66,14 +66,20 @@ def test_chunks_equal_the_loop_and_so_do_their_gradients(length: int, is_delta: 
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 
+# Within a chunk, to its end, from its beginning, over several, and over one whole one.
+PIECES = (5, 9, 18, 3, 61, 1, 53, 10, 32, 8)
+
+
 @torch.no_grad()
-def test_pieces_equal_one_pass_and_their_states_the_loops() -> None:
-    q, k, v, decay, beta, weight = inputs(150)
-    expected, _ = log_linear_torch(q, k, v, decay, beta, None, weight)
+@pytest.mark.parametrize("is_delta", [False, True])
+def test_pieces_equal_one_pass_and_their_states_the_loops(is_delta: bool) -> None:
+    q, k, v, decay, beta, weight = inputs(sum(PIECES))
+    expected, _ = log_linear_torch(q, k, v, decay, beta if is_delta else None, None, weight)
     states = [torch.zeros(2, 4, 8, KEYS, VALUES, dtype=torch.float64) for _ in range(2)]
     outputs, done = [], 0
-    for piece in (5, 90, 1, 54):
-        *part, of_levels = (x[:, done : done + piece] for x in (q, k, v, decay, beta, weight))
+    for piece in PIECES:
+        *part, strength, of_levels = (x[:, done : done + piece] for x in (q, k, v, decay, beta, weight))
+        part.append(strength if is_delta else None)
         o, states[0] = log_linear_torch(*part, states[0], of_levels, done)
         _, states[1] = log_linear_reference(*part, states[1], of_levels, done)
         torch.testing.assert_close(states[0], states[1])

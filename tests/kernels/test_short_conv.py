@@ -115,6 +115,30 @@ def test_gradients_of_both_forms_agree() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("taps", [1, 2, 4, 8])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_packed_sequences_are_one_graph(has_state: bool, taps: int) -> None:
+    """Sequences of 1, 2, 3 and 14 tokens, their states and their gradients."""
+    torch._dynamo.reset()
+    bounds = torch.tensor([0, 1, 3, 6, 20])
+    compiled = torch.compile(FORMS["torch"], fullgraph=True, backend="aot_eager")
+    weights = torch.randn(1, 20, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for operation in (FORMS["reference"], FORMS["torch"], compiled):
+        x, weight, bias, _ = draw(20, taps)
+        state = torch.randn(4, 5, taps - 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        leaves = [x.requires_grad_() for x in (x[:1], weight, bias, *([state] if has_state else []))]
+        y, after = operation(*leaves[:3], "silu", state if has_state else None, bounds)
+        gradients = torch.autograd.grad(
+            (y * weights).sum() + after.square().sum(), leaves, allow_unused=taps == 1
+        )
+        found.append([y, after, *(each for each in gradients if each is not None)])
+    for others in found[1:]:
+        for other, expected in zip(others, found[0], strict=True):
+            torch.testing.assert_close(other, expected)
+
+
 def test_flops_are_two_a_tap_and_channel() -> None:
     x, weight, bias, _ = draw(31, 4, dtype=torch.float32)
     with FlopCounterMode(display=False) as counter:

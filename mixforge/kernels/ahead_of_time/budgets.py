@@ -94,6 +94,7 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan", "sm_", 1536, _THREE, is_wide=True),
     StackBudget("linear_scan_backward", "sm_", 1536, _THREE, is_wide=True),
     StackBudget("linear_gradients", "sm_", 1024, _THREE, is_wide=True),
+    StackBudget("linear_scan_backward_wide", "sm_", 256, _THREE, is_wide=True),
 )
 
 # A stub has 16; a kernel that adds one to a row has 21.

@@ -18,6 +18,7 @@ from mixforge.kernels import recurrent_cells
 from mixforge.kernels.ahead_of_time.case import Call, Case
 from mixforge.kernels.chunked_linear import chunked_linear_reference
 from mixforge.kernels.chunked_linear_triton import chunked_linear_triton, linear_step_triton
+from mixforge.kernels.diagonal_ssm_step_triton import diagonal_ssm_step_triton
 from mixforge.kernels.dplr import dplr_reference
 from mixforge.kernels.dplr_step_triton import dplr_step_triton, twofold_step_triton
 from mixforge.kernels.dplr_triton import dplr_triton, twofold_linear_triton
@@ -30,12 +31,14 @@ from mixforge.kernels.gated_scan_triton import (
     gated_scan_triton,
 )
 from mixforge.kernels.linear_decode_triton import linear_decode_triton
+from mixforge.kernels.log_linear_step_triton import log_linear_step_triton
 from mixforge.kernels.norm import rms_norm_gated_reference, rms_norm_reference
 from mixforge.kernels.norm_triton import rms_norm_gated_triton, rms_norm_triton
 from mixforge.kernels.selective_scan import selective_scan_reference
 from mixforge.kernels.selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 from mixforge.kernels.short_conv import short_conv_reference
 from mixforge.kernels.short_conv_triton import short_conv_step_triton, short_conv_triton
+from mixforge.kernels.softmax_scan_step_triton import softmax_scan_step_triton
 from mixforge.kernels.twofold_linear import twofold_linear_reference
 
 DECAYS: Mapping[str, tuple[str, ...] | None] = {
@@ -139,6 +142,28 @@ def _linear_step(case: Case) -> Call:
         _still(case, "B", "G", dtype=torch.float32) if rule == "delta" else None,
         _still(case, "B", "G", "K", "V", dtype=torch.float32),
     )
+
+
+def _log_linear_step(case: Case) -> Call:
+    _, (q, k, v, decay, beta, _) = _linear_step(case)
+    state = _still(case, "B", "G", "N", "K", "V", dtype=torch.float32)
+    weight = _still(case, "B", "G", "N", dtype=torch.float32)
+    position = torch.empty((), dtype=torch.int64, device=case.device)
+    return log_linear_step_triton, (q, k, v, decay, beta, state, weight, position)
+
+
+def _diagonal_ssm_step(case: Case) -> Call:
+    rates = _still(case, "D", "N", dtype=torch.float32), _still(case, "D", "N", dtype=torch.float32)
+    c = _still(case, "D", "N", "P", dtype=torch.float32)
+    state = _still(case, "B", "D", "N", "P", dtype=torch.float32)
+    frequency = rates[1] if case.variant == "complex" else None
+    return diagonal_ssm_step_triton, (_still(case, "B", "D"), rates[0], frequency, c, state)
+
+
+def _softmax_scan_step(case: Case) -> Call:
+    kept = (("B", "H"), ("B", "H"), ("B", "H", "V"))
+    carry = tuple(_still(case, *letters, dtype=torch.float32) for letters in kept)
+    return softmax_scan_step_triton, (_still(case, "B", "H"), _still(case, "B", "H", "V"), carry)
 
 
 def _gated_scan(case: Case) -> Call:
@@ -259,6 +284,7 @@ def _cell(name: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
 _WIDE = {"B": 8, "T": 4096, "D": 2048}
 _ROWS = {"B": 64, "D": 2048}
 _PACKED = {"B": 1, "T": 32768, "H": 4, "G": 16, "K": 128, "V": 128, "N": 8, "N+1": 9}
+_WIDER = {"B": 2, "T": 4096, "H": 16, "G": 16, "K": 256, "V": 128}
 _STATES = {"B": 64, "H": 16, "G": 16, "K": 128, "V": 128}
 
 CASES: tuple[Case, ...] = (
@@ -269,12 +295,20 @@ CASES: tuple[Case, ...] = (
     _linear("channel, delta", 128, torch.float16),
     _case("packed linear", "scalar, delta", _packed_linear, _PACKED),
     _case("packed linear", "channel, add", _packed_linear, _PACKED),
+    # States that no kernel holds.
+    _case("wide linear", "channel, delta", _chunked_linear, _WIDER, chunked_linear_reference, torch.float32),
+    _case("wide linear", "scalar, delta", _chunked_linear, {**_WIDER, "K": 512}, chunked_linear_reference),
     *(
         _case("linear decode", variant, _linear_decode, {"B": 64, "H": 16, "G": 16, "K": keys, "V": values})
         for variant in ("channel, delta", "scalar, add")
         for keys, values in ((64, 64), (128, 256))
     ),
     *(_case("linear step", f"{decay}, {rule}", _linear_step, _STATES) for decay in DECAYS for rule in RULES),
+    _case("wide linear step", "channel, delta", _linear_step, {**_STATES, "K": 512}),
+    *(
+        _case("log linear step", variant, _log_linear_step, {**_STATES, "N": 13})
+        for variant in ("scalar, add", "scalar, delta")
+    ),
     # The heads of RWKV-7, and the heaviest that are usual.
     _fine("dplr", 64),
     _fine("dplr", 128, torch.float16),
@@ -285,6 +319,9 @@ CASES: tuple[Case, ...] = (
     _case("gated_scan", "complex", _gated_scan, {**_WIDE, "P": 2}, gated_scan_complex_reference),
     _case("gated_scan step", "real", _gated_scan_step, _ROWS),
     _case("gated_scan step", "complex", _gated_scan_step, {**_ROWS, "P": 2}),
+    _case("diagonal_ssm step", "real", _diagonal_ssm_step, {**_ROWS, "N": 16, "P": 1}),
+    _case("diagonal_ssm step", "complex", _diagonal_ssm_step, {**_ROWS, "N": 32, "P": 2}),
+    _case("softmax_scan step", "learned query", _softmax_scan_step, {"B": 64, "H": 16, "V": 128}),
     _case("selective_scan", "skip", _selective_scan, {**_WIDE, "N": 16}, selective_scan_reference),
     _case("selective_scan step", "skip", _selective_scan_step, {**_ROWS, "N": 16}),
     _case("short_conv", "silu", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
@@ -305,12 +342,17 @@ CASES: tuple[Case, ...] = (
 _HARDEST = (
     ("chunked_linear", "channel, delta"),
     ("linear decode", "channel, delta"),
+    ("wide linear", "channel, delta"),
     ("linear step", "channel, delta"),
+    ("wide linear step", "channel, delta"),
+    ("log linear step", "scalar, delta"),
     ("dplr", "removal"),
     ("twofold_linear", "both decays"),
     ("dplr step", "removal"),
     ("gated_scan", "complex"),
     ("gated_scan step", "complex"),
+    ("diagonal_ssm step", "complex"),
+    ("softmax_scan step", "learned query"),
     ("selective_scan", "skip"),
     ("selective_scan step", "skip"),
     ("short_conv", "silu"),

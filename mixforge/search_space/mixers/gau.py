@@ -252,7 +252,8 @@ class Gau(Mixer):
             return Part(ConvolutionFeed, width=width, size=size, dilation=spread, layers=layers)
         if not isinstance(self.feed, Form):
             return None
-        given = {"channels": width, "states": self.scanned, "operation": diagonal_ssm.form(backend)}
+        forms = {"operation": diagonal_ssm.form(backend), "one_step": diagonal_ssm.step_form(backend)}
+        given = {"channels": width, "states": self.scanned, **forms}
         if self.feed.name == "s4d":
             return Part(ScanFeed, scan=Part(DiagonalScan, is_complex=True, **given))
         return Part(ScanFeed, scan=Part(MovingAverage, **given))

@@ -629,11 +629,12 @@ class Linear(Mixer):
         return self.normalised or self.in_gate in ("dt", "sigmoid", "exp", "tied") or self.norm == "length"
 
     def _check_kernels(self, size: Sizes) -> None:
-        """Raise BeyondKernels where no kernel holds the state of a head; under rule add its rows are cut into groups."""
-        slots = isinstance(self.rule, Form)
+        """Raise BeyondKernels where no kernel holds the state of a head, and none does without holding it."""
+        slots, is_levelled = isinstance(self.rule, Form), self.rule == "delta" and self.levels == "log"
         most = 128 if slots else 256
-        if (slots or self.rule in ("delta", "dplr") or self.decay == "both") and size.features > most:
+        if (slots or is_levelled or self.rule == "dplr" or self.decay == "both") and size.features > most:
             genes = "decay=both" if self.decay == "both" else f"rule={self.rule}"
+            genes += " and levels=log" if is_levelled else ""
             raise BeyondKernels(
                 f"backend='triton' takes at most {most} key channels with {genes}, and this mixer has {size.features} "
                 "(mixer linear): give a smaller key_dim, or build with backend='torch'"
@@ -642,11 +643,11 @@ class Linear(Mixer):
     def _operation(self, backend: Backend) -> tuple[Recurrence, Recurrence]:
         """The recurrence over a sequence and over one token."""
         if self.levels == "log":
-            return log_linear.form(backend), log_linear.log_linear_step
+            return log_linear.form(backend), log_linear.step_form(backend)
         if isinstance(self.rule, Form):
-            return slot_attention.form(backend), slot_attention.slot_attention_step
+            return slot_attention.form(backend), slot_attention.step_form(backend)
         if self.rule == "second":
-            return second_order.form(backend), second_order.second_order_step
+            return second_order.form(backend), second_order.step_form(backend)
         if self.rule == "dplr":
             return dplr.form(backend), dplr.step_form(backend)
         if self.decay == "both":

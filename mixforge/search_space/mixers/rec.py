@@ -186,7 +186,7 @@ class Rec(Mixer):
             bias=self.bias == "all",
         )
         activation = _ACTIVATIONS[self.activation()]
-        complex_step = gated_scan_complex.gated_scan_complex_step
+        scan = gated_scan_complex if self.is_complex else gated_scan
         return Part(
             LinearRecurrence,
             width=width,
@@ -201,8 +201,8 @@ class Rec(Mixer):
             norm=norm_part(features, backend) if self.cell == "hgrn" else None,
             has_skip=self.cell == "lru",
             bias=self.bias == "all",
-            operation=(gated_scan_complex if self.is_complex else gated_scan).form(backend),
-            one_step=complex_step if self.is_complex else gated_scan.step_form(backend),
+            operation=scan.form(backend),
+            one_step=scan.step_form(backend),
         )
 
     def _cell(self, seen: int, heads: int, head_dim: int) -> Part:

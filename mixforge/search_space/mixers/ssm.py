@@ -169,13 +169,14 @@ class Ssm(Mixer):
                 states=self.state,
                 is_complex=self.poles == "complex",
                 operation=diagonal_ssm.form(backend),
+                one_step=diagonal_ssm.step_form(backend),
             )
         sizes = [rank, self.state, self.state] if self.norm == "dt_b_c" else []
         norms = [norm_part(size, backend) for size in sizes]
         selection = Part(Selection, channels=inner, states=self.state, rank=rank, norms=norms)
-        operation = selective_scan.form(backend)
+        forms = {"operation": selective_scan.form(backend), "one_step": selective_scan.step_form(backend)}
         if self.iterations() == 0:
-            return Part(SelectiveScan, selection=selection, operation=operation)
+            return Part(SelectiveScan, selection=selection, **forms)
         return Part(
             FixedPointScan,
             channels=inner,
@@ -184,7 +185,7 @@ class Ssm(Mixer):
             selection=selection,
             mixer=Part(HouseholderMixer, channels=inner),
             has_gate=self.gate == "silu",
-            operation=operation,
+            **forms,
         )
 
 

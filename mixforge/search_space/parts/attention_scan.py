@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mixforge.kernels.softmax_scan import START, Carry, softmax_scan_step
+from mixforge.kernels.softmax_scan import START, Carry
 from mixforge.search_space.parts.attention_heads import Output
 from mixforge.search_space.parts.attention_memory import Memory
 from mixforge.search_space.parts.layer import Pass, TokenMixer
@@ -28,6 +28,7 @@ class LearnedQuery(TokenMixer):
         memory: Memory,
         output: Output,
         operation: Callable[[Tensor, Tensor, Carry | None], tuple[Tensor, Carry]],
+        one_step: Callable[[Tensor, Tensor, Carry], Tensor],
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -35,6 +36,7 @@ class LearnedQuery(TokenMixer):
         self.memory = memory
         self.output = output
         self.operation = operation
+        self.one_step = one_step
         self.query = nn.Parameter(torch.randn(heads, head_dim))
 
     def initial_state(
@@ -72,5 +74,5 @@ class LearnedQuery(TokenMixer):
         x_BTD = x_BD[:, None]
         z_BHT, v_BHTV = self.scored(x_BTD, state, at)
         carry = (state["top"], state["weight"], state["sum"])
-        o_BHV = softmax_scan_step(z_BHT[..., 0], v_BHTV[:, :, 0], carry)
+        o_BHV = self.one_step(z_BHT[..., 0], v_BHTV[:, :, 0], carry)
         return self.output(o_BHV[:, :, None], x_BTD)[:, 0], state

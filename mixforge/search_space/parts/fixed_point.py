@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.kernels.selective_scan import selective_scan_step
 from mixforge.search_space.parts.decay import exact
 from mixforge.search_space.parts.predecessor import shifted
 from mixforge.search_space.parts.state_space import Selection, StateSpace, zero_state
@@ -65,10 +64,12 @@ class FixedPointScan(StateSpace):
         mixer: HouseholderMixer,
         has_gate: bool,
         operation: Callable[..., tuple[Tensor, Tensor]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
         self.shape = (iterations, channels, states)
         self.operation = operation
+        self.one_step = one_step
         self.selection = selection
         self.mixer = mixer
         self.fed_back = nn.Linear(channels, 2 * states, bias=False)
@@ -109,10 +110,11 @@ class FixedPointScan(StateSpace):
         y_BF = past_BF = torch.zeros_like(u_BF)
         for turn in range(self.shape[0]):
             v_BF, dt_BF, b_BN, c_BN = self.mixed(u_BF, y_BF, past_BF, *selected)
-            before = state["hidden"][:, turn]
-            scanned, after = selective_scan_step(v_BF, dt_BF, part.rates(), b_BN, c_BN, part.skip, before)
-            if after is not before:
-                before.copy_(after)
+            kept = state["hidden"][:, turn]
+            before = kept.contiguous()
+            scanned, after = self.one_step(v_BF, dt_BF, part.rates(), b_BN, c_BN, part.skip, before)
+            if after is not kept:
+                kept.copy_(after)
             y_BF = self.normed(scanned)
             past_BF = state["outputs"][:, turn].clone()
             state["outputs"][:, turn] = y_BF

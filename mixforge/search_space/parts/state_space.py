@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixforge.kernels.diagonal_ssm import diagonal_ssm_step
-from mixforge.kernels.selective_scan import selective_scan_step
 from mixforge.search_space.parts.decay import draw_dt_bias, exact
 
 
@@ -69,10 +67,16 @@ class Selection(nn.Module):
 class SelectiveScan(StateSpace):
     """S6: dt, B and C follow from the input."""
 
-    def __init__(self, selection: Selection, operation: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        operation: Callable[..., tuple[Tensor, Tensor]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
+    ) -> None:
         super().__init__()
         self.selection = selection
         self.operation = operation
+        self.one_step = one_step
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"hidden": zero_state(batch, self.selection.rate.shape, device, dtype)}
@@ -89,7 +93,7 @@ class SelectiveScan(StateSpace):
     def step(self, u_BF: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         part = self.selection
         dt_BF, b_BN, c_BN = part(u_BF)
-        y_BF, after = selective_scan_step(u_BF, dt_BF, part.rates(), b_BN, c_BN, part.skip, state["hidden"])
+        y_BF, after = self.one_step(u_BF, dt_BF, part.rates(), b_BN, c_BN, part.skip, state["hidden"])
         if after is not state["hidden"]:
             state["hidden"].copy_(after)
         return y_BF, None
@@ -102,6 +106,7 @@ class FixedScan(StateSpace):
     shape: tuple[int, int, int]
     """Of what is kept of a sequence: channels, numbers, planes."""
     operation: Callable[..., tuple[Tensor, Tensor | None]]
+    one_step: Callable[..., tuple[Tensor, Tensor]]
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"hidden": zero_state(batch, self.shape, device, dtype)}
@@ -114,7 +119,7 @@ class FixedScan(StateSpace):
         return y_BTF + self.skip * u_BTF, None, {} if after is None else {"hidden": after}
 
     def step(self, u_BF: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        y_BF, after = diagonal_ssm_step(u_BF, *self.discrete(), state["hidden"])
+        y_BF, after = self.one_step(u_BF, *self.discrete(), state["hidden"])
         if after is not state["hidden"]:
             state["hidden"].copy_(after)
         return y_BF + self.skip * u_BF, None
@@ -133,9 +138,11 @@ class DiagonalScan(FixedScan):
         states: int,
         is_complex: bool,
         operation: Callable[..., tuple[Tensor, Tensor | None]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
         self.operation = operation
+        self.one_step = one_step
         self.is_complex = is_complex
         poles = states // 2 if is_complex else states
         self.shape = (channels, poles, 2 if is_complex else 1)
@@ -175,10 +182,15 @@ class MovingAverage(FixedScan):
     """
 
     def __init__(
-        self, channels: int, states: int, operation: Callable[..., tuple[Tensor, Tensor | None]]
+        self,
+        channels: int,
+        states: int,
+        operation: Callable[..., tuple[Tensor, Tensor | None]],
+        one_step: Callable[..., tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
         self.operation = operation
+        self.one_step = one_step
         self.shape = (channels, states, 1)
         self.average = nn.Parameter(0.2 * torch.randn(channels, states))
         self.damping = nn.Parameter(0.2 * torch.randn(channels, states))

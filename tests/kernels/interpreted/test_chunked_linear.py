@@ -85,6 +85,33 @@ def test_more_key_channels_than_a_kernel_takes(decay: str) -> None:
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+def test_keys_whose_state_no_kernel_holds(decay: str) -> None:
+    """Under rule delta: blocks of keys and of values, three chunks; packed, without a first state."""
+    inputs = draw(decay, "delta", 130, key_dim=150, value_dim=20)
+    assert_agree(run, chunked_linear_reference, inputs, RATIO, gradient_3=OF_DECAY)
+    inputs = draw(decay, "delta", 70, key_dim=150, sequences=2, key_heads=1, value_heads=2)
+    forms = [partial(form, cu_seqlens=torch.tensor([0, 65, 70])) for form in (run, chunked_linear_reference)]
+    assert_agree(*forms, [*inputs[:-1], None], RATIO, gradient_3=OF_DECAY)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("keys", [150, 300])
+def test_step_over_wide_keys(decay: str, keys: int) -> None:
+    inputs = draw(decay, "delta", 1, batch=2, value_heads=2, key_dim=keys, value_dim=21)
+    q, k, v, g, beta, state = inputs
+    given = (q[:, 0], k[:, 0], v[:, 0], g if g is None or g.dim() == 1 else g[:, 0], beta[:, 0])
+    expected, after = linear_step(*given, state.clone())
+    actual, same = linear_step_triton(*given, state)
+    assert same is state
+    assert_close("o", actual, expected)
+    assert_close("state", state, after)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(chunked_linear_triton.one_step, (*given, state), test_utils=checks)
+    torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None), test_utils=checks)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_packed_sequences_do_not_see_one_another(decay: str, rule: str) -> None:
     bounds = torch.tensor([0, 15, 80, 90])
@@ -160,6 +187,23 @@ def test_step(decay: str, rule: str) -> None:
     assert_close("state", state, after)
 
 
+@torch.no_grad()
+def test_step_over_some_columns_of_a_state() -> None:
+    """Those beside them stay as they are. Rows that are not at one distance are refused."""
+    q, k, v, g, beta, state = draw("scalar", "delta", 1, batch=2, value_heads=2, key_dim=24, value_dim=33)
+    given = [x[:, 0] for x in (q, k, v, g, beta)]
+    beside = torch.randn(2, 2, 24, 9)
+    wide = torch.cat([beside, state, beside], -1)
+    expected, after = linear_step(*given, state)
+    actual, _ = linear_step_triton(*given, wide[..., 9:42])
+    assert_close("o", actual, expected)
+    assert_close("state", wide[..., 9:42], after)
+    assert torch.equal(wide[..., :9], beside)
+    assert torch.equal(wide[..., 42:], beside)
+    with pytest.raises(ValueError, match="some of the columns"):
+        linear_step_triton(*given, state.mT.contiguous().mT)
+
+
 def test_step_gives_gradients_where_they_are_wanted() -> None:
     q, k, v, g, beta, state = draw("scalar", "delta", 1)
 
@@ -176,6 +220,11 @@ def test_registered_with_torch(decay: str, rule: str) -> None:
     torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None), test_utils=checks)
     packed = (*draw(decay, rule, 20, sequences=2), torch.tensor([0, 7, 20]))
     torch.library.opcheck(chunked_linear_triton.forward, packed, test_utils=checks)
+    q, k, v, now, beta, state = (x if x is None else x.detach() for x in inputs)
+    q, k, v, beta = (x if x is None else x[:, 0] for x in (q, k, v, beta))
+    now = now if now is None or now.dim() == 1 else now[:, 0]
+    for kept in (state, torch.cat([state, state], -1)[..., : state.shape[3]]):
+        torch.library.opcheck(chunked_linear_triton.one_step, (q, k, v, now, beta, kept), test_utils=checks)
 
 
 def test_compiles_as_one_graph() -> None:
@@ -217,11 +266,6 @@ def test_bad_input() -> None:
             run(*given)
     with pytest.raises(ValueError, match=r"q is torch\.float64; backend='triton' takes float32"):
         run(q.double(), k.double(), v.double())
-    wide = torch.randn(1, 2, 1, 200)
-    with pytest.raises(
-        ValueError, match="q has 200 key channels; backend='triton' takes at most 128 in float32"
-    ):
-        run(wide, wide, wide, None, torch.ones(1, 2, 1))
     three = torch.cat([q, q, q], 2)
     with pytest.raises(ValueError, match="2 value heads are no multiple of 3 key heads"):
         run(three, three, v)

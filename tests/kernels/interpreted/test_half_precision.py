@@ -36,13 +36,15 @@ def uniform(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def linear_inputs(decay: str, rule: str, length: int, dim: int, dtype: torch.dtype) -> list[Tensor | None]:
-    shape = (1, length, 2, dim)
+def linear_inputs(
+    decay: str, rule: str, length: int, dim: int, dtype: torch.dtype, values: int | None = None
+) -> list[Tensor | None]:
+    shape, values = (1, length, 2, dim), values or dim + 3
     g = {"none": None, "head": -uniform(2), "scalar": -uniform(*shape[:3]), "channel": -uniform(*shape)}
     k = torch.nn.functional.normalize(normal(*shape), dim=-1)
-    given = [x.to(dtype) for x in (normal(*shape) * dim**-0.5, k, normal(*shape[:3], dim + 3))]
+    given = [x.to(dtype) for x in (normal(*shape) * dim**-0.5, k, normal(*shape[:3], values))]
     beta = 2 * uniform(*shape[:3]) if rule == "delta" else None
-    return [*given, g[decay], beta, normal(1, 2, dim, dim + 3)]
+    return [*given, g[decay], beta, normal(1, 2, dim, values)]
 
 
 def test_the_interpreter_rounds_as_torch_does() -> None:
@@ -65,6 +67,13 @@ def test_the_interpreter_rounds_as_torch_does() -> None:
 def test_linear(rule: str, decay: str, length: int, dim: int, dtype: torch.dtype) -> None:
     forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
     assert_as_good(*forms, linear_inputs(decay, rule, length, dim, dtype))
+
+
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_linear_over_wide_keys(decay: str) -> None:
+    """Under rule delta, past the keys whose state is held."""
+    forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
+    assert_as_good(*forms, linear_inputs(decay, "delta", 70, 272, torch.bfloat16, values=20))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ MIXERS = [
     "linear(decay=scalar, forget=sigmoid, out_gate=sigmoid, phi=elu1)",
     "linear(phi=elu1, norm=denominator)",
     "based",
+    "linear(rule=delta, phi=taylor(2), key_dim=16, heads=1)",
     "hgrn2",
     "mlstm",
     "rwkv6(forget_rank=4)",
@@ -28,6 +29,7 @@ MIXERS = [
     "hla2",
     "linear(rule=slots(4), decay=channel)",
     "mamba2(levels=log, heads=2)",
+    "gdn(levels=log, heads=2)",
     "attn(query=learned, pos=none)",
     "attn(score=sigmoid)",
     "gau(score=relu2, sparse=mixed(8))",
@@ -35,6 +37,8 @@ MIXERS = [
     "conv",
     "ssm(state=4, expand=1)",
     "ssm(rule=s4d, gate=glu, state=4)",
+    "ssm(rule=s4d, poles=real, state=4)",
+    "ssm(state=4, expand=1, fixed_point=householder(2))",
     "hgrn",
     "slstm",
     "lstm(heads=2)",
@@ -75,20 +79,37 @@ def test_steps(mixer: str) -> None:
                 torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_holds_few_launches() -> None:
-    """Beside the products of torch: the norms, the convolution, and one kernel for all that is between them."""
-    model = parse("lm(gdn + swiglu, width=32)").build("triton")
+# Between the norm in front and those of the channel mixer and the end.
+LAUNCHES = {
+    "gdn": ["conv_step", "linear_decode"],
+    "ssm(state=4, expand=1)": ["conv_step", "selective_step"],
+    "ssm(state=4, expand=1, fixed_point=householder(2))": ["conv_step", *2 * ["selective_step"]],
+    "hgrn": ["scan_step", "norm_forward"],
+    "ssm(rule=s4d, gate=glu, state=4)": ["diagonal_step"],
+    "ssm(rule=s4d, poles=real, conv=none, state=4)": ["diagonal_step"],
+    "attn(query=learned, pos=none)": ["softmax_step"],
+    "mamba2(levels=log, heads=2)": ["conv_step", "log_linear_step", "norm_forward"],
+    "gdn(levels=log, heads=2)": ["conv_step", "log_linear_step", "norm_forward"],
+    "hla2": ["linear_step", "linear_step", "norm_forward"],
+    "linear(rule=slots(4), decay=channel)": ["conv_step", "linear_step", "linear_step", "norm_forward"],
+}
+
+
+@pytest.mark.parametrize("mixer", LAUNCHES)
+def test_a_step_holds_few_launches(mixer: str) -> None:
+    """Beside the products of torch: the norms, the convolution, and few kernels for all that is between them."""
+    model = parse(f"lm({mixer} + swiglu, width=32)").build("triton")
     with torch.no_grad():
         _, state = model.prefill(torch.zeros(1, 4, dtype=torch.long), capacity=8)
         with recording("sm_90") as recorded:
             model.step(torch.zeros(1, dtype=torch.long), state)
     names = [launch.name for launch in recorded.launches]
-    assert names == ["norm_forward", "conv_step", "linear_decode", "norm_forward", "norm_forward"]
+    assert names == ["norm_forward", *LAUNCHES[mixer], "norm_forward", "norm_forward"]
 
 
 def test_what_cannot_run_is_refused_when_it_is_built() -> None:
-    with pytest.raises(ValueError, match="at most 256 key channels with rule=delta, and this mixer has 561"):
-        parse("lm(linear(rule=delta, phi=taylor(2), key_dim=32) + swiglu, width=32)").build("triton")
+    with pytest.raises(ValueError, match="at most 256 key channels with rule=dplr, and this mixer has 300"):
+        parse("lm(linear(rule=dplr, key_dim=300, heads=1) + swiglu, width=32)").build("triton")
 
 
 def test_a_state_that_cannot_be_written_is_refused() -> None:

@@ -858,7 +858,10 @@ def test_values_that_no_layer_reads_are_not_lent() -> None:
 @pytest.mark.parametrize(
     ("genes", "says"),
     [
-        ({"rule": "delta", "phi": Form("taylor", (3,))}, "at most 256 key channels with rule=delta"),
+        (
+            {"rule": "delta", "phi": Form("taylor", (3,)), "levels": "log"},
+            "at most 256 key channels with rule=delta and levels=log",
+        ),
         (
             {"rule": "dplr", "key_dim": 300, "heads": 1},
             "at most 256 key channels with rule=dplr, and this mixer has 300",

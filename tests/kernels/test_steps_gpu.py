@@ -1,0 +1,126 @@
+"""Single tokens of recurrences that are made of others on a GPU, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tolerance import assert_close
+from torch import Tensor
+
+from mixforge.kernels import diagonal_ssm, log_linear, second_order, slot_attention, softmax_scan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BATCH, HEADS, KEYS, VALUES, TOKENS = 3, 4, 64, 96, 12
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def uniform(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def of_keys() -> list[Tensor]:
+    """q, k and v [B, T, H, *]; keys of a norm near 1."""
+    q, k = (normal(BATCH, TOKENS, HEADS // 2, KEYS + n)[..., :KEYS] * KEYS**-0.5 for n in range(2))
+    return [q, k, normal(BATCH, TOKENS, HEADS, VALUES)]
+
+
+def scalars() -> list[Tensor]:
+    return [-uniform(BATCH, TOKENS, HEADS), uniform(BATCH, TOKENS, HEADS)]
+
+
+@torch.no_grad()
+def check(
+    forms: list[Callable[..., tuple[Tensor, Tensor]]],
+    given: list[Tensor | None],
+    dtype: torch.dtype,
+    state: Tensor,
+    *beside: Tensor,
+) -> None:
+    """Every token, `given` by [B, T, ...] and `beside` the same for all, and the state after it."""
+    kept, wide = state.cuda(), state.cuda().double()
+    # A state is float32; what is written to it has been rounded.
+    ratio = 2 * max(torch.finfo(dtype).eps, 1e-5)
+    for t in range(TOKENS):
+        now = [None if x is None else x[:, t].to("cuda", dtype) for x in given]
+        others = [x.cuda() for x in beside]
+        o, kept = forms[0](*now, *others, kept)
+        exact = [None if x is None else x.double() for x in (*now, *others)]
+        expected, wide = forms[1](*exact, wide)
+        assert_close("output", o, expected, ratio)
+        assert_close("state", kept, wide, 1e-5)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_second_order(dtype: torch.dtype) -> None:
+    steps = [second_order.step_form(name) for name in ("triton", "torch")]
+    check(steps, [*of_keys(), scalars()[0], None], dtype, normal(BATCH, HEADS, KEYS, VALUES + KEYS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slots(dtype: torch.dtype) -> None:
+    steps = [slot_attention.step_form(name) for name in ("triton", "torch")]
+    decay = -uniform(BATCH, TOKENS, HEADS, 32)
+    check(steps, [*of_keys(), decay, None], dtype, normal(BATCH, HEADS, 32, VALUES + KEYS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_delta", [False, True])
+def test_log_linear(is_delta: bool, dtype: torch.dtype) -> None:
+    weight, numbers = uniform(BATCH, TOKENS, HEADS, 4), torch.arange(3, 3 + TOKENS, device="cuda")
+    decay, beta = scalars()
+    given = [*of_keys(), decay, beta if is_delta else None, weight]
+    numbers_of = {"triton": iter(numbers), "torch": iter(numbers)}
+
+    def step(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(*now: Tensor) -> tuple[Tensor, Tensor]:
+            *first, share, state = now
+            return log_linear.step_form(name)(*first, state, share, next(numbers_of[name]))
+
+        return run
+
+    # Three tokens have been read: two levels are open.
+    state = normal(BATCH, HEADS, 4, KEYS, VALUES)
+    state[:, :, 2:] = 0
+    check([step(name) for name in ("triton", "torch")], given, dtype, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_diagonal_states(is_complex: bool, dtype: torch.dtype) -> None:
+    planes = 2 if is_complex else 1
+    fixed = [-uniform(70, 20), *([normal(70, 20)] if is_complex else []), normal(70, 20, planes)]
+
+    def step(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(x: Tensor, rate: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+            *frequency, c, state = others
+            return diagonal_ssm.step_form(name)(x, rate, frequency[0] if frequency else None, c, state)
+
+        return run
+
+    steps = [step(name) for name in ("triton", "torch")]
+    check(steps, [normal(BATCH, TOKENS, 70)], dtype, normal(BATCH, 70, 20, planes), *fixed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softmax_scan(dtype: torch.dtype) -> None:
+    scores, values = 5 * normal(BATCH, HEADS, TOKENS), normal(BATCH, HEADS, TOKENS, VALUES)
+    scores, values = scores.to("cuda", dtype), values.to("cuda", dtype)
+    carry, wide = softmax_scan.first_carry(values.float()), softmax_scan.first_carry(values.double())
+    for t in range(TOKENS):
+        o = softmax_scan.step_form("triton")(scores[:, :, t], values[:, :, t], carry)
+        expected = softmax_scan.step_form("torch")(scores[:, :, t].double(), values[:, :, t].double(), wide)
+        assert_close("output", o, expected, 2 * max(torch.finfo(dtype).eps, 1e-6))
+        for name, kept, right in zip(("top", "weight", "sum"), carry, wide, strict=True):
+            assert_close(name, kept, right, 1e-5)
