@@ -42,6 +42,8 @@ from mixforge.search_space.stack import mixers
 
 ROOT = Path(__file__).parent.parent
 GOAL, LAYER_GOAL = 1 / 1.2, 2.0
+# For each repeat of a whole model, so many of its layer, which takes a few milliseconds.
+LAYER_REPEATS = 5
 # transformers' layers of the linear family.
 LINEAR = {
     "Mamba2Mixer",
@@ -228,21 +230,26 @@ def measure(name: str, batch: int, length: int, width: int, repeats: int) -> Row
     if not error < BOUND:
         raise Differs(f"logits differ by {error:.1e}, over {BOUND:.0e}")
     models = {"theirs": theirs, "ours": ours}
-    works: dict[str, Callable[[nn.Module], None]] = {"forward": forward, "both": both}
-    if has_linear(found.architecture):
+    taken: dict[tuple[str, str], list[float]] = {}
+
+    def in_turns(works: dict[str, Callable[[nn.Module], None]], repeats: int) -> None:
+        taken.update({(who, what): [] for who in models for what in works})
+        for repeat in range(repeats + 1):
+            # Whoever comes second finds warmer caches.
+            for who in sorted(models, reverse=repeat % 2 == 0):
+                for what, work in works.items():
+                    ms = 1e3 * seconds(lambda work=work, who=who: work(models[who]))
+                    if repeat > 0:
+                        taken[who, what].append(ms)
+
+    in_turns({"forward": forward, "both": both}, repeats)
+    is_linear = has_linear(found.architecture)
+    if is_linear:
         layers = {
             theirs: passes_of(theirs, LINEAR, logits_of),
             ours: passes_of(ours, {"LinearAttention"}, logits_of),
         }
-        works["layer"] = lambda model: layers[model]()
-    taken: dict[tuple[str, str], list[float]] = {(who, what): [] for who in models for what in works}
-    for repeat in range(repeats + 1):
-        # Whoever comes second finds warmer caches.
-        for who in sorted(models, reverse=repeat % 2 == 0):
-            for what, work in works.items():
-                ms = 1e3 * seconds(lambda work=work, who=who: work(models[who]))
-                if repeat > 0:
-                    taken[who, what].append(ms)
+        in_turns({"layer": lambda model: layers[model]()}, LAYER_REPEATS * repeats)
     times = {key: timing(values) for key, values in taken.items()}
 
     def ratios(what: str) -> list[float]:
@@ -266,7 +273,7 @@ def measure(name: str, batch: int, length: int, width: int, repeats: int) -> Row
         ratio_quartiles=spread("both"),
         goal=GOAL,
         layer=None
-        if "layer" not in works
+        if not is_linear
         else Layer(
             theirs=times["theirs", "layer"],
             ours=times["ours", "layer"],
