@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mixforge.kernels.ahead_of_time.budgets import Figures
-from mixforge.kernels.ahead_of_time.reading import read_gcn, read_hazards, read_sass
+from mixforge.kernels.ahead_of_time.reading import read_gcn, read_hazards, read_sass, sass
 from mixforge.kernels.launch import Launch
 
 TARGETS: dict[str, Any] = {
@@ -102,6 +102,14 @@ def compile_units(wanted: Sequence[Unit]) -> list[Figures]:
     else:
         read = read_sass([compiled.asm["cubin"] for compiled, _ in made], target.arch)
     return [_figures(*one, found) for one, found in zip(made, read, strict=True)]
+
+
+def compile_sass(wanted: Unit) -> tuple[Figures, str]:
+    """The figures of one kernel for an NVIDIA device, and its code."""
+    target = TARGETS[wanted.target]
+    compiled, taken_s = _compiled(wanted, target)
+    cubin = compiled.asm["cubin"]
+    return _figures(compiled, taken_s, read_sass([cubin], target.arch)[0]), sass(cubin)
 
 
 def hazards(wanted: Unit) -> tuple[str, ...]:

@@ -53,6 +53,14 @@ def read_sass(cubins: Sequence[bytes], capability: int) -> list[dict[str, int]]:
     return found
 
 
+def sass(cubin: bytes) -> str:
+    """The code of a kernel for one NVIDIA device, with the labels that its branches go to."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel"
+        file.write_bytes(cubin)
+        return _tool("nvdisasm", "-c", str(file))
+
+
 def _sass_figures(names: Sequence[str], usage: str) -> dict[str, int]:
     return {
         "registers": _number(r"REG:(\d+)", usage),
