@@ -107,14 +107,6 @@ TABLE: tuple[Row, ...] = (
     Row("linear_pairs_backward", Config({"BV": 16}, warps=8, stages=1)),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}), generation="gfx", itemsize=2, variant="channel"),
     Row("linear_gradients", Config({"BK": 16, "BV": 64}, stages=1), itemsize=2, key=16, variant="channel"),
-    # Half of the registers, for twice the programs: one waits for its products while the other multiplies.
-    Row(
-        "linear_gradients",
-        Config({"BK": 32, "BV": 64}, warps=8, stages=1, registers=128),
-        generation="sm_9",
-        itemsize=2,
-        variant="channel",
-    ),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, warps=8, stages=1), itemsize=2, variant="channel"),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, stages=1), generation="sm_8", itemsize=2),
     Row("linear_gradients", Config({"BK": 64, "BV": 64}, stages=1), itemsize=2),
@@ -149,14 +141,6 @@ TABLE: tuple[Row, ...] = (
     Row("dplr_scan", Config({"BV": 32}, warps=8)),
     Row("dplr_scan_backward", Config({"BV": 32}, stages=1), itemsize=2, key=64),
     Row("dplr_scan_backward", Config({"BV": 16}, warps=8, stages=1), generation="gfx"),
-    # As for linear_gradients: two programs at a time.
-    Row(
-        "dplr_scan_backward",
-        Config({"BV": 32}, warps=8, stages=1, registers=128),
-        generation="sm_9",
-        itemsize=2,
-        key=128,
-    ),
     Row("dplr_scan_backward", Config({"BV": 32}, warps=8, stages=1), itemsize=2, key=128),
     Row("dplr_scan_backward", Config({"BV": 16}, stages=1), generation="sm_9", key=64),
     Row("dplr_scan_backward", Config({"BV": 16}, warps=8, stages=1)),

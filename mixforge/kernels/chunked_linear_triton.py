@@ -163,10 +163,13 @@ def _as_product(value):
 
 
 @triton.jit
-def _up_to(total, anchor_K, within, end):
-    """Powers e^(a - G_j) of the rows before `end`; others 0."""
-    before = (within < end)[:, None]
-    return tl.where(before, tl.exp(tl.where(before, tl.minimum(anchor_K[None, :] - total, 80.0), 0.0)), 0.0)
+def _up_to(
+    total, sums, start, last_row, channel, within, G: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr
+):  # fmt: skip
+    """Powers e^(a - G_j) of the rows before the end of a block, a the sum in its first row; others 0."""
+    anchor = tl.load(sums + tl.minimum(start, last_row) * (G * K) + channel, mask=channel < K, other=0.0)
+    before = (within < start + SUB)[:, None]
+    return tl.where(before, tl.exp(tl.where(before, tl.minimum(anchor[None, :] - total, 80.0), 0.0)), 0.0)
 
 
 @triton.jit
@@ -533,26 +536,27 @@ def linear_gradients(
         read_total, read_k = total, k_CK.to(tl.float32)
         query_CK = (q_CK.to(tl.float32) * left).to(WIDE)
         step_CK = ((read_k * step[:, None]).to(k_CK.dtype).to(tl.float32) * left).to(WIDE)
-        total, k_CK = _as_product(total), _as_product(read_k)
         row_CK = tl.zeros([C, BK], tl.float32)
         step_row_CK = tl.zeros([C, BK], tl.float32)
-        column_CK = tl.zeros([C, BK], tl.float32)
         for start in range(0, C, SUB):
-            anchor_K = tl.load(
-                sums + tl.minimum(start, last_row) * (G * K) + channel, mask=channel < K, other=0.0
-            )
             inside = ((within >= start) & (within < start + SUB))[:, None]
-            key_CK = (read_k * _up_to(read_total, anchor_K, within, start + SUB)).to(WIDE)
-            right = _up_to(total, anchor_K, within, start + SUB)
-            written = (k_CK * right).to(WIDE).to(tl.float32)
+            right = _up_to(read_total, sums, start, last_row, channel, within, G, K, SUB)
+            key_CK = (read_k * right).to(WIDE)
             # Rows of other blocks may overflow.
             row_CK += tl.where(inside, tl.dot(dp_CC, key_CK, input_precision=PRECISION), 0.0)
+            if DELTA:
+                step_row_CK += tl.where(inside, tl.dot(da_CC, key_CK, input_precision=PRECISION), 0.0)
+        total, k_CK = _as_product(total), _as_product(read_k)
+        column_CK = tl.zeros([C, BK], tl.float32)
+        for start in range(0, C, SUB):
+            inside = ((within >= start) & (within < start + SUB))[:, None]
+            right = _up_to(total, sums, start, last_row, channel, within, G, K, SUB)
+            written = (k_CK * right).to(WIDE).to(tl.float32)
             inner_CK = tl.where(inside, query_CK, 0.0).to(WIDE)
             column = tl.dot(tl.trans(dp_CC), inner_CK, input_precision=PRECISION)
             column_CK += right * column
             d_CK -= written * column
             if DELTA:
-                step_row_CK += tl.where(inside, tl.dot(da_CC, key_CK, input_precision=PRECISION), 0.0)
                 inner_CK = tl.where(inside, step_CK, 0.0).to(WIDE)
                 column = tl.dot(tl.trans(da_CC), inner_CK, input_precision=PRECISION)
                 column_CK += right * column

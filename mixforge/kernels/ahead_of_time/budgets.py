@@ -74,9 +74,6 @@ _FEW = (
 _TF32 = "float16 with channel decays multiplies in TF32, of twice the size"
 _OLDER = "Triton 3.6 holds less in registers than 3.7, as of a state of 128 by 256"
 _THREE = "a product of float32 is three of TF32, whose parts are in registers too; long runs are in bfloat16"
-_TWICE = (
-    "half of the registers let two programs run on a multiprocessor; what does not fit is outside its loops"
-)
 
 # Every other kernel may use none.
 STACK_BUDGETS: tuple[StackBudget, ...] = (
@@ -85,15 +82,12 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan_backward", "sm_80", 8, _OLDER),
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
     StackBudget("dplr_scan_backward", "sm_80", 16, _FEW),
-    StackBudget("dplr_scan_backward", "sm_90", 256, _TWICE),
     StackBudget("dplr_gradients", "sm_", 96, _FEW),
-    StackBudget("linear_gradients", "sm_80", 448, _TF32),
-    StackBudget("linear_gradients", "sm_90", 320, _TWICE),
     StackBudget("linear_gradients", "sm_", 16, _FEW),
     StackBudget("linear_decode", "sm_", 96, _OLDER),
     StackBudget("linear_scan", "sm_", 1536, _THREE, is_wide=True),
     StackBudget("linear_scan_backward", "sm_", 1536, _THREE, is_wide=True),
-    StackBudget("linear_gradients", "sm_", 1024, _THREE, is_wide=True),
+    StackBudget("linear_gradients", "sm_", 256, _THREE, is_wide=True),
     StackBudget("linear_scan_backward_wide", "sm_", 256, _THREE, is_wide=True),
 )
 
