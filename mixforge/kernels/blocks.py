@@ -62,7 +62,7 @@ class Row:
     value: int = ANY
     """The value dim, at most."""
     variant: str = ""
-    """The variant of the kernel that it is for; empty for all."""
+    """The beginning of the variants of the kernel that it is for; empty for all."""
 
 
 # Those for the interpreter cut few columns into several blocks; more of them take the blocks of a device.
@@ -107,6 +107,13 @@ TABLE: tuple[Row, ...] = (
     Row("linear_pairs_backward", Config({"BV": 16}, warps=8, stages=1)),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}), generation="gfx", itemsize=2, variant="channel"),
     Row("linear_gradients", Config({"BK": 16, "BV": 64}, stages=1), itemsize=2, key=16, variant="channel"),
+    Row(
+        "linear_gradients",
+        Config({"BK": 64, "BV": 64}, warps=8, stages=1),
+        generation="sm_9",
+        itemsize=2,
+        variant="channel, delta",
+    ),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, warps=8, stages=1), itemsize=2, variant="channel"),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, stages=1), generation="sm_8", itemsize=2),
     Row("linear_gradients", Config({"BK": 64, "BV": 64}, stages=1), itemsize=2),
@@ -269,7 +276,7 @@ def rows_for(wanted: ShapeClass, generation: str) -> list[Row]:
         and wanted.dtype.itemsize <= row.itemsize
         and wanted.key <= row.key
         and wanted.value <= row.value
-        and row.variant in ("", wanted.variant)
+        and wanted.variant.startswith(row.variant)
     ]
 
 

@@ -788,7 +788,8 @@ class Shape:
     def config(self, kernel: Any, used: tuple[str, ...]) -> Config:
         """Blocks of a kernel, no wider than the dims are."""
         name = kernel.fn.__name__
-        found = choose(name, generation(), self.dtype, self.keys, self.values, variant=self.gate)
+        variant = f"{self.gate}, {'delta' if self.delta else 'add'}"
+        found = choose(name, generation(), self.dtype, self.keys, self.values, variant)
         dims = {"BK": self.keys, "BV": self.values}
         blocks = {name: min(found.blocks[name], padded(dims[name])) for name in used}
         return replace(found, blocks=blocks)

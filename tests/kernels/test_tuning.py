@@ -16,7 +16,7 @@ from mixforge.kernels import blocks, tuning
 from mixforge.kernels.blocks import Config, ShapeClass, choose, read_tuned, trying, write_tuned
 from mixforge.kernels.launch import recording
 
-SHAPE = ShapeClass("linear_scan", torch.bfloat16, 128, 128, "scalar")
+SHAPE = ShapeClass("linear_scan", torch.bfloat16, 128, 128, "scalar, delta")
 OTHER = ShapeClass("norm_forward", torch.bfloat16, 2048)
 DEVICE = "a device"
 A, B, C = (Config({"BV": size}) for size in (64, 32, 16))
@@ -198,7 +198,7 @@ def test_what_is_compiled_wrong_is_dropped_before_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "generation", lambda: "sm_90")
-    shape = ShapeClass("linear_pairs_backward", torch.bfloat16, 128, 128, "scalar")
+    shape = ShapeClass("linear_pairs_backward", torch.bfloat16, 128, 128, "scalar, delta")
     (cases,) = (cases for found, cases in tuning.shape_classes("sm_90").items() if found == shape)
     knobs = importlib.import_module("triton").knobs
     with knobs.cache.scope():
