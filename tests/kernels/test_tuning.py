@@ -94,7 +94,7 @@ def test_the_key_names_device_triton_and_shape_class(cache: Path, monkeypatch: p
     write_tuned(DEVICE, {SHAPE.name: B})
     (key,) = json.loads(cache.read_text())
     assert key == f"{DEVICE}, Triton {blocks.triton.__version__}"
-    assert SHAPE.name == "linear_scan scalar bfloat16 128x128"
+    assert SHAPE.name == "linear_scan scalar, delta bfloat16 128x128"
     monkeypatch.setattr(blocks.triton, "__version__", "0.0")
     assert read_tuned(DEVICE) == {}
 
