@@ -89,6 +89,9 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan_backward", "sm_", 1536, _THREE, is_wide=True),
     StackBudget("linear_gradients", "sm_", 256, _THREE, is_wide=True),
     StackBudget("linear_scan_backward_wide", "sm_", 256, _THREE, is_wide=True),
+    StackBudget("dplr_scan_backward", "sm_", 640, _THREE, is_wide=True),
+    StackBudget("dplr_gradients", "sm_", 64, _THREE, is_wide=True),
+    StackBudget("dplr_pairs", "sm_", 16, _OLDER, is_wide=True),
 )
 
 # A stub has 16; a kernel that adds one to a row has 21.

@@ -311,6 +311,7 @@ CASES: tuple[Case, ...] = (
     ),
     # The heads of RWKV-7, and the heaviest that are usual.
     _fine("dplr", 64),
+    _fine("dplr", 64, torch.float32),
     _fine("dplr", 128, torch.float16),
     _fine("twofold_linear", 128),
     *(_case("dplr step", variant, _dplr_step, {**_STATES, "R": 2}) for variant in ("removal", "both decays")),
