@@ -51,6 +51,7 @@ from mixforge.evaluator.task import Batch, HeldOut, Task
 _DENSITY = 0.4
 _STARTS = 4
 _MOST_DRAWS = 1_000
+_MOST_PAIRS = 4_194_304
 _TRAINING = Recipe(steps=300, batch=32, lr=(3e-3,))
 
 
@@ -90,6 +91,11 @@ class Selectiv(Task):
             raise ValueError(f"ambiguous {self.ambiguous} is not between 0 and {self.letters}, the letters")
         if not 1 <= self.copies <= 1_024:
             raise ValueError(f"copies {self.copies} is not between 1 and 1024 states of a letter")
+        if (pairs := self.states * (self.letters + 1)) > _MOST_PAIRS:
+            raise ValueError(
+                f"{self.states} states, each before {self.letters + 1} letters, are a grammar of {pairs} pairs; at most "
+                f"{_MOST_PAIRS} are drawn: say fewer letters, ambiguous or copies"
+            )
         if not 10 <= self.symbols <= 65_536:
             raise ValueError(f"symbols {self.symbols} is not between 10 and 65536 letters in a sequence")
         if not 0 <= self.fewest_blanks <= self.most_blanks <= 4_096:
