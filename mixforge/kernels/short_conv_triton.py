@@ -297,7 +297,8 @@ def run_backward(
     )  # fmt: skip
     total = partial.sum(0)
     dweight = total[:taps].t().to(weight.dtype).contiguous()
-    dbias = dbias if bias is None else total[taps].to(bias.dtype)
+    # A copy: of one tap or one channel the weight's gradient is a view of the same sums, and torch takes no two of them.
+    dbias = dbias if bias is None else total[taps].to(bias.dtype, copy=True)
     config = choose("conv_input_gradient", generation(), x.dtype, key=dim)
     grid = (-(-length // config.blocks["BLOCK_T"]), -(-dim // config.blocks["BLOCK_D"]), batch)
     args = (dpre, weight, dafter, cu_seqlens, owner, dx, length)

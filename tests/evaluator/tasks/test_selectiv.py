@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from mixforge.evaluator.candidate import Candidate, asked
 from mixforge.evaluator.deadline import Deadline
 from mixforge.evaluator.recipe import Recipe
 from mixforge.evaluator.task import Batch
 from mixforge.evaluator.tasks.selectiv import Grammar, Selectiv, draw_grammar
+from mixforge.search_space.notation import parse
 
 GAPS = {"fewest_blanks": 0, "most_blanks": 3, "held_out_blanks": 2}
 
@@ -183,6 +186,10 @@ def test_the_papers_setting_has_its_classes() -> None:
         ({"letters": 0}, "letters 0 is not between 1"),
         ({"ambiguous": 5}, "ambiguous 5 is not between 0 and 4, the letters"),
         ({"copies": 0}, "copies 0"),
+        (
+            {"letters": 1024, "ambiguous": 1024, "copies": 1024},
+            "1048577 states, each before 1025 letters, are a grammar of 1074791425 pairs; at most 4194304",
+        ),
         ({"symbols": 9}, "symbols 9 is not between 10"),
         ({"fewest_blanks": 2}, "fewest_blanks 2 and most_blanks 1 are not two numbers"),
         ({"held_out_blanks": -1}, "held_out_blanks -1"),
@@ -204,14 +211,15 @@ def test_what_cannot_be_asked_is_refused(changes: dict[str, float], said: str) -
 class _Oracle(torch.nn.Module):
     """Sure of the state at a letter's blanks alone, and there as `share` says; at the letter of another state."""
 
-    def __init__(self, task: Selectiv, share: float) -> None:
+    def __init__(self, task: Selectiv, share: float, prefix: int = 0) -> None:
         super().__init__()
+        self.model = SimpleNamespace(prefix=prefix)
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.task = task
         self.share = share
 
     def answer(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        asked_BT = targets_BT >= 0
+        asked_BT = asked(targets_BT, self.model.prefix)
         states_N = targets_BT[asked_BT]
         is_blank_N = inputs_BT[asked_BT] == self.task.blank
         other_N = (states_N + 1) % self.task.states
@@ -229,3 +237,20 @@ def test_score_is_of_the_sum_over_a_letter_and_its_blanks(blanks: int, share: fl
     """With three blanks 3 p stands against 1 + 3 (1 - p)."""
     task = _task(held_out_blanks=blanks)
     assert task.score(_Oracle(task, share), "test", Deadline(60)) == score  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "score"), [(1, 0.0), (2, 1 / 24), (3, 1 / 24), (4, 0.0), (5, 1 / 23), (72, 1.0)]
+)
+def test_score_behind_a_prefix_is_of_what_is_left_of_a_letter(prefix: int, score: float) -> None:
+    """Of a letter and two blanks 1.2 stands against 1.8, of its blanks 0.6 against 0.4 each; step prefix - 1 is asked."""
+    task = _task(held_out_blanks=2)
+    oracle = _Oracle(task, 0.6, prefix)
+    assert task.score(oracle, "test", Deadline(60)) == pytest.approx(score)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_models_with_a_prefix_are_scored() -> None:
+    task = _task(examples=8)
+    model = parse(f"lm(attn(mask=prefix(5)), width=16, vocab={task.vocab})").build()
+    assert 0 <= task.score(Candidate(model, None), "selection", Deadline(60)) < 1

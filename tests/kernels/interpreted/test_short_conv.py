@@ -41,6 +41,15 @@ def test_equals_the_sum_over_taps(
     assert_agree(*forms, [*inputs[:2], None, None])
 
 
+@pytest.mark.parametrize(("taps", "width"), [(1, 3), (4, 1)])
+def test_one_tap_and_one_channel(taps: int, width: int) -> None:
+    def output(backend: str, *inputs: Tensor | None) -> Tensor:
+        return run(backend, "none", *inputs)[0]
+
+    forms = [partial(output, backend) for backend in ("triton", "reference")]
+    assert_agree(*forms, [*draw(5, taps, width=width)[:3], None])
+
+
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_packed_sequences(activation: str) -> None:
     inputs = draw(41, 4, batch=1, width=3, sequences=4)
