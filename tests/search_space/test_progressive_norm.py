@@ -160,6 +160,16 @@ def test_a_model_of_bfloat16_stays_finite() -> None:
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
+def test_statistics_of_a_model_in_half_precision_go_on_in_float32() -> None:
+    norm = ProgressiveNorm(4, 10, nn.LayerNorm(4)).to(torch.bfloat16).train()
+    for _ in range(60):
+        norm(torch.full((1, 2, 4), 1.001, dtype=torch.float32).to(torch.bfloat16))
+    norm(torch.full((1, 2, 4), 1.01).to(torch.bfloat16))
+    # A tenth of a difference of 2^-7, which no bfloat16 near 1 could hold.
+    assert norm.mean.dtype == torch.float32
+    assert torch.all((norm.mean > 1.0) & (norm.mean < 1.002))
+
+
 def test_the_text_and_the_json_say_the_steps() -> None:
     architecture: Architecture = parse(TEXT)
     assert str(architecture) == TEXT

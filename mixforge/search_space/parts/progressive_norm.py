@@ -16,6 +16,9 @@ keeps lambda at 1 for some steps before it falls, and at the end makes the norm 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +47,15 @@ class ProgressiveNorm(nn.Module):
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("variance", torch.ones(width))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of any module, but that a model in half precision keeps float32 statistics: theirs would stand still."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("mean", "variance"):
+            value = getattr(self, name)
+            if value.dtype.itemsize < 4:
+                setattr(self, name, value.float())
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype.itemsize >= 4 else x.float()
