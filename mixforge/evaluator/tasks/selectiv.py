@@ -10,7 +10,8 @@ and at the beginning, comes one of four states. A grammar from which some state 
 A letter is followed by blanks: in training `fewest_blanks` to `most_blanks`, in held-out sequences `held_out_blanks`.
 From letter number `intruders_from` on, one that may not follow, where there is such, stands in between with probability
 `intruders`; the state stays, and is what is asked for there. Every step is asked for. The score is the fraction of
-letters, intruders too, whose state has the largest sum of probabilities over the letter and its blanks.
+letters, intruders too, whose state has the largest sum of probabilities over the letter and its blanks; of a model that
+reads a prefix together, over those of its steps that count.
 
 Source: SelectivBench ("Dissecting Linear Recurrent Models"), its public code: alphabets, density, starts, gaps, loss and
 score. Its tasks, each with 200 symbols and, but for the first, with letters = ambiguous = copies = 40:
@@ -40,7 +41,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mixforge.evaluator.candidate import Candidate
+from mixforge.evaluator.candidate import Candidate, asked
 from mixforge.evaluator.deadline import Deadline
 from mixforge.evaluator.recipe import Recipe
 from mixforge.evaluator.seeds import seed_for
@@ -152,18 +153,22 @@ class Selectiv(Task):
     def score(self, candidate: Candidate, split: HeldOut, deadline: Deadline) -> float:
         """Fraction of letters whose state has the largest summed probability, over the whole vocabulary."""
         device = next(candidate.parameters()).device
-        right = asked = 0
+        right = letters = 0
         for batch in self.held_out(split):
             deadline.check(f"scoring {self.name}")
             there = batch.to(str(device))
             logits_NX, targets_N = candidate.answer(there.inputs_BT, there.targets_BT)
-            begins_N = there.inputs_BT[there.targets_BT >= 0] != self.blank
+            prefix = candidate.model.prefix
+            begins_BT = there.inputs_BT != self.blank
+            # A letter that a prefix begins is named by its blanks behind that alone.
+            begins_BT[:, max(0, prefix - 1)] = True
+            begins_N = begins_BT[asked(there.targets_BT, prefix)]
             states_M = targets_N[begins_N]
             sums_MX = logits_NX.new_zeros(len(states_M), logits_NX.shape[1], dtype=torch.float32)
             sums_MX.index_add_(0, begins_N.cumsum(0) - 1, logits_NX.float().softmax(1))
             right += int((sums_MX.argmax(1) == states_M).sum())
-            asked += len(states_M)
-        return right / asked
+            letters += len(states_M)
+        return right / letters
 
     def _rules(self) -> Grammar:
         return draw_grammar(self.letters, self.ambiguous, self.copies, self.grammar)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from mixforge.evaluator.candidate import asked
 from mixforge.evaluator.deadline import Deadline
 from mixforge.evaluator.recipe import Recipe
 from mixforge.evaluator.task import Batch
@@ -204,14 +206,15 @@ def test_what_cannot_be_asked_is_refused(changes: dict[str, float], said: str) -
 class _Oracle(torch.nn.Module):
     """Sure of the state at a letter's blanks alone, and there as `share` says; at the letter of another state."""
 
-    def __init__(self, task: Selectiv, share: float) -> None:
+    def __init__(self, task: Selectiv, share: float, prefix: int = 0) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.model = SimpleNamespace(prefix=prefix)
         self.task = task
         self.share = share
 
     def answer(self, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        asked_BT = targets_BT >= 0
+        asked_BT = asked(targets_BT, self.model.prefix)
         states_N = targets_BT[asked_BT]
         is_blank_N = inputs_BT[asked_BT] == self.task.blank
         other_N = (states_N + 1) % self.task.states
@@ -229,3 +232,15 @@ def test_score_is_of_the_sum_over_a_letter_and_its_blanks(blanks: int, share: fl
     """With three blanks 3 p stands against 1 + 3 (1 - p)."""
     task = _task(held_out_blanks=blanks)
     assert task.score(_Oracle(task, share), "test", Deadline(60)) == score  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "share", "score"),
+    [(5, 0.6, 0.0), (6, 0.6, 1 / 23), (8, 0.7, 1.0), (9, 0.6, 0.0), (93, 0.7, 1.0)],
+)
+def test_behind_a_prefix_a_letter_is_named_by_the_steps_that_are_left(
+    prefix: int, share: float, score: float
+) -> None:
+    """Steps are asked for from the prefix's last one on. A letter without its own step needs half of its blanks only."""
+    task = _task(held_out_blanks=3)
+    assert task.score(_Oracle(task, share, prefix), "test", Deadline(60)) == score  # type: ignore[arg-type]
