@@ -51,6 +51,8 @@ from mixforge.evaluator.task import Batch, HeldOut, Task
 _DENSITY = 0.4
 _STARTS = 4
 _MOST_DRAWS = 1_000
+# A grammar is a table of states by letters, with each entry a number of Python's: so many take seconds, once.
+_MOST_ENTRIES = 4_194_304
 _TRAINING = Recipe(steps=300, batch=32, lr=(3e-3,))
 
 
@@ -90,6 +92,11 @@ class Selectiv(Task):
             raise ValueError(f"ambiguous {self.ambiguous} is not between 0 and {self.letters}, the letters")
         if not 1 <= self.copies <= 1_024:
             raise ValueError(f"copies {self.copies} is not between 1 and 1024 states of a letter")
+        if (entries := self.states * (self.letters + 1)) > _MOST_ENTRIES:
+            raise ValueError(
+                f"letters {self.letters}, ambiguous {self.ambiguous} and copies {self.copies} make {self.states} states, "
+                f"and {entries} pairs of a state and a letter; at most {_MOST_ENTRIES} are drawn: give fewer of either"
+            )
         if not 10 <= self.symbols <= 65_536:
             raise ValueError(f"symbols {self.symbols} is not between 10 and 65536 letters in a sequence")
         if not 0 <= self.fewest_blanks <= self.most_blanks <= 4_096:

@@ -185,6 +185,10 @@ def test_the_papers_setting_has_its_classes() -> None:
         ({"letters": 0}, "letters 0 is not between 1"),
         ({"ambiguous": 5}, "ambiguous 5 is not between 0 and 4, the letters"),
         ({"copies": 0}, "copies 0"),
+        (
+            {"letters": 1024, "ambiguous": 1024, "copies": 1024},
+            "make 1048577 states, and 1074791425 pairs of a state and a letter; at most 4194304 are drawn",
+        ),
         ({"symbols": 9}, "symbols 9 is not between 10"),
         ({"fewest_blanks": 2}, "fewest_blanks 2 and most_blanks 1 are not two numbers"),
         ({"held_out_blanks": -1}, "held_out_blanks -1"),
