@@ -68,7 +68,8 @@ class Panel:
     x: str = ""
     series: tuple[Series, ...]
     chance: float | None = None
-    """What guessing scores."""
+    """Where the dashes are."""
+    dashes: str = "what guessing scores"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +167,8 @@ FINDINGS = (
                 score="selectivity",
                 heading="hidden states named right, fraction",
                 series=_each("f6-selectivity", _F6),
-                # By the letter alone.
                 chance=0.456,
+                dashes="what the letter by itself gives away",
             ),
         ),
     ),
@@ -288,7 +289,7 @@ def svg(finding: Finding, trainings: Sequence[Training]) -> str:
         _text(
             _LEFT,
             HEIGHT - 30,
-            f"Rings are {seeds} seeds, dots their means, dashes what guessing scores. {'; '.join(devices)}.",
+            f"Rings are {seeds} seeds, dots their means, dashes {finding.panels[0].dashes}. {'; '.join(devices)}.",
             "quiet small",
         ),
         _text(

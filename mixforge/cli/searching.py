@@ -85,7 +85,7 @@ def search(
         print_json({**_ending_json(ending), "front": [trial_json(each) for each in front]})
     else:
         show_front(front, objectives(stored), stored)
-        _show_ending(ending, db)
+        _show_ending(ending, db, has_weights=any(task.keeps_weights for task in campaign.budget.tasks))
     if ending.why == "interrupted":
         raise typer.Exit(130)
 
@@ -113,7 +113,8 @@ def _ending_json(ending: Ending) -> dict[str, object]:
     }
 
 
-def _show_ending(ending: Ending, db: str) -> None:
+def _show_ending(ending: Ending, db: str, *, has_weights: bool) -> None:
+    """`has_weights`: whether the campaign keeps trained weights, so that there is something to export."""
     progress = ending.progress
     if progress.volumes is not None:
         volumes = progress.volumes
@@ -125,10 +126,15 @@ def _show_ending(ending: Ending, db: str) -> None:
     if ending.why == "interrupted":
         return
     option = "" if db == DEFAULT_DATABASE else f" --db {db}"
-    print(
-        f"Next: mixforge report {progress.campaign} report.html{option}\n"
-        f"      mixforge export best winner{option}"
-    )
+    if failed := _failed(progress):
+        where = f"campaign = '{progress.campaign}' and outcome != ok"
+        print(
+            f"Not ok: {failed}. The reasons: "
+            f'mixforge query --where "{where}" --columns digest,outcome,reason{option}'
+        )
+    print(f"Next: mixforge report {progress.campaign} report.html{option}")
+    if has_weights:
+        print(f"      mixforge export best winner{option}")
 
 
 @contextmanager
@@ -216,9 +222,8 @@ def _standing(progress: Progress) -> RenderableType:
             f"hypervolume at equal budget: search {progress.volumes.search_matched:.4g}, random "
             f"{progress.volumes.random:.4g}"
         )
-    failed = {outcome: count for outcome, count in progress.outcomes.items() if outcome != "ok" and count}
-    if failed:
-        lines.append("not ok: " + ", ".join(f"{outcome} {count}" for outcome, count in failed.items()))
+    if failed := _failed(progress):
+        lines.append(f"not ok: {failed}")
     if progress.rejected:
         lines.append(
             "refused: " + ", ".join(f"{reason} {count}" for reason, count in progress.rejected.items())
@@ -226,3 +231,10 @@ def _standing(progress: Progress) -> RenderableType:
     if progress.note is not None:
         lines.append(f"last trouble: {progress.note}")
     return Text("\n".join(lines), style="dim")
+
+
+def _failed(progress: Progress) -> str:
+    """How many trials ended otherwise than ok, by outcome; empty where none did."""
+    return ", ".join(
+        f"{outcome} {count}" for outcome, count in progress.outcomes.items() if outcome != "ok" and count
+    )

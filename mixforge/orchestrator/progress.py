@@ -110,6 +110,10 @@ class Ending:
             case "hours":
                 return f"{done}; the campaign's hours are spent. Raise search.hours in its file to go on."
             case "exhausted":
-                return f"{done}; no architecture within the limits was found that had not been tried."
+                reasons = ", ".join(f"{reason} {count}" for reason, count in progress.rejected.items())
+                return (
+                    f"{done}; no architecture within the limits was found that had not been tried. Draws were refused "
+                    f"for: {reasons}. Widen the space in its file to go on."
+                )
             case "interrupted":
                 return f"{done} and stored. Run the same command again to go on from here."

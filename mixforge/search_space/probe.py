@@ -56,11 +56,15 @@ def probe(architecture: Architecture, length: int = 48, seed: int = 0) -> Flow:
     generator = torch.Generator().manual_seed(seed)
     tokens_BT = torch.randint(small.vocab, (2, length), generator=generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model.train()
     reached: set[str] = set()
     ratio, is_finite = math.nan, True
     for _ in range(2):
         optimizer.zero_grad()
-        loss, ratio = _pass(model, tokens_BT)
+        # In training mode some layers draw by chance, from torch's own generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            loss, ratio = _pass(model, tokens_BT)
         for name, weight in model.named_parameters():
             if weight.grad is not None and bool(weight.grad.any()):
                 reached.add(name)
@@ -74,7 +78,7 @@ def probe(architecture: Architecture, length: int = 48, seed: int = 0) -> Flow:
         width=small.width,
         length=length,
         is_finite=is_finite and math.isfinite(ratio),
-        is_causal=_is_causal(model, tokens_BT),
+        is_causal=_is_causal(model.eval(), tokens_BT),
         dead=dead,
         ratio=ratio,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from io import StringIO
@@ -14,6 +15,12 @@ from rich.console import Console
 from typer.main import get_command
 
 from mixforge.cli import main, output
+from mixforge.db.store import Store
+from mixforge.evaluator.environment import environment
+from mixforge.evaluator.evaluation import Outcome
+from mixforge.orchestrator.campaign import Campaign
+from mixforge.orchestrator.ledger import Ledger
+from mixforge.orchestrator.progress import Ending, Progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMANDS = sorted(get_command(main.app).commands)  # type: ignore[attr-defined]
@@ -329,6 +336,53 @@ def test_a_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) 
 def test_a_refused_search_leaves_nothing(tell, tmp_path: Path) -> None:
     assert tell("search", str(EXAMPLES / "tiny.toml"), "--device", "nope", "--db", "new/none.db").status == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("task", ["text", "copy"])
+def test_a_search_ends_with_what_failed_and_with_what_can_be_done_next(
+    task: str, tell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Weights are kept of text alone, so elsewhere no export is named."""
+
+    def ended(campaign: Campaign, store: Store, **rest: object) -> Ending:
+        Ledger(campaign, store, environment("cpu"))
+        progress = Progress(
+            campaign=campaign.name,
+            phase="ended",
+            baselines_done=1,
+            baselines=1,
+            trials_done=6,
+            trials=6,
+            outcomes={Outcome.ok: 4, Outcome.crashed: 3},
+            reused=0,
+            waiting=0,
+            running=(),
+            rejected={},
+            best=(),
+            front=0,
+            volumes=None,
+            elapsed_s=1.0,
+            spent_s=1.0,
+            left_s=None,
+            idle_share=0.0,
+        )
+        return Ending(why="trials", signal=None, progress=progress)
+
+    monkeypatch.setattr("mixforge.orchestrator.run.run", ended)
+    file = tmp_path / "tiny.toml"
+    figures = {"text": "bits_per_byte", "copy": "copying"}
+    text = (
+        TINY.replace("tasks.text", f"tasks.{task}")
+        .replace("length = 64", "")
+        .replace(figures["text"], figures[task])
+    )
+    file.write_text(text)
+    told = tell("search", str(file))
+    assert told.status == 0, told.err
+    assert "Not ok: crashed 3." in told.out
+    assert ("mixforge export best winner" in told.out) == (task == "text")
+    query = shlex.split(told.out.partition("The reasons: mixforge ")[2].partition("Next:")[0])
+    assert tell(*query).status == 0
 
 
 def test_an_export_folder_that_exists_is_left_alone(tell, tmp_path: Path) -> None:

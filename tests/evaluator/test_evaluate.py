@@ -24,6 +24,8 @@ from mixforge.evaluator.recipe import Recipe
 from mixforge.evaluator.task import Batch, HeldOut, Task
 from mixforge.evaluator.tasks.copy import Copy
 from mixforge.evaluator.tasks.mqar import Mqar
+from mixforge.evaluator.tasks.selectiv import Selectiv
+from mixforge.evaluator.tasks.state_tracking import StateTracking
 from mixforge.evaluator.tasks.text import Text
 from mixforge.evaluator.train import Step
 from mixforge.evaluator.weights import load_weights
@@ -182,8 +184,23 @@ def test_a_prefix_that_leaves_nothing_to_predict_is_told_before_training() -> No
         "of mqar, which have 24 tokens; say a shorter prefix, or longer sequences in [tasks.mqar]" in reason
     )
     assert budget.why_unasked(0) is budget.why_unasked(5) is None
-    evaluation = evaluate(parse("lm(attn(mask=prefix(5)) + linear(init=prefix(3)), width=16)"), budget)
-    assert evaluation.outcome is Outcome.ok
+
+
+def test_a_model_with_a_prefix_is_scored_on_every_task() -> None:
+    tasks = (
+        Copy(training=_RECIPE, length=6, shortest=4, examples=8),
+        Mqar(training=_RECIPE, examples=8),
+        Selectiv(
+            training=_RECIPE, symbols=10, intruders_from=5, most_blanks=3, held_out_blanks=2, examples=8
+        ),
+        StateTracking(training=_RECIPE, length=12, held_out_length=16, examples=8),
+        Text(training=_RECIPE, length=16, windows=4),
+    )
+    architecture = parse("lm(attn(mask=prefix(6)) + linear(init=prefix(3)), width=16)")
+    evaluation = evaluate(architecture, Budget(tasks=tasks))
+    assert evaluation.outcome is Outcome.ok, evaluation.reason
+    for task in tasks:
+        assert getattr(evaluation, task.figure) >= 0
 
 
 def test_interrupt_is_not_an_outcome() -> None:

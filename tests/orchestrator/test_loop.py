@@ -36,6 +36,17 @@ def test_a_campaign_ends_with_all_its_trials(campaign, store, still, start):
     assert len({(stage, digest) for _, stage, digest, _, _ in still.history}) == 44
 
 
+def test_a_campaign_that_finds_nothing_says_what_its_draws_were_refused_for(stub, store, still, start):
+    text = stub.CAMPAIGN.replace(
+        "any(1, 2, 3) ** layer, width=any(16, 32, 48)", "attn(mask=prefix(16)) + swiglu, width=16"
+    )
+    ending = start(Campaign.parse(text), store, still).run()
+    assert ending.why == "exhausted"
+    assert len(store.trials(1)) == 2
+    assert set(ending.progress.rejected) == {"prefix"}
+    assert f"Draws were refused for: prefix {ending.progress.rejected['prefix']}. Widen" in ending.sentence
+
+
 def test_nothing_runs_beside_a_profile(campaign, store, pool_of, start):
     # Trainings of uneven length, so that the workers come to an end at different times.
     pool = pool_of(3, seconds=lambda job: 0.2 if job.stage == "profile" else 1 + job.token % 5)

@@ -93,19 +93,19 @@ def on_triton(stub, rules):
 
 def test_what_the_backend_has_no_kernel_for_is_refused_at_draw(stub, store):
     pytest.importorskip("triton")
-    rules = "linear(rule=any(add, delta), heads=1, key_dim=any(16, 256, 300))"
+    rules = "linear(rule=any(add, dplr), heads=1, key_dim=any(16, 256, 300))"
     ledger = Ledger(Campaign.parse(on_triton(stub, rules)), store, stub._environment())
     finish(ledger, store, stub, 22)
     drawn = [trial.text for trial in ledger.trials[2:]]
     assert len(drawn) == 5
-    assert not any("rule=delta" in text and "key_dim=300" in text for text in drawn)
+    assert not any("rule=dplr" in text and "key_dim=300" in text for text in drawn)
     assert any("key_dim=300" in text for text in drawn)
     assert ledger.rejected["backend: triton"] > 0
 
 
 def test_a_space_without_kernels_says_why_nothing_is_tried(stub, store):
     pytest.importorskip("triton")
-    campaign = Campaign.parse(on_triton(stub, "linear(rule=delta, heads=1, key_dim=any(300, 400))"))
+    campaign = Campaign.parse(on_triton(stub, "linear(rule=dplr, heads=1, key_dim=any(300, 400))"))
     ledger = Ledger(campaign, store, stub._environment())
     finish(ledger, store, stub, 22)
     assert len(ledger.trials) == 2

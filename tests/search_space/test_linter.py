@@ -95,6 +95,18 @@ def test_the_probe_keeps_the_stack_and_makes_it_narrow() -> None:
         probe(parse("lm(mlp, width=64)"))
 
 
+def test_the_probe_sees_what_only_training_reaches_and_says_the_same_again() -> None:
+    # The batch norms count from the second training pass on; windows and first states are drawn in training.
+    layers = "attn(window=stochastic(4, 16)) + linear(init=noise(1)) + mlp"
+    architecture = parse(f"lm({layers}, width=32, norm=prepbn(100))")
+    flow = probe(architecture)
+    assert flow.dead == ()
+    assert flow.is_causal
+    before = torch.random.get_rng_state()
+    assert probe(architecture) == flow
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_weights_that_no_gradient_reaches_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch.nn.functional.gelu
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: original(x).detach())

@@ -10,8 +10,8 @@ and at the beginning, comes one of four states. A grammar from which some state 
 A letter is followed by blanks: in training `fewest_blanks` to `most_blanks`, in held-out sequences `held_out_blanks`.
 From letter number `intruders_from` on, one that may not follow, where there is such, stands in between with probability
 `intruders`; the state stays, and is what is asked for there. Every step is asked for. The score is the fraction of
-letters, intruders too, whose state has the largest sum of probabilities over the letter and its blanks; behind a prefix
-that is read together, over those of them that are asked for.
+letters, intruders too, whose state has the largest sum of probabilities over the letter and its blanks; of a model that
+reads a prefix together, over those of its steps that count.
 
 Source: SelectivBench ("Dissecting Linear Recurrent Models"), its public code: alphabets, density, starts, gaps, loss and
 score. Its tasks, each with 200 symbols and, but for the first, with letters = ambiguous = copies = 40:
@@ -51,7 +51,8 @@ from mixforge.evaluator.task import Batch, HeldOut, Task
 _DENSITY = 0.4
 _STARTS = 4
 _MOST_DRAWS = 1_000
-_MOST_PAIRS = 4_194_304
+# A grammar is a table of states by letters, with each entry a number of Python's: so many take seconds, once.
+_MOST_ENTRIES = 4_194_304
 _TRAINING = Recipe(steps=300, batch=32, lr=(3e-3,))
 
 
@@ -91,10 +92,10 @@ class Selectiv(Task):
             raise ValueError(f"ambiguous {self.ambiguous} is not between 0 and {self.letters}, the letters")
         if not 1 <= self.copies <= 1_024:
             raise ValueError(f"copies {self.copies} is not between 1 and 1024 states of a letter")
-        if (pairs := self.states * (self.letters + 1)) > _MOST_PAIRS:
+        if (entries := self.states * (self.letters + 1)) > _MOST_ENTRIES:
             raise ValueError(
-                f"{self.states} states, each before {self.letters + 1} letters, are a grammar of {pairs} pairs; at most "
-                f"{_MOST_PAIRS} are drawn: say fewer letters, ambiguous or copies"
+                f"letters {self.letters}, ambiguous {self.ambiguous} and copies {self.copies} make {self.states} states, "
+                f"and {entries} pairs of a state and a letter; at most {_MOST_ENTRIES} are drawn: give fewer of either"
             )
         if not 10 <= self.symbols <= 65_536:
             raise ValueError(f"symbols {self.symbols} is not between 10 and 65536 letters in a sequence")
@@ -164,10 +165,11 @@ class Selectiv(Task):
             deadline.check(f"scoring {self.name}")
             there = batch.to(str(device))
             logits_NX, targets_N = candidate.answer(there.inputs_BT, there.targets_BT)
-            asked_BT = asked(there.targets_BT, candidate.model.prefix)
-            # Behind a prefix that ends within a letter's blanks, that letter begins with the first of them.
-            begins_BT = (there.inputs_BT != self.blank) | (asked_BT.cumsum(1) == 1)
-            begins_N = begins_BT[asked_BT]
+            prefix = candidate.model.prefix
+            begins_BT = there.inputs_BT != self.blank
+            # A letter that a prefix begins is named by its blanks behind that alone.
+            begins_BT[:, max(0, prefix - 1)] = True
+            begins_N = begins_BT[asked(there.targets_BT, prefix)]
             states_M = targets_N[begins_N]
             sums_MX = logits_NX.new_zeros(len(states_M), logits_NX.shape[1], dtype=torch.float32)
             sums_MX.index_add_(0, begins_N.cumsum(0) - 1, logits_NX.float().softmax(1))

@@ -188,7 +188,7 @@ def test_the_papers_setting_has_its_classes() -> None:
         ({"copies": 0}, "copies 0"),
         (
             {"letters": 1024, "ambiguous": 1024, "copies": 1024},
-            "1048577 states, each before 1025 letters, are a grammar of 1074791425 pairs; at most 4194304",
+            "make 1048577 states, and 1074791425 pairs of a state and a letter; at most 4194304 are drawn",
         ),
         ({"symbols": 9}, "symbols 9 is not between 10"),
         ({"fewest_blanks": 2}, "fewest_blanks 2 and most_blanks 1 are not two numbers"),
@@ -240,13 +240,15 @@ def test_score_is_of_the_sum_over_a_letter_and_its_blanks(blanks: int, share: fl
 
 
 @pytest.mark.parametrize(
-    ("prefix", "score"), [(1, 0.0), (2, 1 / 24), (3, 1 / 24), (4, 0.0), (5, 1 / 23), (72, 1.0)]
+    ("prefix", "share", "score"),
+    [(5, 0.6, 0.0), (6, 0.6, 1 / 23), (8, 0.7, 1.0), (9, 0.6, 0.0), (93, 0.7, 1.0)],
 )
-def test_score_behind_a_prefix_is_of_what_is_left_of_a_letter(prefix: int, score: float) -> None:
-    """Of a letter and two blanks 1.2 stands against 1.8, of its blanks 0.6 against 0.4 each; step prefix - 1 is asked."""
-    task = _task(held_out_blanks=2)
-    oracle = _Oracle(task, 0.6, prefix)
-    assert task.score(oracle, "test", Deadline(60)) == pytest.approx(score)  # type: ignore[arg-type]
+def test_behind_a_prefix_a_letter_is_named_by_the_steps_that_are_left(
+    prefix: int, share: float, score: float
+) -> None:
+    """Steps are asked for from the prefix's last one on. A letter without its own step needs half of its blanks only."""
+    task = _task(held_out_blanks=3)
+    assert task.score(_Oracle(task, share, prefix), "test", Deadline(60)) == score  # type: ignore[arg-type]
 
 
 @torch.no_grad()
