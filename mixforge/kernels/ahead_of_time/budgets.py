@@ -83,6 +83,7 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
     StackBudget("dplr_scan_backward", "sm_80", 16, _FEW),
     StackBudget("dplr_gradients", "sm_", 96, _FEW),
+    StackBudget("linear_gradients", "sm_80", 64, "states of keys that are wide are float32"),
     StackBudget("linear_gradients", "sm_", 16, _FEW),
     StackBudget("linear_decode", "sm_", 96, _OLDER),
     StackBudget("linear_scan", "sm_", 1536, _THREE, is_wide=True),
