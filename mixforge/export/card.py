@@ -64,7 +64,7 @@ def _prefix(tokens: int) -> list[tuple[str, str]]:
 
 _CHECKS = {
     "searched": "this folder against the searched model",
-    "step": "token by token, behind the prefix if there is one, against one pass",
+    "step": "token by token against one pass",
     "resumed": "half a prompt, then token by token, against one pass",
     "future": "the first half, when the second half's tokens change",
 }

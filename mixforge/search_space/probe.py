@@ -119,7 +119,9 @@ def _pass(model: LanguageModel, tokens_BT: Tensor) -> tuple[float, float]:
     for hook in hooks:
         hook.remove()
     sizes = [float(output.grad.square().mean().sqrt()) for output in outputs if output.grad is not None]
-    return float(loss.detach()), sizes[0] / sizes[-1] if sizes[-1] else math.inf
+    # Where tokens halt, nothing is asked of the last applications of a unit.
+    asked = [size for size in sizes if size]
+    return float(loss.detach()), asked[0] / asked[-1] if asked else math.inf
 
 
 @torch.no_grad()
