@@ -28,7 +28,9 @@ def test_presets_have_no_errors(name: str) -> None:
     assert of(lint(preset(name)), "error") == []
 
 
-@pytest.mark.parametrize("name", ["griffin", "hybrid_3to1", "parallel_hybrid", "yoco", "jrt_rnn", "universal_transformer"])
+@pytest.mark.parametrize(
+    "name", ["griffin", "hybrid_3to1", "parallel_hybrid", "yoco", "jrt_rnn", "universal_transformer"]
+)
 def test_a_gradient_flows_through_known_models(name: str) -> None:
     found = lint(preset(name), flow=True)
     assert of(found, "error") + of(found, "warning") == []
