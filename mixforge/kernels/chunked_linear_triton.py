@@ -108,17 +108,12 @@ def linear_gram(
             tl.store(k_write + spot, (k_CK.to(tl.float32) * write).to(dtype), mask=mask)
             for block in range(0, C, SUB):
                 left, right = _anchored(total, within, block, SUB)
-                right = (k_CK.to(tl.float32) * right).to(WIDE)
-                inner = tl.dot(
-                    (q_CK.to(tl.float32) * left).to(WIDE), tl.trans(right), inner, input_precision=PRECISION
-                )
+                right = _operand(k_CK.to(tl.float32) * right, WIDE, PRECISION)
+                query_CK = _operand(q_CK.to(tl.float32) * left, WIDE, PRECISION)
+                inner = tl.dot(query_CK, tl.trans(right), inner, input_precision=PRECISION)
                 if DELTA:
-                    keys = tl.dot(
-                        (k_CK.to(tl.float32) * left).to(WIDE),
-                        tl.trans(right),
-                        keys,
-                        input_precision=PRECISION,
-                    )
+                    step_CK = _operand(k_CK.to(tl.float32) * left, WIDE, PRECISION)
+                    keys = tl.dot(step_CK, tl.trans(right), keys, input_precision=PRECISION)
         else:
             inner = tl.dot(q_CK, tl.trans(k_CK), inner, input_precision=PRECISION)
             if DELTA:
@@ -153,6 +148,16 @@ def _anchored(total, within, block, SUB: tl.constexpr):
     left = tl.where(inside, tl.exp(tl.where(inside, tl.minimum(offset, 0.0), 0.0)), 0.0)
     right = tl.where(before, tl.exp(tl.where(before, tl.minimum(-offset, 80.0), 0.0)), 0.0)
     return left, right
+
+
+@triton.jit
+def _operand(value, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """What a product takes of float32 numbers. To TF32 they are rounded, which a device would cut instead."""
+    if PRECISION == "tf32":
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return value.to(WIDE)
 
 
 @triton.jit
@@ -534,14 +539,14 @@ def linear_gradients(
         left = tl.exp(tl.minimum(total - anchor, 0.0))
         # Products read what lies otherwise among the threads than what they make: both are held.
         read_total, read_k = total, k_CK.to(tl.float32)
-        query_CK = (q_CK.to(tl.float32) * left).to(WIDE)
-        step_CK = ((read_k * step[:, None]).to(k_CK.dtype).to(tl.float32) * left).to(WIDE)
+        query_CK = _operand(q_CK.to(tl.float32) * left, WIDE, PRECISION)
+        step_CK = _operand((read_k * step[:, None]).to(k_CK.dtype).to(tl.float32) * left, WIDE, PRECISION)
         row_CK = tl.zeros([C, BK], tl.float32)
         step_row_CK = tl.zeros([C, BK], tl.float32)
         for start in range(0, C, SUB):
             inside = ((within >= start) & (within < start + SUB))[:, None]
             right = _up_to(read_total, sums, start, last_row, channel, within, G, K, SUB)
-            key_CK = (read_k * right).to(WIDE)
+            key_CK = _operand(read_k * right, WIDE, PRECISION)
             # Rows of other blocks may overflow.
             row_CK += tl.where(inside, tl.dot(dp_CC, key_CK, input_precision=PRECISION), 0.0)
             if DELTA:
@@ -551,7 +556,7 @@ def linear_gradients(
         for start in range(0, C, SUB):
             inside = ((within >= start) & (within < start + SUB))[:, None]
             right = _up_to(total, sums, start, last_row, channel, within, G, K, SUB)
-            written = (k_CK * right).to(WIDE).to(tl.float32)
+            written = _operand(k_CK * right, WIDE, PRECISION).to(tl.float32)
             inner_CK = tl.where(inside, query_CK, 0.0).to(WIDE)
             column = tl.dot(tl.trans(dp_CC), inner_CK, input_precision=PRECISION)
             column_CK += right * column
@@ -600,11 +605,11 @@ def linear_gradients(
         dwrite_CK *= tl.exp(tl.minimum(last[None, :] - total, 0.0))
         along = along * tl.exp(last) + tl.sum(k_CK * dwrite_CK, 0)
         d_CK += _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
-        d_CK += (q_CK * left).to(WIDE).to(tl.float32) * row_CK
+        d_CK += _operand(q_CK * left, WIDE, PRECISION).to(tl.float32) * row_CK
         dq_CK += left * row_CK
         dwrite_CK += column_CK
         if DELTA:
-            d_CK += (steps_CK.to(tl.float32) * left).to(WIDE).to(tl.float32) * step_row_CK
+            d_CK += _operand(steps_CK.to(tl.float32) * left, WIDE, PRECISION).to(tl.float32) * step_row_CK
             z_CK += left * step_row_CK
     else:
         q_CK = tl.load(q + key_row, mask=in_keys, other=0.0)

@@ -40,8 +40,8 @@ def test_as_good_as_torch(rule: str, decay: str, length: int, dim: int, dtype: t
 
     inputs = draw(decay, rule, length, dim, dtype)
     forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
-    # Powers are beyond float16, so that products of them are of TF32, to which a device cuts instead of rounding.
-    least = 2.0**-10 if dtype == torch.float16 and decay == "channel" else None
+    # The gradient of a fixed decay sums over all tokens what nearly cancels, of products in three parts of TF32.
+    least = 5e-6 if dtype == torch.float32 and decay == "head" else None
     assert_as_good(*forms, inputs, least)
 
 
@@ -51,8 +51,7 @@ def test_as_good_as_torch_over_keys_whose_state_no_kernel_holds(decay: str, dtyp
     from mixforge.kernels.chunked_linear_triton import chunked_linear_triton
 
     forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
-    least = 2.0**-10 if dtype == torch.float16 and decay == "channel" else None
-    assert_as_good(*forms, draw(decay, "delta", 300, 272, dtype), least)
+    assert_as_good(*forms, draw(decay, "delta", 300, 272, dtype))
 
 
 @pytest.mark.parametrize(
