@@ -1,6 +1,6 @@
 """Our kernels, their torch forms, fla-core where it is installed and SDPA, side by side on a GPU.
 
-    python benchmarks/kernels.py [--json FILE] [--quick] [--repeats 20] [--only TEXT] [--jobs 8]
+    python benchmarks/kernels.py [--json FILE] [--quick] [--repeats 20] [--only PATTERN] [--jobs 8]
 
 bfloat16. Each form is first held against the reference form in float64, with its gradients; where one of ours is wrong,
 nothing is timed and the exit status is 1. All forms of a size are timed in turn, captured in a graph and not, on copies
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -154,7 +155,7 @@ def choose(quick: bool, only: str, without: str) -> list[Case]:
     return [
         replace(case, forms={name: form for name, form in case.forms.items() if name != without})
         for case in cases(quick)
-        if only in case.label
+        if re.search(only, case.label)
     ]
 
 
@@ -271,7 +272,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures, with every repeat, to this file")
     parser.add_argument("--quick", action="store_true", help="small sizes only, 5 repeats")
     parser.add_argument("--repeats", type=int, help="of every span (default: 20)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains this text")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="cases in whose label this regular expression is found"
+    )
     parser.add_argument("--without", default="", metavar="FORM", help="a form to leave out, such as torch")
     parser.add_argument(
         "--jobs",
@@ -288,9 +291,7 @@ def main() -> int:
     selection = asked.quick, asked.only, asked.without
     chosen = choose(*selection)
     if not chosen:
-        tell(
-            f"no case contains {asked.only!r}; there are: {', '.join(case.label for case in cases(asked.quick))}"
-        )
+        tell(f"no case has {asked.only!r}; there are: {', '.join(case.label for case in cases(asked.quick))}")
         return 1
     bad, dropped = check(chosen, in_processes(asked.jobs, gpu.device, *selection))
     if red(dropped):
