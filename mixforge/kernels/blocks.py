@@ -80,7 +80,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gram", Config({"BK": 64}), itemsize=2),
     Row("linear_gram", Config({"BK": 16}, warps=8), variant="channel"),
     Row("linear_gram", Config({"BK": 32}, warps=8)),
-    Row("linear_solve", Config(warps=2)),
+    Row("linear_solve", Config(warps=1, stages=1)),
     Row("linear_scan", Config({"BV": 32}), generation="sm_8", itemsize=2, key=128, variant="channel"),
     Row("linear_scan", Config({"BV": 32}, warps=8), generation="sm_10", itemsize=2, key=64),
     Row("linear_scan", Config({"BV": 32}), generation="sm_10", itemsize=2, key=128),
@@ -191,11 +191,16 @@ TABLE: tuple[Row, ...] = (
     Row("conv_step", Config({"BLOCK_D": 256}, warps=2)),
     # selective_scan: the key dim is the states of a channel, the value dim the channels
     Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 4}), generation="cpu", value=16),
-    # One warp, whose sums need no other. A tile's states stay in registers, so that it has few rows: any number.
-    Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 16}, warps=1), generation="sm_8", key=16),
-    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 16}, warps=1), key=16),
+    # One warp, whose sums need no other. A tile's states stay in registers, so that it has few rows: any number. Few channels
+    # are many programs; backward, sums over channels are fewer for more of them.
+    Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 8}, warps=1), generation="sm_8", key=16),
+    Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 8}, warps=1), key=16),
     Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 4}, warps=1), key=32),
     Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 2}, warps=1), key=64),
+    Row("selective_backward", Config({"BLOCK_D": 4}), generation="cpu", value=16),
+    Row("selective_backward", Config({"BLOCK_D": 16}, warps=1), key=16),
+    Row("selective_backward", Config({"BLOCK_D": 4}, warps=1), key=32),
+    Row("selective_backward", Config({"BLOCK_D": 2}, warps=1), key=64),
     Row("selective_step", Config({"BLOCK_D": 32}), key=16),
     Row("selective_step", Config({"BLOCK_D": 8})),
     # recurrent_cells: a wave of AMD's holds 16 columns

@@ -24,6 +24,7 @@ Source: Gu and Dao 2023 (arXiv 2312.00752, section 3.3.2 and appendix D), which 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,10 +53,17 @@ def channels_and_states(WIDE: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_row(tile_ptr, step: tl.constexpr, row, length, column, size: tl.constexpr):
-    """Columns of row `row`, which is `step` rows into a tile, of a [T, size] matrix; float32, zeros outside."""
-    mask = (row < length) & (column < size)
-    return tl.load(tile_ptr + (step * size + column), mask=mask, other=0.0).to(tl.float32)
+def load_rows(tile_ptr, first, rows: tl.constexpr, length, column, size: tl.constexpr):
+    """Columns of a tile's rows, from row `first` of a [T, size] matrix on: each by itself, as stored; zeros outside.
+
+    A walk loads all that it needs of a tile before it stores anything: no load is moved in front of a store.
+    """
+    mask = column < size
+    found = (tl.load(tile_ptr + column, mask=mask & (first < length), other=0.0),)
+    for step in tl.static_range(1, rows):
+        inside = mask & (first + step < length)
+        found += (tl.load(tile_ptr + (step * size + column), mask=inside, other=0.0),)
+    return found
 
 
 @triton.jit
@@ -119,13 +127,13 @@ def selective_sums(
         tile = walked
         if BACKWARD:
             tile = tiles - 1 - walked
-        first = skip + tile * BLOCK_T
+        row, first = tile * BLOCK_T, skip + tile * BLOCK_T
+        steps_of = load_rows(dt_ptr + first * dim, row, BLOCK_T, length, channel, dim)
+        inputs = load_rows(x_ptr + first * dim, row, BLOCK_T, length, channel, dim)
+        writes = load_rows(b_ptr + first * states, row, BLOCK_T, length, state, states)
         for index in tl.static_range(BLOCK_T):
-            step = BLOCK_T - 1 - index if BACKWARD else index
-            row = tile * BLOCK_T + step
-            dt = load_row(dt_ptr + first * dim, step, row, length, channel, dim)
-            x = load_row(x_ptr + first * dim, step, row, length, channel, dim)
-            b = load_row(b_ptr + first * states, step, row, length, state, states)
+            step: tl.constexpr = BLOCK_T - 1 - index if BACKWARD else index
+            dt, x, b = (steps_of[step].to(tl.float32), inputs[step].to(tl.float32), writes[step].to(tl.float32))
             gate_CDN = tl.exp2(dt * rate_CDN)
             if BACKWARD:
                 sum_CDN = gate_CDN * (sum_CDN + x * b)
@@ -154,23 +162,24 @@ def selective_forward(
     skip = batch * length
     direct = tl.zeros_like(channel).to(tl.float32)
     if skip_ptr is not None:
-        direct = load_row(skip_ptr, 0, 0, 1, channel, dim)
+        direct += tl.load(skip_ptr + channel, mask=channel < dim, other=0.0).to(tl.float32)
     h_CDN = enter_segment(
         steps_ptr, sums_ptr, state_ptr, rate_CDN, channel, place, inside, batch, segment, segments, dim, states
     )  # fmt: skip
     for tile in range(segment * tiles_each, tl.minimum((segment + 1) * tiles_each, tiles)):
         if starts_ptr is not None:
             tl.store(starts_ptr + (batch * tiles + tile) * dim * states + place, h_CDN, mask=inside)
-        first = skip + tile * BLOCK_T
+        row, first = tile * BLOCK_T, skip + tile * BLOCK_T
+        steps_of = load_rows(dt_ptr + first * dim, row, BLOCK_T, length, channel, dim)
+        inputs = load_rows(x_ptr + first * dim, row, BLOCK_T, length, channel, dim)
+        writes = load_rows(b_ptr + first * states, row, BLOCK_T, length, state, states)
+        reads = load_rows(c_ptr + first * states, row, BLOCK_T, length, state, states)
         for step in tl.static_range(BLOCK_T):
-            row = tile * BLOCK_T + step
-            dt = load_row(dt_ptr + first * dim, step, row, length, channel, dim)
-            x = load_row(x_ptr + first * dim, step, row, length, channel, dim)
-            b = load_row(b_ptr + first * states, step, row, length, state, states)
-            c = load_row(c_ptr + first * states, step, row, length, state, states)
+            dt, x = steps_of[step].to(tl.float32), inputs[step].to(tl.float32)
+            b, c = writes[step].to(tl.float32), reads[step].to(tl.float32)
             h_CDN = tl.exp2(dt * rate_CDN) * h_CDN + (dt * x) * b
             y = tl.sum(h_CDN * c, 2, keep_dims=True) + direct * x
-            store_row(y_ptr + first * dim, y, step, row, length, channel, dim)
+            store_row(y_ptr + first * dim, y, step, row + step, length, channel, dim)
     tl.store(final_ptr + batch * dim * states + place, h_CDN, mask=inside & (segment == segments - 1))
 
 
@@ -193,7 +202,7 @@ def selective_backward(
     along = (batch * tl.num_programs(0) + tl.program_id(0)) * length
     direct = tl.zeros_like(channel).to(tl.float32)
     if skip_ptr is not None:
-        direct = load_row(skip_ptr, 0, 0, 1, channel, dim)
+        direct += tl.load(skip_ptr + channel, mask=channel < dim, other=0.0).to(tl.float32)
     # a_t dh_t of the token behind the segment.
     passed_CDN = enter_segment(
         steps_ptr, sums_ptr, dfinal_ptr, rate_CDN, channel, place, inside, batch, segment, segments, dim, states
@@ -204,28 +213,30 @@ def selective_backward(
         tile = tiles - 1 - walked
         h_CDN = tl.load(starts_ptr + (batch * tiles + tile) * dim * states + place, mask=inside, other=0.0)
         kept = (h_CDN,)
-        first = skip + tile * BLOCK_T
+        start, first = tile * BLOCK_T, skip + tile * BLOCK_T
+        steps_of = load_rows(dt_ptr + first * dim, start, BLOCK_T, length, channel, dim)
+        inputs = load_rows(x_ptr + first * dim, start, BLOCK_T, length, channel, dim)
+        writes = load_rows(b_ptr + first * states, start, BLOCK_T, length, state, states)
+        reads = load_rows(c_ptr + first * states, start, BLOCK_T, length, state, states)
+        gradients = load_rows(dy_ptr + first * dim, start, BLOCK_T, length, channel, dim)
         for step in tl.static_range(BLOCK_T):
-            row = tile * BLOCK_T + step
-            dt = load_row(dt_ptr + first * dim, step, row, length, channel, dim)
-            x = load_row(x_ptr + first * dim, step, row, length, channel, dim)
-            b = load_row(b_ptr + first * states, step, row, length, state, states)
+            dt, x, b = (steps_of[step].to(tl.float32), inputs[step].to(tl.float32), writes[step].to(tl.float32))
             h_CDN = tl.exp2(dt * rate_CDN) * h_CDN + (dt * x) * b
             kept += (h_CDN,)
         for step in tl.static_range(BLOCK_T - 1, -1, -1):
-            row = tile * BLOCK_T + step
-            dt = load_row(dt_ptr + first * dim, step, row, length, channel, dim)
-            x = load_row(x_ptr + first * dim, step, row, length, channel, dim)
-            dy = load_row(dy_ptr + first * dim, step, row, length, channel, dim)
-            b = load_row(b_ptr + first * states, step, row, length, state, states)
-            c = load_row(c_ptr + first * states, step, row, length, state, states)
+            row = start + step
+            # Again, from the nearest cache: in registers they would leave room for few programs.
+            dt = load_rows(dt_ptr + (first + step) * dim, row, 1, length, channel, dim)[0].to(tl.float32)
+            x = load_rows(x_ptr + (first + step) * dim, row, 1, length, channel, dim)[0].to(tl.float32)
+            b = load_rows(b_ptr + (first + step) * states, row, 1, length, state, states)[0].to(tl.float32)
+            dy, c = gradients[step].to(tl.float32), reads[step].to(tl.float32)
             gate_CDN = tl.exp2(dt * rate_CDN)
             dh_CDN = passed_CDN + dy * c
             passed_CDN = gate_CDN * dh_CDN
             of_c = over_channels(kept[step + 1] * dy)
             of_b = over_channels(dh_CDN * (dt * x))
-            store_row(dc_ptr + (along + tile * BLOCK_T) * states, of_c, step, row, length, state, states)
-            store_row(db_ptr + (along + tile * BLOCK_T) * states, of_b, step, row, length, state, states)
+            store_row(dc_ptr + (along + start) * states, of_c, step, row, length, state, states)
+            store_row(db_ptr + (along + start) * states, of_b, step, row, length, state, states)
             through = tl.sum(dh_CDN * b, 2, keep_dims=True)
             decayed_CDN = passed_CDN * kept[step]
             drate_CDN += decayed_CDN * dt
@@ -268,11 +279,16 @@ def selective_step(
     tl.store(y_ptr + batch * dim + column_D, y_D.to(y_ptr.dtype.element_ty), mask=mask_D)
 
 
-def plan(x: Tensor, rate: Tensor) -> tuple[Config, tuple[int, int, int], int, dict[str, Any]]:
-    """Blocks, grid (channels, segments, batch), tiles of a segment and constants, the same forwards and backwards."""
+def plan(
+    x: Tensor, rate: Tensor, backward: bool = False
+) -> tuple[Config, tuple[int, int, int], int, dict[str, Any]]:
+    """Blocks, grid (channels, segments, batch), tiles of a segment and constants. Tiles are as long in both directions."""
     batch, length, dim = x.shape
     states = rate.shape[1]
     config = choose("selective_scan", generation(), x.dtype, key=states, value=dim)
+    if backward:
+        walked = choose("selective_backward", generation(), x.dtype, key=states, value=dim)
+        config = replace(walked, blocks={**config.blocks, **walked.blocks})
     columns, block = -(-dim // config.blocks["BLOCK_D"]), config.blocks["BLOCK_T"]
     segments, rows = cut_time(length, batch * columns, block)
     constants = {"dim": dim, "states": states, "WIDE": triton.next_power_of_2(states)}
@@ -356,7 +372,7 @@ def run_backward(
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, ddt, drate, db, dc, dskip, dstate = empty_backward(x, dt, rate, b, c, skip, starts, dy, dfinal)
-    config, grid, tiles_each, constants = plan(x, rate)
+    config, grid, tiles_each, constants = plan(x, rate, backward=True)
     columns, segments, batch = grid
     steps, sums = empty_sums(x, rate, segments)
     drates = torch.empty(batch, segments, *rate.shape, device=x.device, dtype=torch.float32)
