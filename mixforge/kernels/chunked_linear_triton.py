@@ -201,7 +201,7 @@ def linear_solve(
     system, inverse, cu, table, T, NC,
     G: tl.constexpr, VARLEN: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M = (I + A)^-1 of one chunk and head: substitution in the diagonal blocks, then products of blocks."""
+    """M = (I + A)^-1 of one chunk and head: substitution in the diagonal blocks, then products of blocks. A is lost."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
     first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
@@ -214,24 +214,25 @@ def linear_solve(
         within + 2 * SUB < left,
         within + 3 * SUB < left,
     )
-    m_00 = tl.zeros([SUB, SUB], tl.float32)
-    m_11 = tl.zeros([SUB, SUB], tl.float32)
-    m_22 = tl.zeros([SUB, SUB], tl.float32)
-    m_33 = tl.zeros([SUB, SUB], tl.float32)
-    start = first + c * C
-    for i in range(0, SUB):
-        here = (within == i)[:, None]
-        unit = tl.where(within == i, 1.0, 0.0)
-        a = system + ((start + i) * G + g) * C + within
-        pitch = SUB * G * C + SUB
-        a_0 = tl.load(a, mask=(within < i) & (i < left), other=0.0)
-        a_1 = tl.load(a + pitch, mask=(within < i) & (i + SUB < left), other=0.0)
-        a_2 = tl.load(a + 2 * pitch, mask=(within < i) & (i + 2 * SUB < left), other=0.0)
-        a_3 = tl.load(a + 3 * pitch, mask=(within < i) & (i + 3 * SUB < left), other=0.0)
-        m_00 = tl.where(here, (unit - tl.sum(a_0[:, None] * m_00, 0))[None, :], m_00)
-        m_11 = tl.where(here, (unit - tl.sum(a_1[:, None] * m_11, 0))[None, :], m_11)
-        m_22 = tl.where(here, (unit - tl.sum(a_2[:, None] * m_22, 0))[None, :], m_22)
-        m_33 = tl.where(here, (unit - tl.sum(a_3[:, None] * m_33, 0))[None, :], m_33)
+    # Each column by itself, of all blocks on the diagonal beside one another: a thread needs nothing of another's.
+    column = tl.arange(0, C)
+    start = column // SUB * SUB
+    corner = system + ((first + c * C + start) * G + g) * C + start
+    rows = (tl.where(column == start, 1.0, 0.0),)
+    for i in tl.static_range(1, SUB):
+        row_C = tl.where(column == start + i, 1.0, 0.0)
+        for j in tl.static_range(i):
+            row_C -= tl.load(corner + (i * G * C + j), mask=start + i < left, other=0.0) * rows[j]
+        rows += (row_C,)
+    # In place of A, of which all has been read, to be read again as blocks.
+    tl.debug_barrier()
+    for i in tl.static_range(SUB):
+        tl.store(corner + (column - start + i * G * C), rows[i], mask=start + i < left)
+    tl.debug_barrier()
+    m_00 = _block(system, row, g, in_0, 0, 0, G, C, SUB)
+    m_11 = _block(system, row, g, in_1, 1, 1, G, C, SUB)
+    m_22 = _block(system, row, g, in_2, 2, 2, G, C, SUB)
+    m_33 = _block(system, row, g, in_3, 3, 3, G, C, SUB)
     a_10 = _block(system, row, g, in_1, 1, 0, G, C, SUB)
     a_20 = _block(system, row, g, in_2, 2, 0, G, C, SUB)
     a_21 = _block(system, row, g, in_2, 2, 1, G, C, SUB)
