@@ -3,10 +3,10 @@
 A sequence is cut into chunks of 64 rows. For each chunk and value head, with G the running sum of its log decays,
 gram, reading, writing and keep as in `chunk_gates`, and S0 the state before the chunk:
 
-    linear_gram      P = gram(Q, K), A = beta gram(K, K) below the diagonal; G
+    linear_gram      P = gram(Q, K), A = beta gram(K, K) below the diagonal; G    rule delta, or decays per channel
     linear_solve     M = (I + A)^-1                                                           rule delta
     linear_scan      U = M beta (V - reading(K) S0), or V under rule add; S1 = keep(S0) + writing(K)^T U
-    linear_output    O = reading(Q) S0 + P U
+    linear_output    O = reading(Q) S0 + P U; P, where no stage before has made it
 
 and backwards, from dO and the gradient of the last state:
 
@@ -126,7 +126,7 @@ def linear_gram(
     if GATE == 1:
         total = running_sums(log, sums, g, row, valid, within, G, GATE)
     if (GATE == 1) or (GATE == 2):
-        weight = tl.exp(tl.where(causal & valid[:, None], total[:, None] - total[None, :], 0.0))
+        weight = _weight(total, causal & valid[:, None])
         inner *= weight
         keys *= weight
     place = (row * G + g)[:, None] * C + within[None, :]
@@ -135,6 +135,12 @@ def linear_gram(
         step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
         below = within[:, None] > within[None, :]
         tl.store(system + place, tl.where(below, step[:, None] * keys, 0.0), mask=valid[:, None])
+
+
+@triton.jit
+def _weight(total, pairs):
+    """What is left at a chunk's row i of what was written at row j, [C, C], from the sums of scalar decays; 1 elsewhere."""
+    return tl.exp(tl.where(pairs, total[:, None] - total[None, :], 0.0))
 
 
 @triton.jit
@@ -298,7 +304,14 @@ def linear_scan(
         k_CK = tl.load(k_read + key_row, mask=in_keys, other=0.0)
         spot = (row * G + g)[:, None] * V + value[None, :]
         u_CV = tl.load(v + spot, mask=in_values, other=0.0)
-        if (GATE == 1) or (GATE == 2):
+        if (GATE == 2) and not DELTA:
+            # No stage before has made the sums.
+            decay = cut_log(tl.load(log + row * G + g, mask=valid, other=0.0).to(tl.float32))
+            total = tl.cumsum(decay, 0)
+            last = tl.sum(tl.where(within == count - 1, total, 0.0), 0)
+            tl.store(sums + row * G + g, total, mask=valid & (block == 0))
+            write, keep = tl.exp(tl.minimum(last - total, 0.0)), tl.exp(last)
+        elif (GATE == 1) or (GATE == 2):
             read, write, keep = row_scalings(
                 log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE
             )
@@ -327,11 +340,11 @@ def linear_scan(
 
 @triton.jit(do_not_specialize=["T", "NC"])
 def linear_output(
-    q_read, log, sums, pairs, u, states, o, cu, table, T, NC,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
+    q_read, k, log, sums, pairs, u, states, o, cu, table, T, NC,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, GRAM: tl.constexpr,
     VARLEN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O of one chunk and head, a block of value channels."""
+    """O of one chunk and head, a block of value channels; with GRAM, P as well."""
     bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
     first, length, c, h = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
@@ -341,18 +354,30 @@ def linear_output(
     spot = (row * G + g)[:, None] * V + value[None, :]
     in_values = valid[:, None] & (value < V)[None, :]
     o_CV = tl.zeros([C, BV], tl.float32)
+    inner = tl.zeros([C, C], tl.float32)
     for start in range(0, K, BK):
         channel = start + tl.arange(0, BK)
         in_keys = valid[:, None] & (channel < K)[None, :]
-        q_CK = tl.load(
-            q_read + (row * H + g // (G // H))[:, None] * K + channel[None, :], mask=in_keys, other=0.0
-        )
+        key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
+        q_CK = tl.load(q_read + key_row, mask=in_keys, other=0.0)
         matrix = (h * G + g) * K * V + channel[:, None] * V + value[None, :]
         state = tl.load(states + matrix, mask=(channel < K)[:, None] & (value < V)[None, :], other=0.0)
         o_CV = tl.dot(q_CK, state.to(q_CK.dtype), o_CV, input_precision=PRECISION)
+        if GRAM:
+            k_CK = tl.load(k + key_row, mask=in_keys, other=0.0)
+            inner = tl.dot(q_CK, tl.trans(k_CK), inner, input_precision=PRECISION)
+    place = pairs + (row * G + g)[:, None] * C + within[None, :]
+    causal = within[:, None] >= within[None, :]
     if (GATE == 1) or (GATE == 2):
-        o_CV *= tl.exp(running_sums(log, sums, g, row, valid, within, G, GATE))[:, None]
-    p_CC = tl.load(pairs + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0)
+        total = running_sums(log, sums, g, row, valid, within, G, GATE)
+        o_CV *= tl.exp(total)[:, None]
+        if GRAM:
+            inner *= _weight(total, causal & valid[:, None])
+    if GRAM:
+        p_CC = tl.where(causal, inner, 0.0).to(pairs.dtype.element_ty)
+        tl.store(place, p_CC, mask=valid[:, None] & (block == 0))
+    else:
+        p_CC = tl.load(place, mask=valid[:, None], other=0.0)
     o_CV = tl.dot(p_CC, tl.load(u + spot, mask=in_values, other=0.0), o_CV, input_precision=PRECISION)
     tl.store(o + spot, o_CV.to(o.dtype.element_ty), mask=in_values)
 
@@ -460,7 +485,7 @@ def linear_pairs_backward(
     causal = within[:, None] >= within[None, :]
     if (GATE == 1) or (GATE == 2):
         total = running_sums(log, sums, g, row, valid, within, G, GATE)
-        weight = tl.exp(tl.where(causal & valid[:, None], total[:, None] - total[None, :], 0.0))
+        weight = _weight(total, causal & valid[:, None])
         dp_CC *= weight
         da_CC *= weight
     place = (row * G + g)[:, None] * C + within[None, :]
@@ -505,16 +530,17 @@ def linear_gradients(
     if GATE == 3:
         sums += head * K
         dlog += head * K
-    elif GATE != 0:
-        dlog += part
     if GATE == 2:
         sums += base * G
+        dlog += part
     if DELTA:
         beta += head
         dx += head * V
         dsystem += head * C
-        # The first part is that of the values.
-        dbeta += rows * G + part
+        # The first part is that of the values, to which a single block adds its own.
+        dbeta += part
+        if K > BK:
+            dbeta += rows * G
     step = tl.full([C], 1.0, tl.float32)
     if DELTA:
         step = tl.load(beta + within * G, mask=valid, other=0.0).to(tl.float32)
@@ -633,7 +659,10 @@ def linear_gradients(
             d_CK = _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
     tl.store(dq + spot, dq_CK.to(dq.dtype.element_ty), mask=in_keys)
     if DELTA:
-        tl.store(dbeta + within * G, tl.sum(k_CK.to(tl.float32) * z_CK, 1), mask=valid)
+        dstep = tl.sum(k_CK.to(tl.float32) * z_CK, 1)
+        if K <= BK:
+            dstep += tl.load(dbeta + within * G, mask=valid, other=0.0)
+        tl.store(dbeta + within * G, dstep, mask=valid)
         dwrite_CK += z_CK * step[:, None]
     tl.store(dk + spot, dwrite_CK.to(dk.dtype.element_ty), mask=in_keys)
     last = within == count - 1
@@ -642,7 +671,12 @@ def linear_gradients(
         tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
     elif GATE != 0:
         d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
-        tl.store(dlog + within * G, tl.cumsum(d_C, 0, reverse=True), mask=valid)
+        if GATE == 2:
+            tl.store(dlog + within * G, tl.cumsum(d_C, 0, reverse=True), mask=valid)
+        else:
+            # The row s counts for itself and for all rows before it.
+            program = (block.to(tl.int64) * tl.num_programs(1) + chunk) * tl.num_programs(0) + bg
+            tl.store(dlog + program, tl.sum((within + 1) * d_C, 0))
 
 
 @triton.jit
@@ -760,6 +794,8 @@ class Shape:
         self.batch, self.length, self.key_heads, self.keys = q.shape
         self.heads, self.values = v.shape[2:]
         self.gate, self.delta = gate_of(decay), beta is not None
+        # Whether a stage of its own makes P: without a system or powers the output does.
+        self.has_gram = self.delta or self.gate == "channel"
         # Whether the running sums are stored: those of a fixed decay are not.
         self.sums = self.gate in ("scalar", "channel")
         # Queries and keys that a decay per channel has scaled are those of value heads.
@@ -863,10 +899,12 @@ def forward_kernels(
     final = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     o = torch.empty_like(v)
     each_chunk = (shape.batch * shape.heads, shape.chunks)
-    shape.run(
-        linear_gram, each_chunk, q, k, decay, beta, sums, *(scaled or (None, None, None)), pairs, system, blocks=("BK",),
-        **common, H=shape.key_heads, DELTA=shape.delta, SUB=BLOCK, WIDE=TYPES[shape.wide], PRECISION=shape.wide_precision,
-    )  # fmt: skip
+    if shape.has_gram:
+        shape.run(
+            linear_gram, each_chunk, q, k, decay, beta, sums, *(scaled or (None, None, None)), pairs, system,
+            blocks=("BK",), **common, H=shape.key_heads, DELTA=shape.delta, SUB=BLOCK, WIDE=TYPES[shape.wide],
+            PRECISION=shape.wide_precision,
+        )  # fmt: skip
     if shape.delta:
         solve = dot_precision(torch.float32)
         shape.run(linear_solve, each_chunk, system, inverse, SUB=BLOCK, PRECISION=solve)
@@ -880,8 +918,8 @@ def forward_kernels(
     wide = shape.config(linear_output, ("BK", "BV")).blocks["BV"]
     shape.run(
         linear_output, (*each_chunk, -(-shape.values // wide)),
-        q_read, decay, sums, pairs, v if u is None else u, states, o, blocks=("BK", "BV"),
-        **common, **value, H=shape.read_heads, PRECISION=precision,
+        q_read, k, decay, sums, pairs, v if u is None else u, states, o, blocks=("BK", "BV"),
+        **common, **value, H=shape.read_heads, GRAM=not shape.has_gram, PRECISION=precision,
     )  # fmt: skip
     kept = (sums, *(scaled or (None, None, None)), pairs, inverse, u, states)
     # An operation of torch returns tensors: what there is not is empty.
@@ -932,7 +970,7 @@ def backward_kernels(
     each_chunk = (shape.batch * shape.heads, shape.chunks)
     wide = shape.config(linear_gradients, ("BK", "BV")).blocks["BK"]
     parts = -(-shape.keys // wide)
-    dbeta = q.new_empty(1 + parts, *cells, dtype=torch.float32) if shape.delta else None
+    dbeta = q.new_empty(1 + parts if parts > 1 else 1, *cells, dtype=torch.float32) if shape.delta else None
     dv = torch.empty_like(v) if shape.delta else dx
     shape.run(
         linear_pairs_backward, each_chunk,
@@ -946,8 +984,12 @@ def backward_kernels(
     dk = torch.empty_like(dq)
     dlog = None
     if shape.gate != "none":
-        of_log = (*cells, shape.keys) if shape.gate == "channel" else (parts, *cells)
-        dlog = q.new_empty(of_log, dtype=torch.float32)
+        of_log = {
+            "head": (parts, shape.chunks, shape.batch, shape.heads),
+            "scalar": (parts, *cells),
+            "channel": (*cells, shape.keys),
+        }
+        dlog = q.new_empty(of_log[shape.gate], dtype=torch.float32)
     shape.run(
         linear_gradients, (*each_chunk, parts),
         q, k, decay, beta, kept_sums, kept_u, states, do, dx if shape.delta else None, dstates, dpairs, dsystem,
@@ -958,9 +1000,11 @@ def backward_kernels(
     if is_shared:
         group = (shape.batch, shape.length, shape.key_heads, shape.heads // shape.key_heads, shape.keys)
         dq, dk = (x.view(group).sum(3).to(q.dtype) for x in (dq, dk))
-    if dlog is not None and shape.gate != "channel":
-        dlog = dlog.sum((0, 1, 2)) if shape.gate == "head" else dlog.sum(0)
-    dbeta = None if dbeta is None else dbeta.sum(0)
+    if dlog is not None and shape.gate == "head":
+        dlog = dlog.sum((0, 1, 2))
+    if dlog is not None and shape.gate == "scalar":
+        dlog = dlog[0] if parts == 1 else dlog.sum(0)
+    dbeta = None if dbeta is None else dbeta[0] if parts == 1 else dbeta.sum(0)
     return dq, dk, dv, _or_empty(q, dlog), _or_empty(q, dbeta), dfirst
 
 

@@ -133,7 +133,11 @@ def selective_sums(
         writes = load_rows(b_ptr + first * states, row, BLOCK_T, length, state, states)
         for index in tl.static_range(BLOCK_T):
             step: tl.constexpr = BLOCK_T - 1 - index if BACKWARD else index
-            dt, x, b = (steps_of[step].to(tl.float32), inputs[step].to(tl.float32), writes[step].to(tl.float32))
+            dt, x, b = (
+                steps_of[step].to(tl.float32),
+                inputs[step].to(tl.float32),
+                writes[step].to(tl.float32),
+            )
             gate_CDN = tl.exp2(dt * rate_CDN)
             if BACKWARD:
                 sum_CDN = gate_CDN * (sum_CDN + x * b)
@@ -220,7 +224,11 @@ def selective_backward(
         reads = load_rows(c_ptr + first * states, start, BLOCK_T, length, state, states)
         gradients = load_rows(dy_ptr + first * dim, start, BLOCK_T, length, channel, dim)
         for step in tl.static_range(BLOCK_T):
-            dt, x, b = (steps_of[step].to(tl.float32), inputs[step].to(tl.float32), writes[step].to(tl.float32))
+            dt, x, b = (
+                steps_of[step].to(tl.float32),
+                inputs[step].to(tl.float32),
+                writes[step].to(tl.float32),
+            )
             h_CDN = tl.exp2(dt * rate_CDN) * h_CDN + (dt * x) * b
             kept += (h_CDN,)
         for step in tl.static_range(BLOCK_T - 1, -1, -1):
