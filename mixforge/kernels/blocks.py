@@ -191,8 +191,8 @@ TABLE: tuple[Row, ...] = (
     Row("conv_step", Config({"BLOCK_D": 256}, warps=2)),
     # selective_scan: the key dim is the states of a channel, the value dim the channels
     Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 4}), generation="cpu", value=16),
-    # One warp, whose sums need no other. A tile's states stay in registers, so that it has few rows: any number. Few channels
-    # are many programs; backward, sums over channels are fewer for more of them.
+    # One warp, whose sums need no other. A tile's states stay in registers, so that it has few rows: any number. Few
+    # channels are many programs; backward, sums over channels are fewer for more of them.
     Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 8}, warps=1), generation="sm_8", key=16),
     Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 8}, warps=1), key=16),
     Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 4}, warps=1), key=32),

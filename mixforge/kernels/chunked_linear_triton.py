@@ -139,7 +139,7 @@ def linear_gram(
 
 @triton.jit
 def _weight(total, pairs):
-    """What is left at a chunk's row i of what was written at row j, [C, C], from the sums of scalar decays; 1 elsewhere."""
+    """What is left at row i of what was written at row j, [C, C], from the sums of scalar decays; 1 elsewhere."""
     return tl.exp(tl.where(pairs, total[:, None] - total[None, :], 0.0))
 
 

@@ -290,7 +290,7 @@ def selective_step(
 def plan(
     x: Tensor, rate: Tensor, backward: bool = False
 ) -> tuple[Config, tuple[int, int, int], int, dict[str, Any]]:
-    """Blocks, grid (channels, segments, batch), tiles of a segment and constants. Tiles are as long in both directions."""
+    """Blocks, grid (channels, segments, batch), tiles of a segment and constants. Tiles are as long both ways."""
     batch, length, dim = x.shape
     states = rate.shape[1]
     config = choose("selective_scan", generation(), x.dtype, key=states, value=dim)
