@@ -22,6 +22,7 @@ from mixforge.cli.output import (
     table,
 )
 from mixforge.evaluator.evaluation import PHASES
+from mixforge.search_space.count import counted
 from mixforge.search_space.mixer import Backend
 
 if TYPE_CHECKING:
@@ -88,12 +89,13 @@ def draw(
     total = number + refused.total()
     reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common())
     narrate(
-        f"{space} has {spell_size(count)} sentences; {refused.total()} of {total} draws were refused"
-        + (f": {reasons}" if reasons else "")
+        f"{space} has {counted(count, 'sentence', spell_size(count))}; refused of {counted(total, 'draw')}: "
+        f"{refused.total()}" + (f" ({reasons})" if reasons else "")
     )
     if changes:
-        edits = f"{min(changes)} to {max(changes)} edits" if len(set(changes)) > 1 else f"{changes[0]} edits"
-        narrate(f"{len(changes)} of the {number} shown are repaired, by {edits}")
+        least, most = min(changes), max(changes)
+        edits = counted(most, "edit", str(most) if least == most else f"{least} to {most}")
+        narrate(f"repaired of the {number} shown: {len(changes)}, by {edits}")
 
 
 def _drawn(
@@ -211,7 +213,7 @@ def _show_profile(measured: Profile) -> None:
         print(f"peak memory of a train step: {figure_text('peak_bytes', measured.peak_bytes)}B")
     print(
         f"batch {load.batch}, context {load.context}, {load.dtype}, backend {measured.backend}, on {environment.device} "
-        f"({environment.threads} threads), torch {environment.torch}"
+        f"({counted(environment.threads, 'thread')}), torch {environment.torch}"
     )
 
 

@@ -19,6 +19,7 @@ from mixforge.cli.output import (
     table,
 )
 from mixforge.evaluator.evaluation import FIGURES
+from mixforge.search_space.count import counted
 
 if TYPE_CHECKING:
     from mixforge.db.results import Results
@@ -198,14 +199,14 @@ def show_front(
         *(f"{name} {_arrow(name)} >" for name in columns),
         "from",
         "architecture",
-        title=f"Pareto front of {campaign.name}: {len(members)} architectures",
+        title=f"Pareto front of {campaign.name}: {counted(len(members), 'architecture')}",
     )
     for trial in members[:limit]:
         cells = [figure_text(name, trial.figures.get(name), trial.spreads.get(name)) for name in columns]
         made.add_row(trial.digest[:12], *cells, origin_of(trial, campaign), trial.text)
     show_table(made)
     if len(members) > limit:
-        narrate(f"{len(members) - limit} more are on the front; --limit {len(members)} shows them all")
+        narrate(f"the front has {len(members) - limit} more; --limit {len(members)} shows all")
     if not members:
         narrate("no finished trial has all of these figures, or none that the condition lets through")
 
@@ -252,7 +253,7 @@ def query(
     for row in answer.rows:
         made.add_row(*(_cell(name, value) for name, value in zip(answer.columns, row, strict=True)))
     show_table(made)
-    narrate(f"{len(answer.rows)} trials")
+    narrate(counted(len(answer.rows), "trial"))
 
 
 def _plain(value: object) -> object:

@@ -23,6 +23,7 @@ from mixforge.cli.output import (
     table,
 )
 from mixforge.evaluator.evaluation import FIGURES
+from mixforge.search_space.count import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -166,12 +167,15 @@ def _lines() -> Callable[[Progress], None]:
 
 
 def _sentence(progress: Progress) -> str:
-    of = "" if progress.trials is None else f" of {progress.trials}"
+    if progress.trials is None:
+        trials = counted(progress.trials_done, "trial")
+    else:
+        trials = f"{progress.trials_done} of {counted(progress.trials, 'trial')}"
     best = ", ".join(f"{each.figure} {figure_text(each.figure, each.value)}" for each in progress.best)
     left = "" if progress.left_s is None else f", about {duration(progress.left_s)} left"
     return (
-        f"{progress.campaign}: {progress.phase}, {progress.baselines_done} of {progress.baselines} baselines, "
-        f"{progress.trials_done}{of} trials, {progress.front} on the front"
+        f"{progress.campaign}: {progress.phase}, {progress.baselines_done} of "
+        f"{counted(progress.baselines, 'baseline')}, {trials}, {progress.front} on the front"
         + (f"; best {best}" if best else "")
         + f"; {duration(progress.elapsed_s)}{left}"
     )

@@ -20,6 +20,7 @@ from mixforge.cli.output import (
     table,
 )
 from mixforge.evaluator.evaluation import FIGURES, PHASES, SCORES
+from mixforge.search_space.count import counted
 
 if TYPE_CHECKING:
     from mixforge.db.values import Dossier
@@ -130,9 +131,9 @@ def _show_evaluation(budget: str, evaluation: Evaluation) -> None:
         print(f"{evaluation.outcome}: {evaluation.reason}")
     environment = evaluation.environment
     print(
-        f"{evaluation.train_tokens} tokens in {evaluation.train_s:.1f} s with the {evaluation.backend} backend, seed "
-        f"{evaluation.seed}, on {environment.device} ({environment.threads} threads), torch {environment.torch}, "
-        f"commit {(environment.commit or 'none')[:12]}.\n"
+        f"{counted(evaluation.train_tokens, 'token')} in {evaluation.train_s:.1f} s with the {evaluation.backend} "
+        f"backend, seed {evaluation.seed}, on {environment.device} ({counted(environment.threads, 'thread')}), "
+        f"torch {environment.torch}, commit {(environment.commit or 'none')[:12]}.\n"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mixforge.db.values import Best, Stage
 from mixforge.evaluator.evaluation import Outcome
+from mixforge.search_space.count import counted
 
 Phase = Literal["starting", "training", "draining", "profiling", "stopping", "ended"]
 
@@ -103,7 +104,10 @@ class Ending:
     def sentence(self) -> str:
         """What a person is told, with the way on."""
         progress = self.progress
-        done = f"{progress.trials_done} trials and {progress.baselines_done} baselines are finished"
+        done = (
+            f"{counted(progress.trials_done, 'trial')} and {counted(progress.baselines_done, 'baseline')} "
+            "are finished"
+        )
         match self.why:
             case "trials":
                 return f"{done}: all that the campaign asks for. Raise search.trials in its file to go on."

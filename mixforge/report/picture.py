@@ -13,6 +13,7 @@ from html import escape
 from mixforge.evaluator.evaluation import FIGURES
 from mixforge.report.findings import Candidate, Findings
 from mixforge.report.quantity import show
+from mixforge.search_space.count import counted
 
 WIDTH, HEIGHT = 860, 500
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 62, 58
@@ -125,7 +126,7 @@ def _extent(drawn: Sequence[Candidate], figure: str) -> list[float]:
 def _title(found: Findings, drawn: Sequence[Candidate]) -> str:
     front = sum(each.on_front for each in drawn)
     place = "" if found.environment is None else f" on {found.environment.device}"
-    return f"{found.campaign.name}: {len(drawn):,} architectures, {front} on the front{place}"
+    return f"{found.campaign.name}: {counted(len(drawn), 'architecture', f'{len(drawn):,}')}, {front} on the front{place}"
 
 
 def _legend(drawn: Sequence[Candidate]) -> Iterator[str]:

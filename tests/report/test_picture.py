@@ -62,7 +62,9 @@ def test_figures_that_cannot_be_drawn_are_refused(made_up: Callable[[int], MadeU
 
 def test_one_candidate_or_equal_ones_can_be_drawn(made_up: Callable[[int], MadeUp]) -> None:
     found = made_up(40).findings()
-    assert "NaN" not in picture(replace(found, candidates=found.candidates[:1]))
+    one = picture(replace(found, candidates=found.candidates[:1]))
+    assert "NaN" not in one
+    assert "laptop &lt;&amp;&gt;: 1 architecture, " in one
     assert picture(replace(found, candidates=found.candidates[:1] * 2)).count('class="stairs"') == 1
 
 

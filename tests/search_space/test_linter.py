@@ -76,7 +76,7 @@ def test_limits_are_held_from_the_text_alone() -> None:
 
 def test_shared_caches_and_deep_post_norm_are_told() -> None:
     notes = dict(of(lint(preset("yoco")), "note"))
-    assert notes["sharing"] == "1 mixers read what 1 owners lend"
+    assert notes["sharing"] == "what 1 owner lent is read by 1 mixer"
     notes = dict(of(lint(preset("block_state_transformer")), "note"))
     assert notes["sharing"] == "mixers that read what the branches beside them say: 3"
     deep = of(lint(parse("lm(12 * (attn + mlp), width=64, place=post)")), "warning")
@@ -161,9 +161,9 @@ def test_a_survey_counts_reasons_rates_and_repairs() -> None:
     assert found.repaired == len(found.changes) == 10
     sentences = {each.rule: each for each in lint_space(found)}
     assert sentences["rate"].severity == "note"
-    assert "draws are candidates" in sentences["rate"].sentence
+    assert "of 300 draws gave candidates" in sentences["rate"].sentence
     assert "and never in a candidate" in sentences["option"].sentence
-    assert "10 of 10 refused sentences were repaired" in sentences["repair"].sentence
+    assert "10 of 10 refused sentences could be repaired" in sentences["repair"].sentence
     assert sentences["duplicates"].severity == "warning"
     assert survey(space, random.Random(0), draws=300, repairs=10) == found
 
