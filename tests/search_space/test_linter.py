@@ -91,10 +91,22 @@ def test_the_probe_keeps_the_stack_and_makes_it_narrow() -> None:
     assert flow.is_finite
     assert flow.is_causal
     assert flow.dead == ()
-    with pytest.raises(ValueError, match="a prefix of 4096 tokens; at most 2048"):
-        probe(parse("lm(attn(mask=prefix(4096)) + mlp, width=64)"))
+    long, short = (parse(f"lm(attn(mask=prefix({n})) + mlp, width=64)") for n in (4096, 16))
+    with pytest.raises(
+        ValueError, match=r"prefix of 4096 tokens, .* at most 2048: say a shorter .* leave out --flow"
+    ):
+        probe(long)
+    # The way out that it names asks the same of the same weights.
+    assert long.cost(1).params == short.cost(1).params
+    assert probe(short).length == 16 + 48
     with pytest.raises(ValueError, match="cannot be built"):
         probe(parse("lm(mlp, width=64)"))
+
+
+def test_a_probe_of_too_many_parameters_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixforge.search_space.probe.MOST_PARAMS", 1000)
+    with pytest.raises(ValueError, match=r"parameters at width 32, .* at most 1000: .* leave out --flow"):
+        probe(parse("lm(attn + mlp, width=64)"))
 
 
 def test_the_probe_sees_what_only_training_reaches_and_says_the_same_again() -> None:
