@@ -104,7 +104,7 @@ def _campaign(tables: dict[str, object], text: str) -> Campaign:
         name=name,
         seed=seed,
         objectives=_objectives(tables.get("objectives"), budget),
-        baselines=_baselines(tables.get("baselines", [])),
+        baselines=_baselines(tables.get("baselines", []), budget),
         space=space,
         budget=budget,
         sampler=_sampler(search.get("sampler", AUTO), trials),
@@ -180,13 +180,16 @@ def _strings(key: str, value: object) -> list[str]:
     return value
 
 
-def _baselines(value: object) -> tuple[Baseline, ...]:
+def _baselines(value: object, budget: Budget) -> tuple[Baseline, ...]:
     found: list[Baseline] = []
     for name in _strings("baselines", value):
         baseline = Baseline(name=name, architecture=_baseline(name))
         twin = next((other for other in found if other.architecture == baseline.architecture), None)
         if twin is not None:
             raise ValueError(f"baselines {twin.name!r} and {name!r} are the same architecture; keep one")
+        unasked = budget.why_unasked(baseline.architecture.prefix)
+        if unasked is not None:
+            raise ValueError(f"baseline {name!r} cannot be scored: {unasked}, or leave it out")
         found.append(baseline)
     return tuple(found)
 

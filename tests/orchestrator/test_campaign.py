@@ -75,6 +75,26 @@ def test_what_is_refused(stub, old, new, said):
     assert said in str(refusal.value)
 
 
+@pytest.mark.parametrize("mixer", ["attn(mask=prefix({}))", "linear(init=prefix({}))"])
+def test_a_baseline_with_a_prefix_leaves_each_task_a_question(stub, mixer):
+    def text(prefix: int) -> str:
+        baseline = f"lm({mixer.format(prefix)} + swiglu, width=32)"
+        return stub.CAMPAIGN.replace("lm(gdn + swiglu, width=32)", baseline)
+
+    # Two pairs are read before the first question.
+    assert Campaign.parse(text(4)).baselines[1].architecture.prefix == 4
+    with pytest.raises(ValueError, match="a prefix of 16 tokens leaves nothing to predict"):
+        Campaign.parse(text(16))
+    with pytest.raises(ValueError, match=r"^somewhere\.toml: baseline 'lm\(") as refusal:
+        Campaign.parse(text(600), source="somewhere.toml")
+    said = str(refusal.value)
+    assert "a prefix of 600 tokens leaves nothing to predict in training sequences of mqar" in said
+    assert (
+        "which have 16 tokens; say a shorter prefix, or longer sequences in [tasks.mqar], or leave it out"
+        in said
+    )
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"absent.toml: cannot be read \(No such file"):
         Campaign.read(tmp_path / "absent.toml")
