@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mixforge.cli.database import open_store
 from mixforge.cli.output import (
     DEFAULT_DATABASE,
     Database,
@@ -151,7 +152,6 @@ def profile(
     import torch
 
     from mixforge.cli.naming import architecture_of
-    from mixforge.db.store import Store
     from mixforge.db.values import describe
     from mixforge.evaluator.environment import environment
     from mixforge.evaluator.evaluation import Workload
@@ -168,7 +168,7 @@ def profile(
     # Before a file is made for a device that is not here.
     environment(device)
     # The database is opened first, for one that cannot be had should cost nobody a measurement.
-    with Store.open(db, "create") if keep else nullcontext() as store:
+    with open_store(db, "create") if keep else nullcontext() as store:
         measured = measure(architecture, workload, device=device, backend=backend)
         if store is not None:
             store.add_profile(describe(architecture), measured)

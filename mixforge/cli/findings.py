@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixforge.cli.database import open_results
 from mixforge.cli.output import (
     DEFAULT_DATABASE,
     Database,
@@ -47,9 +48,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """How far campaigns are: trials by origin and outcome, time spent, the best of every figure."""
-    from mixforge.db.results import open
 
-    with open(db) as results:
+    with open_results(db) as results:
         names = [campaign] if campaign is not None else [found.name for found in results.campaigns]
         found = [results.status(name) for name in names]
     if as_json:
@@ -162,9 +162,8 @@ def front(
     as_json: Json = False,
 ) -> None:
     """The Pareto front: the architectures that no other one beats in every figure."""
-    from mixforge.db.results import open
 
-    with open(db) as results:
+    with open_results(db) as results:
         chosen = newest(results, campaign, db)
         names = objectives(chosen) if figures is None else tuple(name.strip() for name in figures.split(","))
         members = results.front(names, where=where, campaign=chosen.name)
@@ -233,7 +232,6 @@ def query(
 ) -> None:
     """Trials under a condition, as a table. The condition only selects: it cannot change anything."""
     from mixforge.db.condition import COLUMNS
-    from mixforge.db.results import open
 
     if columns == "all":
         names: tuple[str, ...] = COLUMNS
@@ -244,7 +242,7 @@ def query(
             name for name in FIGURES if name in (where or "") or name == (order or "").removeprefix("-")
         ]
         names = (*_QUERY_COLUMNS[:-1], *mentioned, _QUERY_COLUMNS[-1])
-    with open(db) as results:
+    with open_results(db) as results:
         answer = results.query(where, order=order, columns=names, limit=limit)
     if as_json:
         print_json([dict(zip(answer.columns, map(_plain, row), strict=True)) for row in answer.rows])

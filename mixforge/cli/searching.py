@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixforge.cli.database import open_results, open_store
 from mixforge.cli.findings import newest, objectives, show_front, trial_json
 from mixforge.cli.output import (
     DEFAULT_DATABASE,
@@ -59,8 +60,6 @@ def search(
     The trained weights are kept in a folder `weights` beside the database.
     """
     from mixforge.cli.naming import folder_of, make_folder
-    from mixforge.db.results import open
-    from mixforge.db.store import Store
     from mixforge.evaluator.environment import environment
     from mixforge.kernels.backend import check_backend
     from mixforge.orchestrator.campaign import Campaign
@@ -74,12 +73,12 @@ def search(
     check_backend(campaign.budget.backend, device)
     weights = folder_of(db) / "weights"
     make_folder(weights.parent, "--db")
-    with Store.open(db, "create") as store, _picture(campaign, plain=as_json) as watch:
+    with open_store(db, "create") as store, _picture(campaign, plain=as_json) as watch:
         try:
             ending = run(campaign, store, device=device, workers=workers, weights=weights, watch=watch)
         except RuntimeError as error:
             raise RunFailed(str(error)) from error
-    with open(db) as results:
+    with open_results(db) as results:
         stored = newest(results, campaign.name, db)
         front = results.front(objectives(stored), campaign=campaign.name)
     if as_json:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixforge.cli.database import open_results
 from mixforge.cli.findings import trial_json
 from mixforge.cli.output import (
     DEFAULT_DATABASE,
@@ -70,9 +71,8 @@ def _dossier(digest: str, db: str) -> Dossier | None:
     """What is stored of an architecture. Without any search there is no database yet, which is no error."""
     if db == DEFAULT_DATABASE and not Path(db).exists():
         return None
-    from mixforge.db.results import open
 
-    with open(db) as results:
+    with open_results(db) as results:
         known = any(stored.digest == digest for stored in results.architectures)
         return results.show(digest) if known else None
 

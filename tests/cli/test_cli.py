@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -17,6 +19,7 @@ from typer.main import get_command
 
 from mixforge.cli import main, output, searching
 from mixforge.db.store import Store
+from mixforge.db.tables import SCHEMA
 from mixforge.evaluator.environment import environment
 from mixforge.evaluator.evaluation import Outcome
 from mixforge.orchestrator.campaign import Campaign
@@ -418,6 +421,32 @@ def test_what_is_one_is_said_as_one(tell, tmp_path: Path) -> None:
     assert "tokens are mixed by 1 of 1 mixer " in tell("lint", "lm(attn, width=16)").out
     assert "1 change\n" in tell("diff", "lm(attn + mlp, width=16)", "lm(attn + swiglu, width=16)").err
     assert "before: 1 layer, width 16" in tell("scale", "lm(attn, width=16)", "--stack", "2").err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "--json"),
+        ("query", "--json"),
+        ("front", "--figures", "params", "--json"),
+        ("diff", "2ece", "a11c", "--json"),
+        ("profile", "lm(conv, width=16)", "--context", "8", "--keep", "--json"),
+    ],
+)
+def test_an_older_database_is_told_to_be_brought_to_the_newest_schema(
+    words: tuple[str, ...], tell, tmp_path: Path
+) -> None:
+    dump = Path(__file__).parents[1] / "db" / "schemas" / "0001.sql"
+    with closing(sqlite3.connect(tmp_path / "old.db")) as old:
+        old.executescript(dump.read_text())
+    told = tell(*words, "--db", "old.db")
+    assert told.status == 0, told.err
+    assert told.err.splitlines() == [
+        f"mixforge: old.db was brought from schema 0001 to {SCHEMA}; as it was it is kept in old.db.schema-0001"
+    ]
+    assert json.loads(told.out)
+    assert (tmp_path / "old.db.schema-0001").exists()
+    assert tell("status", "--db", "old.db").err == ""
 
 
 def test_an_export_folder_that_exists_is_left_alone(tell, tmp_path: Path) -> None:
