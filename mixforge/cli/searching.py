@@ -171,13 +171,21 @@ def _sentence(progress: Progress) -> str:
     else:
         trials = f"{progress.trials_done} of {counted(progress.trials, 'trial')}"
     best = ", ".join(f"{each.figure} {figure_text(each.figure, each.value)}" for each in progress.best)
-    left = "" if progress.left_s is None else f", about {duration(progress.left_s)} left"
     return (
         f"{progress.campaign}: {progress.phase}, {progress.baselines_done} of "
         f"{counted(progress.baselines, 'baseline')}, {trials}, {progress.front} on the front"
         + (f"; best {best}" if best else "")
-        + f"; {duration(progress.elapsed_s)}{left}"
+        + f"; {', '.join(_times(progress))}"
     )
+
+
+def _times(progress: Progress) -> list[str]:
+    """How long it has been running, and is likely to go on."""
+    times = [duration(progress.elapsed_s)]
+    if progress.left is not None:
+        about = "at most" if progress.left.at_most else "about"
+        times.append(f"{about} {duration(progress.left.seconds)} left")
+    return times
 
 
 def _draw(progress: Progress) -> RenderableType:
@@ -187,11 +195,10 @@ def _draw(progress: Progress) -> RenderableType:
 
     done = progress.baselines_done + progress.trials_done
     total = None if progress.trials is None else progress.baselines + progress.trials
-    left = "" if progress.left_s is None else f"   about {duration(progress.left_s)} left"
     header = Text.assemble(
         (progress.campaign, "bold"),
         f"   {progress.phase}   {done}{'' if total is None else f' of {total}'} finished   "
-        f"{progress.front} on the front   {duration(progress.elapsed_s)}{left}",
+        f"{progress.front} on the front   {'   '.join(_times(progress))}",
     )
     bar = ProgressBar(total=total, completed=done, width=60) if total else Text("")
     return Group(header, bar, _running(progress), _standing(progress))

@@ -52,6 +52,15 @@ class Volumes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """How long a search is likely to go on."""
+
+    seconds: float
+    at_most: bool = False
+    """Whether it is what is left of the hours, of which nothing says yet whether the trials need all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Where a search stands now."""
 
@@ -82,8 +91,8 @@ class Progress:
     """Of this run."""
     spent_s: float
     """Of all runs of this campaign."""
-    left_s: float | None
-    """An estimate; None while there is nothing to estimate it from."""
+    left: Left | None
+    """None while there is nothing to estimate it from, and in a run that is stopping or has ended."""
     idle_share: float
     """The share of the workers' time so far in which they had nothing to do."""
     note: str | None = None

@@ -24,7 +24,7 @@ from mixforge.evaluator.environment import environment
 from mixforge.evaluator.evaluation import Outcome
 from mixforge.orchestrator.campaign import Campaign
 from mixforge.orchestrator.ledger import Ledger
-from mixforge.orchestrator.progress import Ending, Progress
+from mixforge.orchestrator.progress import Ending, Left, Progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMANDS = sorted(get_command(main.app).commands)  # type: ignore[attr-defined]
@@ -46,7 +46,7 @@ ENDED = Progress(
     volumes=None,
     elapsed_s=1.0,
     spent_s=1.0,
-    left_s=None,
+    left=None,
     idle_share=0.0,
 )
 
@@ -406,6 +406,21 @@ def test_a_search_counts_one_of_a_thing_as_one(
     searching._lines()(progress)
     assert line in capsys.readouterr().err
     assert Ending(why="trials", signal=None, progress=progress).sentence.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (None, "; 1s\n"),
+        (Left(seconds=36.0), "; 1s, about 36s left\n"),
+        (Left(seconds=64.0, at_most=True), "; 1s, at most 1m04s left\n"),
+    ],
+)
+def test_a_search_says_how_long_it_goes_on(
+    left: Left | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searching._lines()(replace(ENDED, left=left))
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_what_is_one_is_said_as_one(tell, tmp_path: Path) -> None:
