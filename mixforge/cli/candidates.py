@@ -90,13 +90,13 @@ def draw(
     total = number + refused.total()
     reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common())
     narrate(
-        f"{space} has {counted(count, 'sentence', spell_size(count))}; refused of {counted(total, 'draw')}: "
-        f"{refused.total()}" + (f" ({reasons})" if reasons else "")
+        f"{space} has {counted(count, 'sentence', spell_size(count))}; "
+        f"{refused.total()} of {counted(total, 'draw')} refused" + (f": {reasons}" if reasons else "")
     )
     if changes:
         least, most = min(changes), max(changes)
         edits = counted(most, "edit", str(most) if least == most else f"{least} to {most}")
-        narrate(f"repaired of the {number} shown: {len(changes)}, by {edits}")
+        narrate(f"{len(changes)} of the {number} shown repaired, by {edits}")
 
 
 def _drawn(

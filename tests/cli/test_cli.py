@@ -125,7 +125,7 @@ def test_refused_draws_can_be_repaired(tell, tmp_path: Path) -> None:
     told = json.loads(tell("draw", str(tight), "-n", "6", "--repair", "--json").out)
     assert told["repaired"] > 0
     assert all(each["params"] <= 2e4 for each in told["architectures"])
-    assert "repaired of the 6 shown: " in tell("draw", str(tight), "-n", "6", "--repair").err
+    assert "of the 6 shown repaired, by " in tell("draw", str(tight), "-n", "6", "--repair").err
     linted = tell("lint", str(tight), "--repairs", "3", "--draws", "40").out
     assert "3 of 3 refused sentences could be repaired" in linted
 
@@ -427,7 +427,7 @@ def test_what_is_one_is_said_as_one(tell, tmp_path: Path) -> None:
     one = tmp_path / "one.toml"
     one.write_text('[space]\nstart = "lm(attn + any(mlp, swiglu), width=16)"\n')
     told = tell("draw", str(one), "-n", "1").err
-    assert "has 2 sentences; refused of 1 draw: 0" in told
+    assert "has 2 sentences; 0 of 1 draw refused" in told
     one.write_text('[space]\nstart = "lm(attn + mlp, width=16)"\n')
     assert "has 1 sentence;" in tell("draw", str(one), "-n", "1").err
     linted = tell("lint", str(one), "--draws", "1").out
