@@ -95,6 +95,17 @@ def test_a_baseline_with_a_prefix_leaves_each_task_a_question(stub, mixer):
     )
 
 
+def test_a_baseline_that_the_backend_has_no_kernel_for_is_refused(stub):
+    pytest.importorskip("triton")
+    baseline = "lm(linear(rule=dplr, heads=1, key_dim=300) + swiglu, width=32)"
+    text = stub.CAMPAIGN.replace("lm(gdn + swiglu, width=32)", baseline)
+    assert Campaign.parse(text).baselines[1].name == baseline
+    with pytest.raises(
+        ValueError, match=r"^campaign: baseline 'lm\(.*cannot be run: .*at most 256 .*or leave it out"
+    ):
+        Campaign.parse(text.replace("deadline_s = 5", 'deadline_s = 5\nbackend = "triton"'))
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"absent.toml: cannot be read \(No such file"):
         Campaign.read(tmp_path / "absent.toml")
