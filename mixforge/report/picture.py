@@ -185,7 +185,8 @@ def _points(drawn: Sequence[Candidate], across: Axis, up: Axis) -> Iterator[str]
                 yield _mark(role, *place(each), rim=each.on_front and role == "baseline")
     taken = [place(each) for each in drawn if each.on_front or each.arm == "baseline"]
     names = [(each.name, place(each)) for each in drawn if each.name is not None]
-    frame = Box(left=_LEFT, top=_TOP, right=WIDTH - _RIGHT, bottom=HEIGHT - _BOTTOM)
+    # A name may stand a little over the edges of the plot, which are blank.
+    frame = Box(left=_LEFT, top=_TOP, right=WIDTH - 4, bottom=HEIGHT - _BOTTOM + 4)
     for label in labels(names, taken, frame):
         yield from _text(label)
 
