@@ -341,6 +341,20 @@ def test_a_reader_that_leaves_is_no_error(words: tuple[str, ...]) -> None:
     assert (ran.wait(), said) == (0, b"")
 
 
+@pytest.mark.parametrize(
+    ("value", "spread", "text"),
+    [
+        (1.0, 0.21, "1.00 ±0.21"),
+        (0.48, None, "0.480"),
+        (2.314, None, "2.31"),
+        (99.97, None, "100"),
+        (1234.5, None, "1234"),
+    ],
+)
+def test_a_latency_has_three_digits(value: float, spread: float | None, text: str) -> None:
+    assert output.figure_text("decode_ms", value, spread) == text
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no room for architectures beside the figures they stand below."""
