@@ -20,6 +20,7 @@ from mixforge.checkpoints.config import Config
 from mixforge.checkpoints.dialects import DIALECTS
 from mixforge.checkpoints.draft import Tensors
 from mixforge.search_space.architecture import Architecture
+from mixforge.search_space.count import counted
 from mixforge.search_space.model import LanguageModel
 from mixforge.search_space.syntax import nearest
 
@@ -57,7 +58,7 @@ def read(folder: Path) -> Checkpoint:
     if tensors.left:
         some = ", ".join(sorted(tensors.left)[:3])
         raise ValueError(
-            f"{folder}: {len(tensors.left)} tensors have no place in {architecture}, such as {some}; "
+            f"{folder}: {architecture} has no place for {counted(len(tensors.left), 'tensor')}, such as {some}; "
             "the checkpoint has parts that cannot be said"
         )
     return Checkpoint(architecture=architecture, weights=draft.weights, model_type=model_type)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mixforge.cli.database import open_store
 from mixforge.cli.output import (
     DEFAULT_DATABASE,
     Database,
@@ -22,6 +23,7 @@ from mixforge.cli.output import (
     table,
 )
 from mixforge.evaluator.evaluation import PHASES
+from mixforge.search_space.count import counted
 from mixforge.search_space.mixer import Backend
 
 if TYPE_CHECKING:
@@ -88,12 +90,13 @@ def draw(
     total = number + refused.total()
     reasons = ", ".join(f"{reason} {count}" for reason, count in refused.most_common())
     narrate(
-        f"{space} has {spell_size(count)} sentences; {refused.total()} of {total} draws were refused"
-        + (f": {reasons}" if reasons else "")
+        f"{space} has {counted(count, 'sentence', spell_size(count))}; "
+        f"{refused.total()} of {counted(total, 'draw')} refused" + (f": {reasons}" if reasons else "")
     )
     if changes:
-        edits = f"{min(changes)} to {max(changes)} edits" if len(set(changes)) > 1 else f"{changes[0]} edits"
-        narrate(f"{len(changes)} of the {number} shown are repaired, by {edits}")
+        least, most = min(changes), max(changes)
+        edits = counted(most, "edit", str(most) if least == most else f"{least} to {most}")
+        narrate(f"{len(changes)} of the {number} shown repaired, by {edits}")
 
 
 def _drawn(
@@ -149,7 +152,6 @@ def profile(
     import torch
 
     from mixforge.cli.naming import architecture_of
-    from mixforge.db.store import Store
     from mixforge.db.values import describe
     from mixforge.evaluator.environment import environment
     from mixforge.evaluator.evaluation import Workload
@@ -166,7 +168,7 @@ def profile(
     # Before a file is made for a device that is not here.
     environment(device)
     # The database is opened first, for one that cannot be had should cost nobody a measurement.
-    with Store.open(db, "create") if keep else nullcontext() as store:
+    with open_store(db, "create") if keep else nullcontext() as store:
         measured = measure(architecture, workload, device=device, backend=backend)
         if store is not None:
             store.add_profile(describe(architecture), measured)
@@ -211,7 +213,7 @@ def _show_profile(measured: Profile) -> None:
         print(f"peak memory of a train step: {figure_text('peak_bytes', measured.peak_bytes)}B")
     print(
         f"batch {load.batch}, context {load.context}, {load.dtype}, backend {measured.backend}, on {environment.device} "
-        f"({environment.threads} threads), torch {environment.torch}"
+        f"({counted(environment.threads, 'thread')}), torch {environment.torch}"
     )
 
 

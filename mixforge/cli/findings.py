@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixforge.cli.database import open_results
 from mixforge.cli.output import (
     DEFAULT_DATABASE,
     Database,
@@ -19,6 +20,7 @@ from mixforge.cli.output import (
     table,
 )
 from mixforge.evaluator.evaluation import FIGURES
+from mixforge.search_space.count import counted
 
 if TYPE_CHECKING:
     from mixforge.db.results import Results
@@ -46,9 +48,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """How far campaigns are: trials by origin and outcome, time spent, the best of every figure."""
-    from mixforge.db.results import open
 
-    with open(db) as results:
+    with open_results(db) as results:
         names = [campaign] if campaign is not None else [found.name for found in results.campaigns]
         found = [results.status(name) for name in names]
     if as_json:
@@ -161,9 +162,8 @@ def front(
     as_json: Json = False,
 ) -> None:
     """The Pareto front: the architectures that no other one beats in every figure."""
-    from mixforge.db.results import open
 
-    with open(db) as results:
+    with open_results(db) as results:
         chosen = newest(results, campaign, db)
         names = objectives(chosen) if figures is None else tuple(name.strip() for name in figures.split(","))
         members = results.front(names, where=where, campaign=chosen.name)
@@ -198,14 +198,14 @@ def show_front(
         *(f"{name} {_arrow(name)} >" for name in columns),
         "from",
         "architecture",
-        title=f"Pareto front of {campaign.name}: {len(members)} architectures",
+        title=f"Pareto front of {campaign.name}: {counted(len(members), 'architecture')}",
     )
     for trial in members[:limit]:
         cells = [figure_text(name, trial.figures.get(name), trial.spreads.get(name)) for name in columns]
         made.add_row(trial.digest[:12], *cells, origin_of(trial, campaign), trial.text)
     show_table(made)
     if len(members) > limit:
-        narrate(f"{len(members) - limit} more are on the front; --limit {len(members)} shows them all")
+        narrate(f"the front has {len(members) - limit} more; --limit {len(members)} shows all")
     if not members:
         narrate("no finished trial has all of these figures, or none that the condition lets through")
 
@@ -232,7 +232,6 @@ def query(
 ) -> None:
     """Trials under a condition, as a table. The condition only selects: it cannot change anything."""
     from mixforge.db.condition import COLUMNS
-    from mixforge.db.results import open
 
     if columns == "all":
         names: tuple[str, ...] = COLUMNS
@@ -243,7 +242,7 @@ def query(
             name for name in FIGURES if name in (where or "") or name == (order or "").removeprefix("-")
         ]
         names = (*_QUERY_COLUMNS[:-1], *mentioned, _QUERY_COLUMNS[-1])
-    with open(db) as results:
+    with open_results(db) as results:
         answer = results.query(where, order=order, columns=names, limit=limit)
     if as_json:
         print_json([dict(zip(answer.columns, map(_plain, row), strict=True)) for row in answer.rows])
@@ -252,7 +251,7 @@ def query(
     for row in answer.rows:
         made.add_row(*(_cell(name, value) for name, value in zip(answer.columns, row, strict=True)))
     show_table(made)
-    narrate(f"{len(answer.rows)} trials")
+    narrate(counted(len(answer.rows), "trial"))
 
 
 def _plain(value: object) -> object:

@@ -20,6 +20,7 @@ from mixforge.cli.output import (
     show_table,
     table,
 )
+from mixforge.search_space.count import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,7 +76,8 @@ def spaces(
         entries = found.table.get(key)
         for word, text in entries.items() if isinstance(entries, dict) else ():
             print(f"{word} = {text}" if key == "rules" else f"{word} {text}")
-    print(f"\n{spell_size(counts[found.name])} sentences")
+    size = counts[found.name]
+    print(f"\n{counted(size, 'sentence', spell_size(size))}")
 
 
 def lint(
@@ -234,7 +236,7 @@ def diff(
         return
     for sentence in sentences:
         print(sentence)
-    narrate("they are equal" if not sentences else f"{len(sentences)} changes")
+    narrate("they are equal" if not sentences else counted(len(sentences), "change"))
     if far is not None:
         narrate(f"their distance in {space} is {far}")
 
@@ -288,7 +290,7 @@ def scale(
     for word, each in (("before", before), ("after", found)):
         size = _size(each)
         text = figure_text("params", each.cost(1).params)
-        narrate(f"{word}: {size['depth']} layers, width {size['width']}, {text} parameters")
+        narrate(f"{word}: {counted(each.depth, 'layer')}, width {size['width']}, {text} parameters")
 
 
 def _factor(text: str) -> Fraction:

@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixforge.cli.database import open_results
+
 if TYPE_CHECKING:
     from mixforge.search_space.architecture import Architecture
     from mixforge.search_space.grammar import Space
@@ -26,9 +28,7 @@ def architecture_of(text: str, db: str) -> Architecture:
     from mixforge.search_space.syntax import nearest
 
     if is_digest(text):
-        from mixforge.db.results import open
-
-        with open(db) as results:
+        with open_results(db) as results:
             return results.architecture(text)
     name, _, size = text.partition(":")
     if name in PRESETS:

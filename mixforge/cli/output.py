@@ -84,7 +84,8 @@ def figure_text(name: str, value: float | None, spread: float | None = None) -> 
     if unit in ("byte", "weights", "FLOP"):
         return scaled(value)
     if unit == "ms":
-        text = f"{value:.3g}" if value < 100 else f"{value:.0f}"
+        # Rounded to 100 it has its three digits without a point.
+        text = f"{value:#.3g}" if value < 99.95 else f"{value:.0f}"
         return text if spread is None else f"{text} ±{spread:.2g}"
     return f"{value:.3f}"
 

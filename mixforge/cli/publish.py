@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixforge.cli.database import open_results
 from mixforge.cli.findings import CampaignName, newest, objectives
 from mixforge.cli.output import DEFAULT_DATABASE, Database, Json, RunFailed, narrate, print_json, scaled
 
@@ -42,13 +43,12 @@ def export(
     What was written is checked before the folder appears: logits as in the searched model, step as forward, causal.
     """
     from mixforge.cli.naming import architecture_of
-    from mixforge.db.results import open
     from mixforge.export.export import ExportError
     from mixforge.export.export import export as write
 
     if folder.exists():
         raise ValueError(f"{folder} exists; give a folder that does not exist yet")
-    with open(db) as results:
+    with open_results(db) as results:
         if which == "best":
             which = _best(results, newest(results, campaign, db))
         architecture = architecture_of(which, db)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mixforge.cli.database import open_results
 from mixforge.cli.findings import newest
 from mixforge.cli.naming import make_folder
 from mixforge.cli.output import RunFailed
-from mixforge.db.results import open as open_results
 from mixforge.report.findings import gather
 from mixforge.report.page import page
 from mixforge.report.picture import picture

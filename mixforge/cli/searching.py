@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixforge.cli.database import open_results, open_store
 from mixforge.cli.findings import newest, objectives, show_front, trial_json
 from mixforge.cli.output import (
     DEFAULT_DATABASE,
@@ -23,6 +24,7 @@ from mixforge.cli.output import (
     table,
 )
 from mixforge.evaluator.evaluation import FIGURES
+from mixforge.search_space.count import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,8 +60,6 @@ def search(
     The trained weights are kept in a folder `weights` beside the database.
     """
     from mixforge.cli.naming import folder_of, make_folder
-    from mixforge.db.results import open
-    from mixforge.db.store import Store
     from mixforge.evaluator.environment import environment
     from mixforge.kernels.backend import check_backend
     from mixforge.orchestrator.campaign import Campaign
@@ -73,12 +73,12 @@ def search(
     check_backend(campaign.budget.backend, device)
     weights = folder_of(db) / "weights"
     make_folder(weights.parent, "--db")
-    with Store.open(db, "create") as store, _picture(campaign, plain=as_json) as watch:
+    with open_store(db, "create") as store, _picture(campaign, plain=as_json) as watch:
         try:
             ending = run(campaign, store, device=device, workers=workers, weights=weights, watch=watch)
         except RuntimeError as error:
             raise RunFailed(str(error)) from error
-    with open(db) as results:
+    with open_results(db) as results:
         stored = newest(results, campaign.name, db)
         front = results.front(objectives(stored), campaign=campaign.name)
     if as_json:
@@ -166,15 +166,26 @@ def _lines() -> Callable[[Progress], None]:
 
 
 def _sentence(progress: Progress) -> str:
-    of = "" if progress.trials is None else f" of {progress.trials}"
+    if progress.trials is None:
+        trials = counted(progress.trials_done, "trial")
+    else:
+        trials = f"{progress.trials_done} of {counted(progress.trials, 'trial')}"
     best = ", ".join(f"{each.figure} {figure_text(each.figure, each.value)}" for each in progress.best)
-    left = "" if progress.left_s is None else f", about {duration(progress.left_s)} left"
     return (
-        f"{progress.campaign}: {progress.phase}, {progress.baselines_done} of {progress.baselines} baselines, "
-        f"{progress.trials_done}{of} trials, {progress.front} on the front"
+        f"{progress.campaign}: {progress.phase}, {progress.baselines_done} of "
+        f"{counted(progress.baselines, 'baseline')}, {trials}, {progress.front} on the front"
         + (f"; best {best}" if best else "")
-        + f"; {duration(progress.elapsed_s)}{left}"
+        + f"; {', '.join(_times(progress))}"
     )
+
+
+def _times(progress: Progress) -> list[str]:
+    """How long it has been running, and is likely to go on."""
+    times = [duration(progress.elapsed_s)]
+    if progress.left is not None:
+        about = "at most" if progress.left.at_most else "about"
+        times.append(f"{about} {duration(progress.left.seconds)} left")
+    return times
 
 
 def _draw(progress: Progress) -> RenderableType:
@@ -184,11 +195,10 @@ def _draw(progress: Progress) -> RenderableType:
 
     done = progress.baselines_done + progress.trials_done
     total = None if progress.trials is None else progress.baselines + progress.trials
-    left = "" if progress.left_s is None else f"   about {duration(progress.left_s)} left"
     header = Text.assemble(
         (progress.campaign, "bold"),
         f"   {progress.phase}   {done}{'' if total is None else f' of {total}'} finished   "
-        f"{progress.front} on the front   {duration(progress.elapsed_s)}{left}",
+        f"{progress.front} on the front   {'   '.join(_times(progress))}",
     )
     bar = ProgressBar(total=total, completed=done, width=60) if total else Text("")
     return Group(header, bar, _running(progress), _standing(progress))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixforge.cli.database import open_results
 from mixforge.cli.findings import trial_json
 from mixforge.cli.output import (
     DEFAULT_DATABASE,
@@ -20,6 +21,7 @@ from mixforge.cli.output import (
     table,
 )
 from mixforge.evaluator.evaluation import FIGURES, PHASES, SCORES
+from mixforge.search_space.count import counted
 
 if TYPE_CHECKING:
     from mixforge.db.values import Dossier
@@ -69,9 +71,8 @@ def _dossier(digest: str, db: str) -> Dossier | None:
     """What is stored of an architecture. Without any search there is no database yet, which is no error."""
     if db == DEFAULT_DATABASE and not Path(db).exists():
         return None
-    from mixforge.db.results import open
 
-    with open(db) as results:
+    with open_results(db) as results:
         known = any(stored.digest == digest for stored in results.architectures)
         return results.show(digest) if known else None
 
@@ -130,9 +131,9 @@ def _show_evaluation(budget: str, evaluation: Evaluation) -> None:
         print(f"{evaluation.outcome}: {evaluation.reason}")
     environment = evaluation.environment
     print(
-        f"{evaluation.train_tokens} tokens in {evaluation.train_s:.1f} s with the {evaluation.backend} backend, seed "
-        f"{evaluation.seed}, on {environment.device} ({environment.threads} threads), torch {environment.torch}, "
-        f"commit {(environment.commit or 'none')[:12]}.\n"
+        f"{counted(evaluation.train_tokens, 'token')} in {evaluation.train_s:.1f} s with the {evaluation.backend} "
+        f"backend, seed {evaluation.seed}, on {environment.device} ({counted(environment.threads, 'thread')}), "
+        f"torch {environment.torch}, commit {(environment.commit or 'none')[:12]}.\n"
     )
 
 

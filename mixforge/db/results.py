@@ -17,6 +17,7 @@ from sqlalchemy import select
 from mixforge.db import encoding, query, summary, tables
 from mixforge.db.condition import COLUMNS
 from mixforge.db.query import Answer
+from mixforge.db.schema import Migration
 from mixforge.db.store import Store
 from mixforge.db.values import Attempt, Dossier, Status, StoredArchitecture, StoredCampaign, Trial
 
@@ -42,6 +43,11 @@ class Results:
 
     def close(self) -> None:
         self._store.close()
+
+    @property
+    def migration(self) -> Migration | None:
+        """From which schema opening it has brought the database to the newest; None where it had that."""
+        return self._store.migration
 
     @property
     def campaigns(self) -> tuple[StoredCampaign, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect, text
@@ -14,8 +15,20 @@ from mixforge.db.tables import SCHEMA, VERSION_TABLE
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def prepare(database: Database) -> None:
-    """Leaves the database with the newest schema.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """What was done to a database that had an older schema."""
+
+    name: str
+    """How messages call the database."""
+    before: str
+    after: str
+    copy: Path | None
+    """The file as it was; None of a server's, which is not copied."""
+
+
+def prepare(database: Database) -> Migration | None:
+    """Leaves the database with the newest schema, and says from which it was brought there, None where it had it.
 
     An empty one is filled where it was opened to be created. An older one is copied beside itself first
     (SQLite only), then migrated in one transaction, also where it was opened for reading.
@@ -24,18 +37,21 @@ def prepare(database: Database) -> None:
     with database.read() as connection:
         found = _revision(connection, database)
     if found == SCHEMA:
-        return
+        return None
     if found is None and database.mode != "create":
         raise StoreError(f"{database.name} is an empty database; `mixforge search FILE` fills one")
     if database.mode == "read":
-        _migrate_in_passing(database, found)
-        return
+        return _migrate_in_passing(database, found)
+    copy = None
     if found is not None and database.sqlite:
-        _copy(database.path, database.path.with_name(f"{database.path.name}.schema-{found}"))
+        copy = database.path.with_name(f"{database.path.name}.schema-{found}")
+        _copy(database.path, copy)
     with database.write() as connection:
         # Another process may have migrated it while this one waited for the lock.
-        if _revision(connection, database) != SCHEMA:
-            _migrate(connection)
+        if _revision(connection, database) == SCHEMA:
+            return None
+        _migrate(connection)
+    return None if found is None else Migration(name=database.name, before=found, after=SCHEMA, copy=copy)
 
 
 def _revision(connection: Connection, database: Database) -> str | None:
@@ -56,10 +72,10 @@ def _revision(connection: Connection, database: Database) -> str | None:
     return found
 
 
-def _migrate_in_passing(database: Database, found: str | None) -> None:
+def _migrate_in_passing(database: Database, found: str | None) -> Migration | None:
     writable = Database(database.location, "write")
     try:
-        prepare(writable)
+        return prepare(writable)
     except StoreUnwritable as failure:
         raise StoreUnwritable(
             f"{database.name} has the older schema {found} and cannot be migrated to {SCHEMA} where it is; "

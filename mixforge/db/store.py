@@ -42,7 +42,8 @@ class Store:
     """An open database of campaigns. Use it in a `with` block, or close it."""
 
     def __init__(self, database: Database) -> None:
-        prepare(database)
+        self.migration = prepare(database)
+        """What opening it did to an older schema."""
         self.database = database
 
     @classmethod

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mixforge.search_space.count import counted
+
 Bytes = npt.NDArray[np.uint8]
 
 # What lies behind is left out: no campaign of the sizes that one machine trains reads more.
@@ -83,7 +85,7 @@ def _split_by_file(folder: Path, names: list[str], source: str) -> Corpus:
             total += len(content)
     if len(contents) < 3:
         raise ValueError(
-            f"text path {folder}: {source} has {len(contents)} files with text of their own, and is split "
+            f"text path {folder}: {source} has {counted(len(contents), 'different file')} with text, and is split "
             "by file, so it needs three or more; to split one file into blocks, name the file itself"
         )
     files = _assign({name: len(content) for name, content in contents.items()})

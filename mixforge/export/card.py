@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mixforge.evaluator.evaluation import FIGURES, PHASES, SCORES, Environment, Evaluation, Profile
 from mixforge.search_space.architecture import Architecture
+from mixforge.search_space.count import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +150,9 @@ def _provenance(card: Card) -> Iterator[str]:
 
 
 def _environment(where: Environment) -> str:
-    count = f"{where.device_count} cores" if where.device_kind == "cpu" else f"{where.device_count} devices"
+    count = counted(where.device_count, "core" if where.device_kind == "cpu" else "device")
     driver = f", driver {where.driver}" if where.driver else ""
-    return f"{where.device} ({count}, {where.threads} threads{driver})"
+    return f"{where.device} ({count}, {counted(where.threads, 'thread')}{driver})"
 
 
 def _whole(number: int) -> str:

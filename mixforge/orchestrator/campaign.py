@@ -22,6 +22,7 @@ from mixforge.evaluator.tables import refuse_unknown
 from mixforge.orchestrator.samplers import AUTO, SAMPLERS, sampler_for
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.grammar import Space
+from mixforge.search_space.model import language_model
 from mixforge.search_space.notation import parse
 from mixforge.search_space.presets import PRESETS, preset
 
@@ -104,7 +105,7 @@ def _campaign(tables: dict[str, object], text: str) -> Campaign:
         name=name,
         seed=seed,
         objectives=_objectives(tables.get("objectives"), budget),
-        baselines=_baselines(tables.get("baselines", [])),
+        baselines=_baselines(tables.get("baselines", []), budget),
         space=space,
         budget=budget,
         sampler=_sampler(search.get("sampler", AUTO), trials),
@@ -180,13 +181,21 @@ def _strings(key: str, value: object) -> list[str]:
     return value
 
 
-def _baselines(value: object) -> tuple[Baseline, ...]:
+def _baselines(value: object, budget: Budget) -> tuple[Baseline, ...]:
     found: list[Baseline] = []
     for name in _strings("baselines", value):
         baseline = Baseline(name=name, architecture=_baseline(name))
         twin = next((other for other in found if other.architecture == baseline.architecture), None)
         if twin is not None:
             raise ValueError(f"baselines {twin.name!r} and {name!r} are the same architecture; keep one")
+        try:
+            # Written down and not built: what the backend has no kernel for would cost a trial.
+            language_model(baseline.architecture, budget.backend)
+        except ValueError as error:
+            raise ValueError(f"baseline {name!r} cannot be run: {error}, or leave it out") from None
+        unasked = budget.why_unasked(baseline.architecture.prefix)
+        if unasked is not None:
+            raise ValueError(f"baseline {name!r} cannot be scored: {unasked}, or leave it out")
         found.append(baseline)
     return tuple(found)
 

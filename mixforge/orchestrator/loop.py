@@ -25,7 +25,7 @@ from mixforge.orchestrator.interruption import Interruption
 from mixforge.orchestrator.ledger import Ledger
 from mixforge.orchestrator.outlook import Outlook, outlook
 from mixforge.orchestrator.pace import Pace
-from mixforge.orchestrator.progress import Ending, Phase, Progress, Running
+from mixforge.orchestrator.progress import Ending, Left, Phase, Progress, Running
 from mixforge.orchestrator.workers import Ended, Job, Lost, Pool
 
 Watch = Callable[[Progress], None]
@@ -138,8 +138,13 @@ class Loop:
 
     def _draining_idles_s(self) -> float:
         """How long the workers would have nothing to do, all together, if they were drained now."""
-        left_s = [self._left_s(slot, going) for slot, going in self._going.items()]
+        left_s = self._jobs_left_s()
         return max(left_s, default=0.0) * self._pool.size - sum(left_s)
+
+    def _jobs_left_s(self, stage: Stage | None = None) -> list[float]:
+        """How long each running job is likely to take yet."""
+        going = self._going.items()
+        return [self._left_s(slot, each) for slot, each in going if stage in (None, each.stage)]
 
     def _left_s(self, slot: int, going: _Going) -> float:
         """How long a job is likely to take yet: by its steps, or as long as others took."""
@@ -223,7 +228,7 @@ class Loop:
         left = self._farewell_at - now
         if self._interruption.times > 1 or left <= 0:
             return True
-        return not any(self._left_s(slot, going) <= left for slot, going in self._going.items())
+        return not any(left_s <= left for left_s in self._jobs_left_s())
 
     def _report(self) -> None:
         now = self._pace.clock()
@@ -241,7 +246,6 @@ class Loop:
         baselines = sum(ledger.is_baseline(trial.number) for trial in finished)
         found = self._outlook(finished)
         searched = len(finished) - baselines
-        to_train = None if campaign.trials is None else max(0, campaign.trials - searched - ledger.waiting)
         return Progress(
             campaign=campaign.name,
             phase="starting" if not self._going and not self._pool.idle() else self._phase,
@@ -259,10 +263,21 @@ class Loop:
             volumes=found.volumes,
             elapsed_s=self._pace.elapsed_s,
             spent_s=self._pace.spent_s,
-            left_s=self._pace.left_s(to_train, ledger.waiting),
+            left=self._left(len(finished)),
             idle_share=self._pace.idle_share(going.since for going in self._going.values()),
             note=self._note,
         )
+
+    def _left(self, finished: int) -> Left | None:
+        if self._phase in ("stopping", "ended"):
+            return None
+        asked, ahead = self._campaign.trials, self._ledger.waiting + len(self._going)
+        to_train = None if asked is None else max(0, self._ledger.baselines + asked - finished - ahead)
+        if self._dry is not None or not self._pace.time_for_another(ahead):
+            to_train = 0
+        training_s = self._jobs_left_s("train")
+        to_profile = self._ledger.waiting + len(training_s)
+        return self._pace.left(to_train, to_profile, training_s, sum(self._jobs_left_s("profile")))
 
     def _outlook(self, finished: list[Trial]) -> Outlook:
         """Best values, front and hypervolumes: not while a latency is taken, and for a twentieth of the time."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mixforge.db.values import Stage
+from mixforge.orchestrator.progress import Left
 
 Clock = Callable[[], float]
 _RECENT = 30
@@ -73,13 +74,26 @@ class Pace:
         needed_s = train_s + (to_profile + 1) * self.typical_s("profile")
         return self.spent_s + needed_s < self.hours * 3600
 
-    def left_s(self, to_train: int | None, to_profile: int) -> float | None:
-        """An estimate of the time to the end. `to_train`: trials not yet trained; None where only hours bound
-        them.
+    def left(
+        self, to_train: int | None, to_profile: int, training_s: Sequence[float], profiling_s: float
+    ) -> Left | None:
+        """An estimate of the time to the end; None while there is nothing to estimate it from.
+
+        to_train: trials that are to be begun yet; None where only the hours bound them. to_profile: those that are
+        trained or in training. training_s: how long each running training is likely to take yet, profiling_s: the
+        same of a running profile.
         """
-        bound = None if self.hours is None else max(0.0, self.hours * 3600 - self.spent_s)
-        if to_train is None or not self._recent["train"]:
-            return bound
-        work = to_train * self.typical_s("train") / self.workers
-        profiling = (to_train + to_profile) * self.typical_s("profile")
-        return work + profiling if bound is None else min(bound, work + profiling)
+        profile_s = self.typical_s("profile")
+        profiling = to_profile * profile_s + profiling_s
+        # What has begun comes to its end, whatever the hours are.
+        begun = max(training_s, default=0.0) + profiling
+        bound = None if self.hours is None else max(begun, self.hours * 3600 - self.spent_s)
+        if to_train is None:
+            return None if bound is None else Left(seconds=bound)
+        if not all(self._recent.values()):
+            return None if bound is None else Left(seconds=bound, at_most=True)
+        if to_train == 0:
+            return Left(seconds=begun)
+        training = (to_train * self.typical_s("train") + sum(training_s)) / self.workers
+        whole = training + to_train * profile_s + profiling
+        return Left(seconds=whole if bound is None else min(bound, whole))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mixforge.db.values import Best, Stage
 from mixforge.evaluator.evaluation import Outcome
+from mixforge.search_space.count import counted
 
 Phase = Literal["starting", "training", "draining", "profiling", "stopping", "ended"]
 
@@ -51,6 +52,15 @@ class Volumes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """How long a search is likely to go on."""
+
+    seconds: float
+    at_most: bool = False
+    """Whether it is what is left of the hours, of which nothing says yet whether the trials need all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Where a search stands now."""
 
@@ -81,8 +91,8 @@ class Progress:
     """Of this run."""
     spent_s: float
     """Of all runs of this campaign."""
-    left_s: float | None
-    """An estimate; None while there is nothing to estimate it from."""
+    left: Left | None
+    """None while there is nothing to estimate it from, and in a run that is stopping or has ended."""
     idle_share: float
     """The share of the workers' time so far in which they had nothing to do."""
     note: str | None = None
@@ -103,7 +113,10 @@ class Ending:
     def sentence(self) -> str:
         """What a person is told, with the way on."""
         progress = self.progress
-        done = f"{progress.trials_done} trials and {progress.baselines_done} baselines are finished"
+        done = (
+            f"{counted(progress.trials_done, 'trial')} and {counted(progress.baselines_done, 'baseline')} "
+            "are finished"
+        )
         match self.why:
             case "trials":
                 return f"{done}: all that the campaign asks for. Raise search.trials in its file to go on."

@@ -86,7 +86,7 @@ function drawFront() {
       mode: role === "baseline" ? "markers+text" : "markers",
       x: points.map((p) => p.values[x]), y: points.map((p) => p.values[y]),
       error_x: strong ? errors(points, x) : undefined, error_y: strong ? errors(points, y) : undefined,
-      text: points.map((p) => p.label), textposition: "top center", textfont: { color: colour("baseline"), size: 11, shadow: "auto" },
+      text: points.map((p) => p.label), customdata: points.map((p) => p.label), textfont: { color: colour("baseline"), size: 11, shadow: "auto" },
       hovertext: points.map(hover), hoverinfo: "text",
       marker: {
         symbol: style.symbol, size: style.size, opacity: style.opacity, color: colour(role),
@@ -96,7 +96,56 @@ function drawFront() {
       },
     });
   }
-  Plotly.react("front", traces, layout(title(x), title(y), { xaxis: scale(x), yaxis: scale(y) }), options);
+  Plotly.react("front", traces, layout(title(x), title(y), { xaxis: scale(x), yaxis: scale(y) }), options).then(nameBaselines);
+}
+
+// Marks in one place share a name; each stands on the side of its mark where it covers no other, as in the SVG picture.
+// Farther out than a side it is pushed by empty lines.
+function nameBaselines() {
+  const plot = element("front"), index = plot.data.findIndex((trace) => trace.name === ARMS.baseline.name);
+  if (index < 0) return;
+  const { xaxis, yaxis } = plot._fullLayout, { x, y, customdata: labels } = plot.data[index];
+  const marks = labels.map((_, n) => [xaxis.d2p(x[n]), yaxis.d2p(y[n])]);
+  const near = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1]) <= 3;
+  const texts = labels.map(() => ""), sides = labels.map(() => "top center"), boxes = [];
+  const heads = [];
+  for (const [n, label] of labels.entries()) {
+    let head = heads.find((h) => near(marks[h], marks[n]));
+    if (head === undefined) heads.push(head = n);
+    texts[head] += (texts[head] ? ", " : "") + label;
+  }
+  for (const n of heads) {
+    const best = sidesOf(marks[n], texts[n].length * 6.6).map((side) => {
+      const { box } = side, others = heads.filter((other) => other !== n);
+      const outside = box[0] < 0 || box[1] < 0 || box[2] > xaxis._length || box[3] > yaxis._length;
+      const covered = boxes.filter((b) => box[0] < b[2] && b[0] < box[2] && box[1] < b[3] && b[1] < box[3]).length;
+      const hidden = others.filter((other) => away(box, marks[other]) < 6).length;
+      const nearer = others.filter((other) => away(box, marks[other]) < away(box, marks[n])).length;
+      return { ...side, cost: 1000 * outside + 100 * covered + 3 * nearer + 2 * hidden + side.ring };
+    }).reduce((a, b) => (b.cost < a.cost ? b : a));
+    boxes.push(best.box);
+    const lines = "<br>\u00a0".repeat(best.ring);
+    sides[n] = best.side;
+    texts[n] = best.side.startsWith("top") ? texts[n] + lines : "\u00a0<br>".repeat(best.ring) + texts[n];
+  }
+  Plotly.restyle("front", { text: [texts], textposition: [sides] }, [index]);
+}
+
+// Plotly's places for a text of some pixels beside a mark, the best first, with the boxes that it fills there.
+function sidesOf([x, y], wide) {
+  const lefts = { center: x - wide / 2, right: x + 8, left: x - 8 - wide }, found = [];
+  for (let ring = 0; ring < 6; ring++) {
+    const tops = { top: y - 22 - 14 * ring, bottom: y + 8 + 14 * ring, ...(ring ? {} : { middle: y - 7 }) };
+    for (const up of Object.keys(tops)) for (const across of Object.keys(lefts)) {
+      const left = lefts[across], top = tops[up];
+      if (up !== "middle" || across !== "center") found.push({ side: `${up} ${across}`, ring, box: [left, top, left + wide, top + 14] });
+    }
+  }
+  return found;
+}
+
+function away(box, [x, y]) {
+  return Math.hypot(Math.max(box[0] - x, 0, x - box[2]), Math.max(box[1] - y, 0, y - box[3]));
 }
 
 function drawGrowth() {
@@ -135,3 +184,5 @@ function draw() { drawFront(); drawGrowth(); drawCurves(); }
 for (const id of ["x", "y"]) element(id).addEventListener("change", drawFront);
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 draw();
+// After a zoom or in another window other marks are near.
+element("front").on("plotly_relayout", nameBaselines);

@@ -14,6 +14,7 @@ from mixforge.evaluator.evaluation import FIGURES, Evaluation, Outcome
 from mixforge.report.findings import Candidate, Findings
 from mixforge.report.quantity import show
 from mixforge.report.strip import legend, strip
+from mixforge.search_space.count import counted
 
 MOST_POINTS = 1_500
 """Of candidates off the front and no baseline. More are thinned evenly, and the page says so."""
@@ -149,11 +150,7 @@ def _body(found: Findings, shown: int) -> Iterator[str]:
 def _head(found: Findings) -> Iterator[str]:
     status, place = found.status, found.environment
     yield f"<h1>{escape(found.campaign.name)}</h1>"
-    where = (
-        f"{place.device}, {place.threads} thread{'s' * (place.threads != 1)}"
-        if place
-        else "device not recorded"
-    )
+    where = f"{place.device}, {counted(place.threads, 'thread')}" if place else "device not recorded"
     versions = f", torch {place.torch}, mixforge {place.mixforge}" if place else ""
     commit = f", commit {place.commit[:12]}" if place and place.commit else ""
     begun = f"Begun {found.campaign.created_at:%Y-%m-%d %H:%M} UTC"
@@ -191,7 +188,8 @@ def _front(found: Findings, shown: int) -> Iterator[str]:
     yield "<h2>Pareto front</h2>"
     objectives = ", ".join(FIGURES[name].label for name in found.objectives)
     thinned = len(found.candidates) - shown
-    note = f" {thinned:,} dominated candidates, evenly chosen, are left out of the plot." if thinned else ""
+    left_out = counted(thinned, "dominated candidate", f"{thinned:,}")
+    note = f" The plot leaves out {left_out}, evenly chosen." if thinned else ""
     yield (
         f"<p>No candidate beats a member of the front in all of {objectives}. The dotted line is the front of"
         f" the two figures shown alone. Bars span the interquartile range of the measured repeats.{note}</p>"
@@ -211,7 +209,7 @@ def _members(found: Findings) -> Iterator[str]:
     layers = {each.trial.digest: each.layers for each in members}
     yield "<h2>Architectures</h2>"
     more = len(found.front) - MOST_MEMBERS
-    note = f" {more} further members are in the database." if more > 0 else ""
+    note = f" The database has {counted(more, 'further member')}." if more > 0 else ""
     yield (
         "<p>Members of the front, best in the first figure first, then the baselines off it. A cell is a"
         " layer, the first at the left; mixers beside one another share a cell; a small number says how often"

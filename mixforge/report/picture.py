@@ -12,7 +12,9 @@ from html import escape
 
 from mixforge.evaluator.evaluation import FIGURES
 from mixforge.report.findings import Candidate, Findings
+from mixforge.report.labels import Box, Label, labels
 from mixforge.report.quantity import show
+from mixforge.search_space.count import counted
 
 WIDTH, HEIGHT = 860, 500
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 62, 58
@@ -27,7 +29,7 @@ _STYLE = """
   .rim { stroke: #0072b2; stroke-width: 2 }
   text { font: 13px system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif }
   .name { paint-order: stroke; stroke: #ffffff; stroke-width: 3px; stroke-linejoin: round }
-  .small { font-size: 12px } .title { font-size: 15px; font-weight: 600 }
+  .lead { stroke-width: .8 } .small { font-size: 12px } .title { font-size: 15px; font-weight: 600 }
   @media (prefers-color-scheme: dark) {
     .ground { fill: #14171a } .name { stroke: #14171a }
     .line { stroke: #333a42 } .ink { fill: #e8eaed } .quiet { fill: #9aa5b1 }
@@ -125,7 +127,7 @@ def _extent(drawn: Sequence[Candidate], figure: str) -> list[float]:
 def _title(found: Findings, drawn: Sequence[Candidate]) -> str:
     front = sum(each.on_front for each in drawn)
     place = "" if found.environment is None else f" on {found.environment.device}"
-    return f"{found.campaign.name}: {len(drawn):,} architectures, {front} on the front{place}"
+    return f"{found.campaign.name}: {counted(len(drawn), 'architecture', f'{len(drawn):,}')}, {front} on the front{place}"
 
 
 def _legend(drawn: Sequence[Candidate]) -> Iterator[str]:
@@ -182,10 +184,11 @@ def _points(drawn: Sequence[Candidate], across: Axis, up: Axis) -> Iterator[str]
                     yield from _bars(each, role, across, up)
                 yield _mark(role, *place(each), rim=each.on_front and role == "baseline")
     taken = [place(each) for each in drawn if each.on_front or each.arm == "baseline"]
-    boxes: list[tuple[float, float, float, float]] = []
-    for each in drawn:
-        if each.name is not None:
-            yield _name(each.name, *place(each), taken, boxes)
+    names = [(each.name, place(each)) for each in drawn if each.name is not None]
+    # A name may stand a little over the edges of the plot, which are blank.
+    frame = Box(left=_LEFT, top=_TOP, right=WIDTH - 4, bottom=HEIGHT - _BOTTOM + 4)
+    for label in labels(names, taken, frame):
+        yield from _text(label)
 
 
 def _role(candidate: Candidate) -> str:
@@ -226,27 +229,14 @@ def _stairs(places: Sequence[tuple[float, float]], across: Axis, up: Axis) -> st
     return path + "".join(f"H{x:.1f}V{y:.1f}" for x, y in steps[1:])
 
 
-def _name(
-    text: str,
-    x: float,
-    y: float,
-    points: Sequence[tuple[float, float]],
-    boxes: list[tuple[float, float, float, float]],
-) -> str:
-    """A baseline's name beside its mark, on the first side where it covers no name and the fewest points."""
-    wide = 6.8 * len(text)
-    sides = [(x - wide / 2, y - 12), (x - wide / 2, y + 21), (x + 11, y + 4), (x - 11 - wide, y + 4)]
-
-    def cost(side: tuple[float, float]) -> float:
-        left, base = side
-        box = (left, base - 11, left + wide, base + 3)
-        outside = (
-            left < _LEFT or left + wide > WIDTH - _RIGHT or base - 11 < _TOP or base + 3 > HEIGHT - _BOTTOM
-        )
-        hidden = sum(box[0] - 4 < px < box[2] + 4 and box[1] - 4 < py < box[3] + 4 for px, py in points)
-        covered = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes)
-        return 100 * outside + 10 * covered + hidden
-
-    left, base = min(sides, key=cost)
-    boxes.append((left, base - 11, left + wide, base + 3))
-    return f'<text class="baseline name" x="{left:.1f}" y="{base:.1f}">{escape(text)}</text>'
+def _text(label: Label) -> Iterator[str]:
+    (x, y), (at_x, at_y) = label.mark, label.at
+    if label.ring:
+        box = label.box
+        end_x = min(max(x, box.left), box.right)
+        end_y = min(max(y, box.top), box.bottom)
+        yield f'<line class="bar-baseline lead" x1="{x:.1f}" y1="{y:.1f}" x2="{end_x:.1f}" y2="{end_y:.1f}"/>'
+    yield (
+        f'<text class="baseline name" x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{label.anchor}">'
+        f"{escape(label.text)}</text>"
+    )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mixforge.search_space.architecture import Architecture
+from mixforge.search_space.count import counted
 from mixforge.search_space.derivation import Derivation
 from mixforge.search_space.grammar import Rejection, Space, spell_size
 from mixforge.search_space.legality import illegality
@@ -83,7 +84,9 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
     placed = list(applications(architecture.stack))
     token = sum(1 for each in placed if each.mixer.kind == "token")
     if token:
-        yield Finding("token mixer", "note", f"{token} of {len(placed)} mixers mix tokens")
+        yield Finding(
+            "token mixer", "note", f"tokens are mixed by {token} of {counted(len(placed), 'mixer')}"
+        )
     ahead = architecture.prefix
     together = (
         f", but for the first {ahead}, which are read together: no prediction of them counts" if ahead else ""
@@ -121,7 +124,9 @@ def _structure(architecture: Architecture) -> Iterator[Finding]:
         lenders = {each.place: set(each.mixer.lends(width)) for each in placed if each.mixer.lends(width)}
         idle = unread(architecture.stack, width)
         read = sum(1 for place, names in lenders.items() if names - idle.get(place, frozenset()))
-        yield Finding("sharing", "note", f"{readers} mixers read what {read} owners lend")
+        yield Finding(
+            "sharing", "note", f"what {counted(read, 'owner')} lent is read by {counted(readers, 'mixer')}"
+        )
 
 
 def _sizes(architecture: Architecture, context: int) -> Iterator[Finding]:
@@ -131,7 +136,7 @@ def _sizes(architecture: Architecture, context: int) -> Iterator[Finding]:
     yield Finding(
         "state",
         "note",
-        f"{cost.state_bytes} bytes of state after {context} tokens, then "
+        f"{counted(cost.state_bytes, 'byte')} of state after {counted(context, 'token')}, then "
         + (f"{grows:g} more for each token" if grows else "no more however long the context is"),
     )
 
@@ -159,7 +164,9 @@ def _flow(architecture: Architecture) -> Iterator[Finding]:
         yield Finding("causality", "error", "a later token changes the logits of an earlier one")
     if flow.dead:
         names = ", ".join(flow.dead[:3]) + (f" and {len(flow.dead) - 3} more" if len(flow.dead) > 3 else "")
-        yield Finding("gradient", "warning", f"no gradient reaches {len(flow.dead)} weights: {names}")
+        yield Finding(
+            "gradient", "warning", f"no gradient reaches {counted(len(flow.dead), 'weight')}: {names}"
+        )
     sentence = (
         f"the gradient after the first unit is {flow.ratio:.2g} times that after the last (width {flow.width}, "
         f"{flow.length} tokens)"
@@ -260,12 +267,16 @@ def _count(space: Space) -> int | None:
 
 def lint_space(found: Survey) -> tuple[Finding, ...]:
     """A survey in sentences."""
-    size = "more than can be counted" if found.sentences is None else spell_size(found.sentences)
+    size = "more sentences than can be counted"
+    if found.sentences is not None:
+        size = counted(found.sentences, "sentence", spell_size(found.sentences))
     severity: Severity = "error" if not found.admitted else "warning" if found.rate < FEW else "note"
     findings = [
-        Finding("size", "note", f"the space has {size} sentences"),
+        Finding("size", "note", f"the space has {size}"),
         Finding(
-            "rate", severity, f"{found.admitted} of {found.drawn} draws are candidates ({found.rate:.0%})"
+            "rate",
+            severity,
+            f"{found.admitted} of {counted(found.drawn, 'draw')} gave candidates ({found.rate:.0%})",
         ),
     ]
     findings += [
@@ -277,7 +288,7 @@ def lint_space(found: Survey) -> tuple[Finding, ...]:
             Finding(
                 "duplicates",
                 "warning",
-                f"only {found.distinct} of {found.admitted} candidates are different architectures",
+                f"only {counted(found.distinct, 'different architecture')} among {found.admitted} candidates",
             )
         )
     findings += [
@@ -285,10 +296,13 @@ def lint_space(found: Survey) -> tuple[Finding, ...]:
         for place, option, drawn in found.barren
     ]
     if found.tried:
-        median = f", by {statistics.median(found.changes):g} edits on the median" if found.changes else ""
+        median = statistics.median(found.changes) if found.changes else 0
+        by = f", by {counted(median, 'edit', f'{median:g}')} on the median" if found.changes else ""
         findings.append(
             Finding(
-                "repair", "note", f"{found.repaired} of {found.tried} refused sentences were repaired{median}"
+                "repair",
+                "note",
+                f"{found.repaired} of {counted(found.tried, 'refused sentence')} could be repaired{by}",
             )
         )
     return tuple(findings)

@@ -23,6 +23,7 @@ from functools import lru_cache
 from typing import cast
 
 from mixforge.search_space.architecture import Architecture
+from mixforge.search_space.count import counted
 from mixforge.search_space.genes import Form, GeneValue
 from mixforge.search_space.genes import Gene as Gene
 from mixforge.search_space.genes import genes_of as genes_of
@@ -201,7 +202,7 @@ def _times(tree: Operation) -> int:
 def _beside(branches: list[Expression], words: Mapping[str, GeneValue], column: int | None) -> Beside:
     if not 2 <= len(branches) <= MOST_BRANCHES:
         raise NotationError(
-            f"{len(branches)} mixers beside one another; there are 2 to {MOST_BRANCHES}", column
+            f"{counted(len(branches), 'mixer')} beside one another; there are 2 to {MOST_BRANCHES}", column
         )
     mixers: list[Mixer] = []
     shares: list[int | None] = []

@@ -50,7 +50,10 @@ def probe(architecture: Architecture, length: int = 48, seed: int = 0) -> Flow:
     """
     small = _narrowed(architecture)
     if small.prefix > MOST_PREFIX:
-        raise ValueError(f"it has a prefix of {small.prefix} tokens; at most {MOST_PREFIX} are probed")
+        raise ValueError(
+            f"it has a prefix of {small.prefix} tokens, and a gradient is sent behind at most {MOST_PREFIX}: "
+            "say a shorter prefix, which has the same weights, or leave out --flow"
+        )
     length += small.prefix
     model = small.build("torch", seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +99,8 @@ def _narrowed(architecture: Architecture) -> Architecture:
                 params = found.cost(1).params
                 if params > MOST_PARAMS:
                     raise ValueError(
-                        f"it has {params} parameters at width {width}; at most {MOST_PARAMS} are probed"
+                        f"it has {params} parameters at width {width}, and a gradient is sent through at most "
+                        f"{MOST_PARAMS}: say a smaller one, or leave out --flow"
                     )
                 return found
     raise AssertionError("an architecture is legal at its own width")

@@ -83,7 +83,7 @@ class Beside:
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.branches) <= MOST_BRANCHES:
-            raise ValueError(f"{len(self.branches)} branches side by side; there are 2 to {MOST_BRANCHES}")
+            raise ValueError(f"{len(self.branches)} side by side; there are 2 to {MOST_BRANCHES} branches")
         if self.fuse not in FUSES:
             raise ValueError(f"fuse {self.fuse!r} is not one of {', '.join(FUSES)}")
         if self.norm not in (None, "none", "rms"):

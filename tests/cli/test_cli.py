@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -14,17 +17,38 @@ import pytest
 from rich.console import Console
 from typer.main import get_command
 
-from mixforge.cli import main, output
+from mixforge.cli import main, output, searching
 from mixforge.db.store import Store
+from mixforge.db.tables import SCHEMA
 from mixforge.evaluator.environment import environment
 from mixforge.evaluator.evaluation import Outcome
 from mixforge.orchestrator.campaign import Campaign
 from mixforge.orchestrator.ledger import Ledger
-from mixforge.orchestrator.progress import Ending, Progress
+from mixforge.orchestrator.progress import Ending, Left, Progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMANDS = sorted(get_command(main.app).commands)  # type: ignore[attr-defined]
 TINY = (EXAMPLES / "tiny.toml").read_text()
+ENDED = Progress(
+    campaign="tiny",
+    phase="ended",
+    baselines_done=1,
+    baselines=1,
+    trials_done=6,
+    trials=6,
+    outcomes={},
+    reused=0,
+    waiting=0,
+    running=(),
+    rejected={},
+    best=(),
+    front=0,
+    volumes=None,
+    elapsed_s=1.0,
+    spent_s=1.0,
+    left=None,
+    idle_share=0.0,
+)
 
 
 class Told:
@@ -101,9 +125,9 @@ def test_refused_draws_can_be_repaired(tell, tmp_path: Path) -> None:
     told = json.loads(tell("draw", str(tight), "-n", "6", "--repair", "--json").out)
     assert told["repaired"] > 0
     assert all(each["params"] <= 2e4 for each in told["architectures"])
-    assert "are repaired" in tell("draw", str(tight), "-n", "6", "--repair").err
+    assert "of the 6 shown repaired, by " in tell("draw", str(tight), "-n", "6", "--repair").err
     linted = tell("lint", str(tight), "--repairs", "3", "--draws", "40").out
-    assert "3 of 3 refused sentences were repaired" in linted
+    assert "3 of 3 refused sentences could be repaired" in linted
 
 
 def test_an_architecture_is_linted_before_the_device(tell) -> None:
@@ -317,6 +341,20 @@ def test_a_reader_that_leaves_is_no_error(words: tuple[str, ...]) -> None:
     assert (ran.wait(), said) == (0, b"")
 
 
+@pytest.mark.parametrize(
+    ("value", "spread", "text"),
+    [
+        (1.0, 0.21, "1.00 ±0.21"),
+        (0.48, None, "0.480"),
+        (2.314, None, "2.31"),
+        (99.97, None, "100"),
+        (1234.5, None, "1234"),
+    ],
+)
+def test_a_latency_has_three_digits(value: float, spread: float | None, text: str) -> None:
+    assert output.figure_text("decode_ms", value, spread) == text
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no room for architectures beside the figures they stand below."""
@@ -346,27 +384,8 @@ def test_a_search_ends_with_what_failed_and_with_what_can_be_done_next(
 
     def ended(campaign: Campaign, store: Store, **rest: object) -> Ending:
         Ledger(campaign, store, environment("cpu"))
-        progress = Progress(
-            campaign=campaign.name,
-            phase="ended",
-            baselines_done=1,
-            baselines=1,
-            trials_done=6,
-            trials=6,
-            outcomes={Outcome.ok: 4, Outcome.crashed: 3},
-            reused=0,
-            waiting=0,
-            running=(),
-            rejected={},
-            best=(),
-            front=0,
-            volumes=None,
-            elapsed_s=1.0,
-            spent_s=1.0,
-            left_s=None,
-            idle_share=0.0,
-        )
-        return Ending(why="trials", signal=None, progress=progress)
+        outcomes = {Outcome.ok: 4, Outcome.crashed: 3}
+        return Ending(why="trials", signal=None, progress=replace(ENDED, outcomes=outcomes))
 
     monkeypatch.setattr("mixforge.orchestrator.run.run", ended)
     file = tmp_path / "tiny.toml"
@@ -383,6 +402,80 @@ def test_a_search_ends_with_what_failed_and_with_what_can_be_done_next(
     assert ("mixforge export best winner" in told.out) == (task == "text")
     query = shlex.split(told.out.partition("The reasons: mixforge ")[2].partition("Next:")[0])
     assert tell(*query).status == 0
+
+
+@pytest.mark.parametrize(
+    ("done", "trials", "line", "sentence"),
+    [
+        (1, 1, "1 of 1 baseline, 1 of 1 trial,", "1 trial and 1 baseline are finished"),
+        (1, 2, "1 of 1 baseline, 1 of 2 trials,", "1 trial and 1 baseline are finished"),
+        (1, None, "1 of 1 baseline, 1 trial,", "1 trial and 1 baseline are finished"),
+        (2, None, "1 of 1 baseline, 2 trials,", "2 trials and 1 baseline are finished"),
+    ],
+)
+def test_a_search_counts_one_of_a_thing_as_one(
+    done: int, trials: int | None, line: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = replace(ENDED, trials_done=done, trials=trials)
+    searching._lines()(progress)
+    assert line in capsys.readouterr().err
+    assert Ending(why="trials", signal=None, progress=progress).sentence.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (None, "; 1s\n"),
+        (Left(seconds=36.0), "; 1s, about 36s left\n"),
+        (Left(seconds=64.0, at_most=True), "; 1s, at most 1m04s left\n"),
+    ],
+)
+def test_a_search_says_how_long_it_goes_on(
+    left: Left | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searching._lines()(replace(ENDED, left=left))
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_what_is_one_is_said_as_one(tell, tmp_path: Path) -> None:
+    one = tmp_path / "one.toml"
+    one.write_text('[space]\nstart = "lm(attn + any(mlp, swiglu), width=16)"\n')
+    told = tell("draw", str(one), "-n", "1").err
+    assert "has 2 sentences; 0 of 1 draw refused" in told
+    one.write_text('[space]\nstart = "lm(attn + mlp, width=16)"\n')
+    assert "has 1 sentence;" in tell("draw", str(one), "-n", "1").err
+    linted = tell("lint", str(one), "--draws", "1").out
+    assert "the space has 1 sentence " in linted
+    assert "1 of 1 draw gave candidates" in linted
+    assert "tokens are mixed by 1 of 1 mixer " in tell("lint", "lm(attn, width=16)").out
+    assert "1 change\n" in tell("diff", "lm(attn + mlp, width=16)", "lm(attn + swiglu, width=16)").err
+    assert "before: 1 layer, width 16" in tell("scale", "lm(attn, width=16)", "--stack", "2").err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "--json"),
+        ("query", "--json"),
+        ("front", "--figures", "params", "--json"),
+        ("diff", "2ece", "a11c", "--json"),
+        ("profile", "lm(conv, width=16)", "--context", "8", "--keep", "--json"),
+    ],
+)
+def test_an_older_database_is_told_to_be_brought_to_the_newest_schema(
+    words: tuple[str, ...], tell, tmp_path: Path
+) -> None:
+    dump = Path(__file__).parents[1] / "db" / "schemas" / "0001.sql"
+    with closing(sqlite3.connect(tmp_path / "old.db")) as old:
+        old.executescript(dump.read_text())
+    told = tell(*words, "--db", "old.db")
+    assert told.status == 0, told.err
+    assert told.err.splitlines() == [
+        f"mixforge: old.db was brought from schema 0001 to {SCHEMA}; as it was it is kept in old.db.schema-0001"
+    ]
+    assert json.loads(told.out)
+    assert (tmp_path / "old.db.schema-0001").exists()
+    assert tell("status", "--db", "old.db").err == ""
 
 
 def test_an_export_folder_that_exists_is_left_alone(tell, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy import inspect
 from mixforge.db import schema
 from mixforge.db.connection import StoreError
 from mixforge.db.results import open as open_results
+from mixforge.db.schema import Migration
 from mixforge.db.store import Store
 from mixforge.db.tables import SCHEMA, VERSION_TABLE, metadata
 from mixforge.db.views import views
@@ -116,11 +117,14 @@ def test_older_schema_is_copied_and_migrated(path, campaign, store, samples, nex
     samples.finish(store, campaign, 0, 2.0, 1.0)
     store.close()
     next_migration(ADD)
+    copy = path.with_name(f"{path.name}.schema-{SCHEMA}")
     with Store.open(path, mode) as newer:
+        assert newer.migration == Migration(name=str(path), before=SCHEMA, after=NEXT, copy=copy)
         assert [trial.number for trial in newer.trials(campaign)] == [0]
         with newer.database.read() as connection:
             assert "energy_j" in [column["name"] for column in inspect(connection).get_columns("trial")]
-    copy = path.with_name(f"{path.name}.schema-{SCHEMA}")
+    with Store.open(path, mode) as again:
+        assert again.migration is None
     with closing(sqlite3.connect(copy)) as old:
         assert old.execute("SELECT version_num FROM mixforge_schema").fetchall() == [(SCHEMA,)]
         assert old.execute("SELECT count(*) FROM trial").fetchall() == [(1,)]

@@ -198,7 +198,7 @@ def test_the_card_says_what_where_and_how(exported: Path) -> None:
     architecture = parse(SMALL)
     for said in (
         str(architecture), architecture.digest, "laptop, trial 12", "2.3456", "bit/byte", "selection split", "0.500",
-        "0.050", "1,234,567 bytes", "Test CPU (2 cores, 1 threads)", "abc123+dirty", "409,600 tokens", "seed 7",
+        "0.050", "1,234,567 bytes", "Test CPU (2 cores, 1 thread)", "abc123+dirty", "409,600 tokens", "seed 7",
         "    length = 256", f"{architecture.cost(512).params:,}",
     ):  # fmt: skip
         assert said in card, said

@@ -75,6 +75,37 @@ def test_what_is_refused(stub, old, new, said):
     assert said in str(refusal.value)
 
 
+@pytest.mark.parametrize("mixer", ["attn(mask=prefix({}))", "linear(init=prefix({}))"])
+def test_a_baseline_with_a_prefix_leaves_each_task_a_question(stub, mixer):
+    def text(prefix: int) -> str:
+        baseline = f"lm({mixer.format(prefix)} + swiglu, width=32)"
+        return stub.CAMPAIGN.replace("lm(gdn + swiglu, width=32)", baseline)
+
+    # Two pairs are read before the first question.
+    assert Campaign.parse(text(4)).baselines[1].architecture.prefix == 4
+    with pytest.raises(ValueError, match="a prefix of 16 tokens leaves nothing to predict"):
+        Campaign.parse(text(16))
+    with pytest.raises(ValueError, match=r"^somewhere\.toml: baseline 'lm\(") as refusal:
+        Campaign.parse(text(600), source="somewhere.toml")
+    said = str(refusal.value)
+    assert "a prefix of 600 tokens leaves nothing to predict in training sequences of mqar" in said
+    assert (
+        "which have 16 tokens; say a shorter prefix, or longer sequences in [tasks.mqar], or leave it out"
+        in said
+    )
+
+
+def test_a_baseline_that_the_backend_has_no_kernel_for_is_refused(stub):
+    pytest.importorskip("triton")
+    baseline = "lm(linear(rule=dplr, heads=1, key_dim=300) + swiglu, width=32)"
+    text = stub.CAMPAIGN.replace("lm(gdn + swiglu, width=32)", baseline)
+    assert Campaign.parse(text).baselines[1].name == baseline
+    with pytest.raises(
+        ValueError, match=r"^campaign: baseline 'lm\(.*cannot be run: .*at most 256 .*or leave it out"
+    ):
+        Campaign.parse(text.replace("deadline_s = 5", 'deadline_s = 5\nbackend = "triton"'))
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"absent.toml: cannot be read \(No such file"):
         Campaign.read(tmp_path / "absent.toml")

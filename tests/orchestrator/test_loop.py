@@ -224,5 +224,63 @@ def test_progress_while_it_runs(campaign, store, pool_of, start):
     assert done == sorted(done)
     middle = next(progress for progress in seen if progress.trials_done > 5 and progress.running)
     assert middle.running[0].text.startswith("lm(")
-    assert middle.left_s > 0
+    assert middle.left.seconds > 0
     assert {best.figure for best in middle.best} == {"recall", "decode_ms"}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "why", "first_at_most"),
+    [
+        ("trials = 20", "trials", False),
+        ("hours = 0.01", "hours", False),
+        ("trials = 40\nhours = 0.01", "hours", True),
+        ("trials = 10\nhours = 0.05", "trials", True),
+    ],
+)
+def test_the_time_that_is_said_to_be_left_is_about_what_it_takes(
+    bounds, why, first_at_most, stub, store, pool_of, start
+):
+    pool = pool_of(2, seconds=lambda job: 2.0 + 2 * (job.token % 3) if job.stage == "train" else 1.5)
+    seen = []
+    text = stub.CAMPAIGN.replace("trials = 20", bounds)
+    ending = start(
+        Campaign.parse(text), store, pool, watch=lambda found: seen.append((pool.now, found))
+    ).run()
+    assert ending.why == why
+    assert ending.progress.left is None
+    said = [(pool.now - now, found.left) for now, found in seen if found.left is not None]
+    at_most = [each for each in said if each[1].at_most]
+    about = [each for each in said if not each[1].at_most]
+    assert bool(at_most) == first_at_most
+    assert all(left.seconds >= true_s for true_s, left in at_most)
+    # Hours end a campaign up to a training and its profiles early.
+    assert all(abs(left.seconds - true_s) <= 5.5 for true_s, left in about)
+    last = [abs(left.seconds - true_s) for true_s, left in about if true_s <= 5]
+    assert len(last) > 5
+    assert max(last) <= 2.5
+
+
+def test_work_that_outlasts_the_hours_is_not_said_to_end_at_once(stub, store, pool_of, start):
+    text = stub.CAMPAIGN.replace("trials = 20", "hours = 0.01")
+    pool = pool_of(2, seconds=lambda job: 1.0 if job.token <= 4 else 60.0)
+    seen = []
+    start(Campaign.parse(text), store, pool, watch=seen.append).run()
+    late = [found for found in seen if found.spent_s > 40 and any(e.stage == "train" for e in found.running)]
+    assert late
+    # Their profiles are yet to be taken.
+    assert all(found.left is not None and found.left.seconds >= 1.0 for found in late)
+
+
+def test_a_search_that_is_stopping_says_no_time(campaign, store, pool_of, start):
+    interruption, seen = Interruption(), []
+
+    def watch(progress):
+        seen.append(progress)
+        if pool.now > 6:
+            interruption.note(15, None)
+
+    pool = pool_of(2, seconds=lambda job: 1.0 if job.token < 9 else 5.0)
+    start(campaign, store, pool, interruption=interruption, watch=watch).run()
+    stopping = [progress for progress in seen if progress.phase == "stopping"]
+    assert stopping
+    assert all(progress.left is None for progress in stopping)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import pytest
@@ -98,6 +101,58 @@ def test_thousands_of_trials_are_thinned_and_the_page_says_so(made_up: Callable[
         each.trial.number in kept for each in found.candidates if each.on_front or each.arm != "search"
     )
     assert len(text) < 10e6
+
+
+# What the page's script asks of a browser and of plotly, for its first plot alone: values are pixels.
+_BROWSER = """
+const plots = {};
+const axis = { d2p: (value) => value, _length: 800 };
+const element_ = (id) => ({ textContent: DATA, value: id, addEventListener() {}, on() {}, ...plots[id] });
+globalThis.document = { getElementById: element_, documentElement: {} };
+globalThis.window = { innerWidth: 900, matchMedia: () => ({ addEventListener() {} }) };
+globalThis.getComputedStyle = () => ({ getPropertyValue: () => "" });
+globalThis.Plotly = {
+  react(id, data) { plots[id] = { data, _fullLayout: { xaxis: axis, yaxis: axis } }; return Promise.resolve(); },
+  restyle(id, change) { console.log(JSON.stringify(change)); },
+};
+"""
+
+
+def test_baselines_in_one_place_or_near_it_can_be_read() -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node to run the page's script with")
+    places = {"hybrid_3to1": (300, 200), "gdn": (600, 300), "mamba2": (301, 202), "griffin": (606, 304)}
+    points = [
+        {
+            "label": name,
+            "role": "baseline",
+            "values": {"x": x, "y": y},
+            "spreads": {},
+            "text": {},
+            "architecture": "",
+        }
+        for name, (x, y) in places.items()
+    ]
+    figure = {"label": "", "unit": "", "better": "lower"}
+    data = {
+        "points": points,
+        "figures": {"x": figure, "y": figure},
+        "shown": [],
+        "growth": [],
+        "tasks": [],
+        "curves": [],
+    }
+    script = files("mixforge.report").joinpath("page.js").read_text(encoding="utf-8")
+    asked = f"const DATA = {json.dumps(json.dumps(data))};{_BROWSER}{script}"
+    told = subprocess.run(
+        [node, "-"], input=asked, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    change = json.loads(told)
+    assert change["text"] == [["hybrid_3to1, mamba2", "gdn", "", "griffin"]]
+    sides = change["textposition"][0]
+    assert sides[0] == "top center"
+    assert sides[1] != sides[3]
 
 
 def test_two_objectives_or_one_draw_too(made_up: Callable[[int], MadeUp]) -> None:

@@ -14,6 +14,7 @@ from mixforge.report.picture import Axis, picture
 from mixforge.report.quantity import show
 
 if TYPE_CHECKING:
+    from mixforge.report.findings import Candidate
     from tests.report.conftest import MadeUp
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -62,8 +63,33 @@ def test_figures_that_cannot_be_drawn_are_refused(made_up: Callable[[int], MadeU
 
 def test_one_candidate_or_equal_ones_can_be_drawn(made_up: Callable[[int], MadeUp]) -> None:
     found = made_up(40).findings()
-    assert "NaN" not in picture(replace(found, candidates=found.candidates[:1]))
+    one = picture(replace(found, candidates=found.candidates[:1]))
+    assert "NaN" not in one
+    assert "laptop &lt;&amp;&gt;: 1 architecture, " in one
     assert picture(replace(found, candidates=found.candidates[:1] * 2)).count('class="stairs"') == 1
+
+
+def _at(like: Candidate, each: Candidate, *, away: float) -> Candidate:
+    """A candidate where another one is, or a share of its figures away."""
+    figures = {name: value * (1 + away) for name, value in like.trial.figures.items()}
+    return replace(each, trial=replace(each.trial, figures=figures))
+
+
+def test_baselines_in_one_place_or_near_it_can_be_read(made_up: Callable[[int], MadeUp]) -> None:
+    found = made_up(60).findings()
+    named = {each.name: each for each in found.baselines}
+    moved = {
+        "mamba2": _at(named["hybrid_3to1"], named["mamba2"], away=0.0),
+        "gdn": _at(named["griffin"], named["gdn"], away=0.01),
+    }
+    crowded = replace(found, candidates=tuple(moved.get(each.name or "", each) for each in found.candidates))
+    texts = {node.text: node for node in ElementTree.fromstring(picture(crowded)).iter(SVG + "text")}
+    assert "hybrid_3to1, mamba2" in texts
+    assert not {"hybrid_3to1", "mamba2"} & texts.keys()
+    near = [texts[name] for name in ("griffin", "gdn")]
+    ys = [float(node.get("y", "nan")) for node in near]
+    # One line of text is 14 pixels high; beside each other they would be held by different ends.
+    assert abs(ys[0] - ys[1]) >= 14 or near[0].get("text-anchor") != near[1].get("text-anchor")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_limits_are_held_from_the_text_alone() -> None:
 
 def test_shared_caches_and_deep_post_norm_are_told() -> None:
     notes = dict(of(lint(preset("yoco")), "note"))
-    assert notes["sharing"] == "1 mixers read what 1 owners lend"
+    assert notes["sharing"] == "what 1 owner lent is read by 1 mixer"
     notes = dict(of(lint(preset("block_state_transformer")), "note"))
     assert notes["sharing"] == "mixers that read what the branches beside them say: 3"
     deep = of(lint(parse("lm(12 * (attn + mlp), width=64, place=post)")), "warning")
@@ -91,10 +91,22 @@ def test_the_probe_keeps_the_stack_and_makes_it_narrow() -> None:
     assert flow.is_finite
     assert flow.is_causal
     assert flow.dead == ()
-    with pytest.raises(ValueError, match="a prefix of 4096 tokens; at most 2048"):
-        probe(parse("lm(attn(mask=prefix(4096)) + mlp, width=64)"))
+    long, short = (parse(f"lm(attn(mask=prefix({n})) + mlp, width=64)") for n in (4096, 16))
+    with pytest.raises(
+        ValueError, match=r"prefix of 4096 tokens, .* at most 2048: say a shorter .* leave out --flow"
+    ):
+        probe(long)
+    # The way out that it names asks the same of the same weights.
+    assert long.cost(1).params == short.cost(1).params
+    assert probe(short).length == 16 + 48
     with pytest.raises(ValueError, match="cannot be built"):
         probe(parse("lm(mlp, width=64)"))
+
+
+def test_a_probe_of_too_many_parameters_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixforge.search_space.probe.MOST_PARAMS", 1000)
+    with pytest.raises(ValueError, match=r"parameters at width 32, .* at most 1000: .* leave out --flow"):
+        probe(parse("lm(attn + mlp, width=64)"))
 
 
 def test_the_probe_sees_what_only_training_reaches_and_says_the_same_again() -> None:
@@ -161,9 +173,9 @@ def test_a_survey_counts_reasons_rates_and_repairs() -> None:
     assert found.repaired == len(found.changes) == 10
     sentences = {each.rule: each for each in lint_space(found)}
     assert sentences["rate"].severity == "note"
-    assert "draws are candidates" in sentences["rate"].sentence
+    assert "of 300 draws gave candidates" in sentences["rate"].sentence
     assert "and never in a candidate" in sentences["option"].sentence
-    assert "10 of 10 refused sentences were repaired" in sentences["repair"].sentence
+    assert "10 of 10 refused sentences could be repaired" in sentences["repair"].sentence
     assert sentences["duplicates"].severity == "warning"
     assert survey(space, random.Random(0), draws=300, repairs=10) == found
 

@@ -34,6 +34,7 @@ from mixforge.evaluator.scoring import fraction_right
 from mixforge.evaluator.shift_conv import ShiftConv
 from mixforge.evaluator.splits import FEWEST_SEQUENCES, held_out_batches, training_batches
 from mixforge.evaluator.task import Batch, HeldOut, Task
+from mixforge.search_space.count import counted
 
 _POWER = 0.01
 _TRAINING = Recipe(steps=150, batch=32, lr=(3e-3,))
@@ -73,7 +74,8 @@ class Mqar(Task):
         if not needed <= self.length <= 1_048_576:
             raise ValueError(
                 f"length {self.length} is not between {needed} and 1048576: "
-                f"{self.pairs} pairs, {self.rewrites} rewrites and their questions take {needed} tokens"
+                f"{counted(self.pairs, 'pair')}, {counted(self.rewrites, 'rewrite')} and their questions "
+                f"take {needed} tokens"
             )
         if not 1 <= self.examples <= 1_048_576:
             raise ValueError(f"examples {self.examples} is not between 1 and 1048576")

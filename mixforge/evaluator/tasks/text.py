@@ -22,6 +22,7 @@ from mixforge.evaluator.corpus import Bytes, Corpus, read_corpus
 from mixforge.evaluator.deadline import Deadline
 from mixforge.evaluator.recipe import Recipe
 from mixforge.evaluator.task import Batch, HeldOut, Task
+from mixforge.search_space.count import counted
 
 _SCORED_TOKENS = 8_192
 _TRAINING = Recipe(steps=100, batch=8, lr=(3e-3,))
@@ -92,7 +93,7 @@ class Text(Task):
         for name, split in (("train", corpus.train), ("selection", corpus.selection), ("test", corpus.test)):
             if len(split) < self.length + 1:
                 raise ValueError(
-                    f"{corpus.source} has {len(split)} bytes for its {name} split, and a window of length "
+                    f"{corpus.source} has {counted(len(split), 'byte')} for its {name} split, and a window of length "
                     f"{self.length} takes {self.length + 1}; give more text or a smaller length"
                 )
         return corpus
