@@ -142,11 +142,12 @@ TABLE: tuple[Row, ...] = (
     # Chunks of 16 rows are work for one warp, which waits for no other.
     Row("dplr_pairs", Config({"BK": 32}, warps=1, stages=1), itemsize=2),
     Row("dplr_pairs", Config({"BK": 16}, warps=1, stages=1)),
+    # A product of 64 rows on Hopper, whose left operand, the state or its gradient, stays in registers.
+    Row("dplr_scan", Config({"BV": 32}), generation="cpu"),
+    Row("dplr_scan", Config({"BV": 64}, stages=3), itemsize=2, key=64),
+    Row("dplr_scan", Config({"BV": 64}), generation="sm_9", itemsize=2, key=128),
     Row("dplr_scan", Config({"BV": 32}), itemsize=2, key=128),
-    Row("dplr_scan", Config({"BV": 32}, warps=8), itemsize=2),
-    Row("dplr_scan", Config({"BV": 16}, warps=8), generation="sm_8"),
-    Row("dplr_scan", Config({"BV": 32}, warps=8)),
-    # A product of 64 rows on Hopper, whose left operand, the state's gradient, stays in registers.
+    Row("dplr_scan", Config({"BV": 16})),
     Row("dplr_scan_backward", Config({"BV": 32}), generation="cpu"),
     Row("dplr_scan_backward", Config({"BV": 64}, stages=3), itemsize=2, key=64),
     Row("dplr_scan_backward", Config({"BV": 32}), generation="sm_8", itemsize=2, key=128),

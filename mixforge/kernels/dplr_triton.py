@@ -180,19 +180,25 @@ def dplr_scan(
     C: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """u, o and the states of one head, a block of value channels."""
+    """u, o and the states of one head, a block of value channels.
+
+    A state is [V, K], so that it and what is made of it are left operands: they stay in registers.
+    """
     bh, block = tl.program_id(0), tl.program_id(1)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
-    matrix = channel[:, None] * V + value[None, :]
-    in_matrix = (channel < K)[:, None] & (value < V)[None, :]
+    in_matrix = (value < V)[:, None] & (channel < K)[None, :]
+    outer = channel[None, :] * V + value[:, None]
     head, groups = bh.to(tl.int64), tl.cdiv(NC, GROUP)
     if state is None:
-        s_KV = tl.zeros([KP, BV], tl.float32)
+        s_VK = tl.zeros([BV, KP], tl.float32)
     else:
-        s_KV = tl.load(state + head * K * V + matrix, mask=in_matrix, other=0.0).to(tl.float32)
+        s_VK = tl.load(state + head * K * V + outer, mask=in_matrix, other=0.0).to(tl.float32)
+    if KEY:
+        kept_K = tl.load(keep + head * NC * K + channel, mask=channel < K, other=0.0)
     for c in range(0, NC):
         if c % GROUP == 0:
-            _store(states, (head * groups + c // GROUP) * K * V + matrix, s_KV, in_matrix)
+            group = (head * groups + c // GROUP) * K * V
+            _store(states, group + value[:, None] * K + channel[None, :], s_VK, in_matrix)
         row, valid = _rows(bh, c, T, H, C)
         in_keys = valid[:, None] & (channel < K)[None, :]
         in_values = valid[:, None] & (value < V)[None, :]
@@ -200,30 +206,38 @@ def dplr_scan(
         pair = row[:, None] * C + within[None, :]
         spot = row[:, None] * V + value[None, :]
         inner, right, away, read, _, last = _powers(log, spot, in_values, C, BV, VALUE)
-        v_CV = _load(v, spot, in_values)
-        u_CV = v_CV
+        inner, right, away, read = tl.trans(inner), tl.trans(right), tl.trans(away), tl.trans(read)
+        v_VC = tl.trans(_load(v, spot, in_values))
+        right_VC = (v_VC * right).to(WIDE)
         q_CK = tl.load(q_read + key, mask=in_keys, other=0.0)
         p_CC = tl.load(pairs + pair, mask=valid[:, None], other=0.0).to(WIDE)
-        before = s_KV.to(q_CK.dtype)
-        o_CV = read * tl.dot(q_CK, before, input_precision=PRECISION)
-        o_CV += inner * tl.dot(p_CC, (v_CV * right).to(WIDE), input_precision=WIDE_PRECISION)
+        before = s_VK.to(q_CK.dtype)
+        o_VC = read * tl.dot(before, tl.trans(q_CK), input_precision=PRECISION)
+        o_VC += inner * tl.dot(right_VC, tl.trans(p_CC), input_precision=WIDE_PRECISION)
+        if VALUE:
+            s_VK *= last[:, None]
+        if KEY:
+            s_VK *= kept_K[None, :]
+            # That of the next chunk, so that none is waited for; only what products take comes in stages.
+            after = (head * NC + c + 1) * K + channel
+            kept_K = tl.load(keep + after, mask=(channel < K) & (c + 1 < NC), other=0.0)
+        k_CK = tl.load(k_write + key, mask=in_keys, other=0.0)
+        s_VK = tl.dot((v_VC * away).to(k_CK.dtype), k_CK, s_VK, input_precision=PRECISION)
         if REMOVE:
             w_CK = tl.load(a_read + key, mask=in_keys, other=0.0)
+            b_CK = tl.load(b_write + key, mask=in_keys, other=0.0)
             n_CC = tl.load(solved + pair, mask=valid[:, None], other=0.0).to(WIDE)
-            u_CV = read * tl.dot(w_CK, before, input_precision=PRECISION)
-            u_CV += inner * tl.dot(n_CC, (v_CV * right).to(WIDE), input_precision=WIDE_PRECISION)
-            # As it is stored, and read again by backward.
-            u_CV = u_CV.to(u.dtype.element_ty)
-            tl.store(u + spot, u_CV, mask=in_values)
-            u_CV = u_CV.to(tl.float32)
             r_CC = tl.load(removed + pair, mask=valid[:, None], other=0.0).to(WIDE)
-            o_CV -= inner * tl.dot(r_CC, (u_CV * right).to(WIDE), input_precision=WIDE_PRECISION)
-        _store(o, spot, o_CV, in_values)
-        s_KV = _moved(
-            s_KV, v_CV * away, u_CV * away, last, k_write, b_write, keep, head * NC + c, channel, key, in_keys,
-            K, KEY, VALUE, REMOVE, PRECISION,
-        )  # fmt: skip
-    tl.store(final + head * K * V + matrix, s_KV, mask=in_matrix)
+            u_VC = read * tl.dot(before, tl.trans(w_CK), input_precision=PRECISION)
+            u_VC += inner * tl.dot(right_VC, tl.trans(n_CC), input_precision=WIDE_PRECISION)
+            # As it is stored, and read again by backward.
+            u_VC = u_VC.to(u.dtype.element_ty)
+            tl.store(u + spot, tl.trans(u_VC), mask=in_values)
+            u_VC = u_VC.to(tl.float32)
+            o_VC -= inner * tl.dot((u_VC * right).to(WIDE), tl.trans(r_CC), input_precision=WIDE_PRECISION)
+            s_VK = tl.dot((-u_VC * away).to(b_CK.dtype), b_CK, s_VK, input_precision=PRECISION)
+        _store(o, spot, tl.trans(o_VC), in_values)
+    tl.store(final + head * K * V + outer, s_VK, mask=in_matrix)
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
@@ -231,7 +245,7 @@ def dplr_scan_backward(
     q_read, k_write, a_read, b_write, keep, pairs, removed, solved, v, log, u, o, do, dfinal,
     dstates, du, dv, dlog, dstate, T, NC,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, REMOVE: tl.constexpr,
-    C: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the values, of u and of the states of one head from the last chunk to the first, a block of value
@@ -346,9 +360,10 @@ def dplr_pairs_backward(
         dkept_K = tl.zeros([BK], tl.float32)
         for first in tl.range(0, V, BV, num_stages=1):
             value = first + tl.arange(0, BV)
-            matrix = channel[:, None] * V + value[None, :]
-            in_matrix = (channel < K)[:, None] & (value < V)[None, :]
-            s_KV = _load(states, (bh * tl.cdiv(NC, GROUP) + c // GROUP) * K * V + matrix, in_matrix)
+            matrix = value[:, None] * K + channel[None, :]
+            in_matrix = (value < V)[:, None] & (channel < K)[None, :]
+            group = (bh * tl.cdiv(NC, GROUP) + c // GROUP) * K * V
+            s_KV = tl.trans(_load(states, group + matrix, in_matrix))
             for j in range(c // GROUP * GROUP, c):
                 earlier, there = _rows(bh, j, T, H, C)
                 in_keys = there[:, None] & (channel < K)[None, :]
@@ -366,8 +381,7 @@ def dplr_pairs_backward(
             in_values = valid[:, None] & (value < V)[None, :]
             spot = row[:, None] * V + value[None, :]
             _, _, away, read, _, last = _powers(log, spot, in_values, C, BV, VALUE)
-            turned = program * K * V + value[:, None] * K + channel[None, :]
-            after = tl.trans(tl.load(dstates + turned, mask=tl.trans(in_matrix), other=0.0))
+            after = tl.trans(tl.load(dstates + program * K * V + matrix, mask=in_matrix, other=0.0))
             before = s_KV.to(after.dtype)
             read_VC = tl.trans((_load(do, spot, in_values) * read).to(after.dtype))
             v_VC = tl.trans((_load(v, spot, in_values) * away).to(after.dtype))
@@ -514,7 +528,7 @@ class Shape:
             "C": CHUNK, "WIDE": TYPES[self.wide],
         }  # fmt: skip
         self.of_values = {
-            "V": self.values, "VALUE": self.has_value, "GROUP": GROUP,
+            "V": self.values, "VALUE": self.has_value,
             "WIDE_PRECISION": self.wide_precision, "PRECISION": precision,
         }  # fmt: skip
 
@@ -532,19 +546,19 @@ class Shape:
             config=self.config(kernel), **self.of_keys, PRECISION=self.wide_precision, SOLVE=self.solve_precision,
         )  # fmt: skip
 
-    def run_values(self, kernel: Any, *args: Any) -> None:
+    def run_values(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """One program for each chunk and head."""
         launch(
             kernel, (self.batch * self.heads * self.chunks,), *args, self.length, self.chunks,
-            config=self.config(kernel), **self.of_keys, **self.of_values,
+            config=self.config(kernel), **self.of_keys, **self.of_values, **constants,
         )  # fmt: skip
 
-    def run_scan(self, kernel: Any, *args: Any) -> None:
+    def run_scan(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """One program for each head and block of value channels."""
         config = self.config(kernel)
         launch(
             kernel, (self.batch * self.heads, -(-self.values // config.blocks["BV"])), *args, self.length, self.chunks,
-            config=config, **self.of_keys, **self.of_values, KP=padded(self.keys),
+            config=config, **self.of_keys, **self.of_values, KP=padded(self.keys), **constants,
         )  # fmt: skip
 
     def config(self, kernel: Any) -> Config:
@@ -588,11 +602,11 @@ def forward_kernels(
     made = (q_read, k_write, a_read, b_write, keep, pairs, removed, solved)
     shape.run_chunks(dplr_pairs, q, k, removal, decay, *made, inverse)
     u = torch.empty_like(v) if removes else None
-    states = q.new_empty(*per_head, shape.groups, shape.keys, shape.values)
+    states = q.new_empty(*per_head, shape.groups, shape.values, shape.keys)
     final = q.new_empty(shape.batch, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     o = torch.empty_like(v)
     scaled = (q, k) if q_read is None else (q_read, k_write)
-    shape.run_scan(dplr_scan, *scaled, *made[2:], v, value_decay, u, states, state, final, o)
+    shape.run_scan(dplr_scan, *scaled, *made[2:], v, value_decay, u, states, state, final, o, GROUP=GROUP)
     # An operation of torch returns tensors: what there is not is empty.
     return o, final, *(_or_empty(q, x) for x in (*made, inverse, u, states))  # type: ignore[return-value]
 
@@ -650,7 +664,7 @@ def backward_kernels(
     made = (dq_read, dk_write, da_read, db_write, dkeep, dpairs, dremoved, dsolved)
     shape.run_values(
         dplr_pairs_backward, scaled[1], b, kept_keep, v, value_decay, kept_u, states, do, dstates, du, *made,
-        dvalue_decay,
+        dvalue_decay, GROUP=GROUP,
     )  # fmt: skip
     del dstates, du
     dq, dk = torch.empty_like(q), torch.empty_like(k)
