@@ -155,24 +155,6 @@ def dplr_pairs(
             _store(b_write, spot, _load(removal, place + K, mask) * away, mask)
 
 
-@triton.jit
-def _moved(
-    s_KV, v_CV, u_CV, last, k_write, b_write, keep, chunk, channel, key, in_keys,
-    K: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, REMOVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state after a chunk that writes v_CV and removes u_CV, both decayed to its end."""
-    if KEY:
-        s_KV *= tl.load(keep + chunk * K + channel, mask=channel < K, other=0.0)[:, None]
-    if VALUE:
-        s_KV *= last[None, :]
-    k_CK = tl.load(k_write + key, mask=in_keys, other=0.0)
-    s_KV = tl.dot(tl.trans(k_CK), v_CV.to(k_CK.dtype), s_KV, input_precision=PRECISION)
-    if REMOVE:
-        b_CK = tl.load(b_write + key, mask=in_keys, other=0.0)
-        s_KV = tl.dot(tl.trans(b_CK), (-u_CV).to(k_CK.dtype), s_KV, input_precision=PRECISION)
-    return s_KV
-
-
 @triton.jit(do_not_specialize=["T", "NC"])
 def dplr_scan(
     q_read, k_write, a_read, b_write, keep, pairs, removed, solved, v, log, u, states, state, final, o, T, NC,
@@ -316,6 +298,34 @@ def dplr_scan_backward(
     tl.store(dstate + head * K * V + outer, ds_VK, mask=in_matrix)
 
 
+@triton.jit
+def _moved(
+    s_KV, k_write, b_write, keep, v, log, u, bh, c, channel, value, T, NC,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, REMOVE: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after a chunk, from that before it."""
+    row, valid = _rows(bh, c, T, H, C)
+    in_keys = valid[:, None] & (channel < K)[None, :]
+    in_values = valid[:, None] & (value < V)[None, :]
+    key = row[:, None] * K + channel[None, :]
+    spot = row[:, None] * V + value[None, :]
+    v_CV = _load(v, spot, in_values)
+    k_CK = tl.load(k_write + key, mask=in_keys, other=0.0)
+    if REMOVE:
+        u_CV = _load(u, spot, in_values)
+        b_CK = tl.load(b_write + key, mask=in_keys, other=0.0)
+    if KEY:
+        s_KV *= tl.load(keep + (bh * NC + c) * K + channel, mask=channel < K, other=0.0)[:, None]
+    _, _, away, _, _, last = _powers(log, spot, in_values, C, BV, VALUE)
+    if VALUE:
+        s_KV *= last[None, :]
+    s_KV = tl.dot(tl.trans(k_CK), (v_CV * away).to(k_CK.dtype), s_KV, input_precision=PRECISION)
+    if REMOVE:
+        s_KV = tl.dot(tl.trans(b_CK), (-u_CV * away).to(k_CK.dtype), s_KV, input_precision=PRECISION)
+    return s_KV
+
+
 @triton.jit(do_not_specialize=["T", "NC"])
 def dplr_pairs_backward(
     k_write, b_write, keep, v, log, u, states, do, dstates, du,
@@ -362,36 +372,32 @@ def dplr_pairs_backward(
             value = first + tl.arange(0, BV)
             matrix = value[:, None] * K + channel[None, :]
             in_matrix = (value < V)[:, None] & (channel < K)[None, :]
-            group = (bh * tl.cdiv(NC, GROUP) + c // GROUP) * K * V
-            s_KV = tl.trans(_load(states, group + matrix, in_matrix))
-            for j in range(c // GROUP * GROUP, c):
-                earlier, there = _rows(bh, j, T, H, C)
-                in_keys = there[:, None] & (channel < K)[None, :]
-                in_values = there[:, None] & (value < V)[None, :]
-                spot = earlier[:, None] * V + value[None, :]
-                _, _, away, _, _, last = _powers(log, spot, in_values, C, BV, VALUE)
-                v_CV = _load(v, spot, in_values) * away
-                u_CV = v_CV
-                if REMOVE:
-                    u_CV = _load(u, spot, in_values) * away
-                s_KV = _moved(
-                    s_KV, v_CV, u_CV, last, k_write, b_write, keep, bh * NC + j, channel,
-                    earlier[:, None] * K + channel[None, :], in_keys, K, KEY, VALUE, REMOVE, PRECISION,
-                )  # fmt: skip
             in_values = valid[:, None] & (value < V)[None, :]
             spot = row[:, None] * V + value[None, :]
-            _, _, away, read, _, last = _powers(log, spot, in_values, C, BV, VALUE)
+            group = (bh * tl.cdiv(NC, GROUP) + c // GROUP) * K * V
+            # All that is loaded of the chunk comes before the first wait.
+            s_KV = tl.trans(_load(states, group + matrix, in_matrix))
             after = tl.trans(tl.load(dstates + program * K * V + matrix, mask=in_matrix, other=0.0))
-            before = s_KV.to(after.dtype)
-            read_VC = tl.trans((_load(do, spot, in_values) * read).to(after.dtype))
-            v_VC = tl.trans((_load(v, spot, in_values) * away).to(after.dtype))
-            dq_KC = tl.dot(before, read_VC, dq_KC, input_precision=PRECISION)
+            v_CV, do_CV = _load(v, spot, in_values), _load(do, spot, in_values)
+            if REMOVE:
+                u_CV, du_CV = _load(u, spot, in_values), _load(du, spot, in_values)
+            _, _, away, read, _, last = _powers(log, spot, in_values, C, BV, VALUE)
+            v_VC = tl.trans((v_CV * away).to(after.dtype))
+            do_VC = tl.trans((do_CV * read).to(after.dtype))
             dk_KC = tl.dot(after, v_VC, dk_KC, input_precision=PRECISION)
             if REMOVE:
-                read_VC = tl.trans((_load(du, spot, in_values) * read).to(after.dtype))
-                u_VC = tl.trans((-_load(u, spot, in_values) * away).to(after.dtype))
-                da_KC = tl.dot(before, read_VC, da_KC, input_precision=PRECISION)
+                u_VC = tl.trans((-u_CV * away).to(after.dtype))
+                du_VC = tl.trans((du_CV * read).to(after.dtype))
                 db_KC = tl.dot(after, u_VC, db_KC, input_precision=PRECISION)
+            for j in range(c // GROUP * GROUP, c):
+                s_KV = _moved(
+                    s_KV, k_write, b_write, keep, v, log, u, bh, j, channel, value, T, NC,
+                    H, K, V, KEY, VALUE, REMOVE, C, BV, PRECISION,
+                )  # fmt: skip
+            before = s_KV.to(after.dtype)
+            dq_KC = tl.dot(before, do_VC, dq_KC, input_precision=PRECISION)
+            if REMOVE:
+                da_KC = tl.dot(before, du_VC, da_KC, input_precision=PRECISION)
             if KEY or VALUE:
                 kept_KV = s_KV * after.to(tl.float32)
             if VALUE:
