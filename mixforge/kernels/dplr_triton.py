@@ -470,17 +470,24 @@ def dplr_gradients(
         channel = start + tl.arange(0, BK)
         mask = valid[:, None] & (channel < K)[None, :]
         spot = row[:, None] * K + channel[None, :]
-        left, right, away, read, back, _ = _powers(log, spot, mask, C, BK, KEY)
+        # All that is loaded comes before the first wait.
         q_CK, k_CK = _load(q, spot, mask), _load(k, spot, mask)
-        q_left, k_right = (q_CK * left).to(WIDE), (k_CK * right).to(WIDE)
-        dq_left = tl.dot(dp_CC, k_right, input_precision=PRECISION)
-        dk_right = tl.dot(dp_turned, q_left, input_precision=PRECISION)
-        dk_away = away * _load(dk_write, spot, mask)
-        if KEY:
-            along = tl.sum(k_CK * dk_away, 0)
+        dread_CK, dwrite_CK = _load(dq_read, spot, mask), _load(dk_write, spot, mask)
         if REMOVE:
             place = spot + row[:, None] * K
             a_CK, b_CK = _load(removal, place, mask), _load(removal, place + K, mask)
+            dw_CK, dbwrite_CK = _load(da_read, spot, mask), _load(db_write, spot, mask)
+        if KEY:
+            kept_K = tl.load(keep + program * K + channel, mask=channel < K, other=0.0)
+            dkept_K = tl.load(dkeep + program * K + channel, mask=channel < K, other=0.0)
+        left, right, away, read, back, _ = _powers(log, spot, mask, C, BK, KEY)
+        q_left, k_right = (q_CK * left).to(WIDE), (k_CK * right).to(WIDE)
+        dq_left = tl.dot(dp_CC, k_right, input_precision=PRECISION)
+        dk_right = tl.dot(dp_turned, q_left, input_precision=PRECISION)
+        dk_away = away * dwrite_CK
+        if KEY:
+            along = tl.sum(k_CK * dk_away, 0)
+        if REMOVE:
             a_left, b_right = (a_CK * left * back).to(WIDE), (b_CK * right).to(WIDE)
             dq_left = tl.dot(dr_CC, b_right, dq_left, input_precision=PRECISION)
             dk_right = tl.dot(de_turned, a_left, dk_right, input_precision=PRECISION)
@@ -488,20 +495,18 @@ def dplr_gradients(
             da_left = tl.dot(de_CC, k_right, da_left, input_precision=PRECISION)
             db_right = tl.dot(dr_turned, q_left, input_precision=PRECISION)
             db_right = tl.dot(da_turned, a_left, db_right, input_precision=PRECISION)
-            dw_CK = _load(da_read, spot, mask)
             da_CK = back * (left * da_left + read * tl.dot(m_turned, dw_CK, input_precision=SOLVE))
-            db_away = away * _load(db_write, spot, mask)
+            db_away = away * dbwrite_CK
             db_CK = right * db_right + db_away
             _store(dremoval, place, da_CK, mask)
             _store(dremoval, place + K, db_CK, mask)
-        dq_CK = left * dq_left + read * _load(dq_read, spot, mask)
+        dq_CK = left * dq_left + read * dread_CK
         dk_CK = right * dk_right + dk_away
         _store(dq, spot, dq_CK, mask)
         _store(dk, spot, dk_CK, mask)
         if KEY:
             dg_CK = q_CK * dq_CK - k_CK * dk_CK
-            dkept_K = tl.load(dkeep + program * K + channel, mask=channel < K, other=0.0)
-            along += dkept_K * tl.load(keep + program * K + channel, mask=channel < K, other=0.0)
+            along += dkept_K * kept_K
             if REMOVE:
                 # a is scaled by the sum before its row.
                 dg_CK += a_CK * da_CK - b_CK * db_CK
