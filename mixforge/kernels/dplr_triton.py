@@ -15,8 +15,11 @@ that starts from S0, with G the running sum of g and F its first row, G~ = G - g
 
 and backwards, from do and the gradient of the last state:
 
-    dplr_scan_backward    dv, dh, the gradient of the first state, and those of P, R, N, W and the three scaled keys
-    dplr_gradients        dq, dk, da, db and dg of a chunk
+    dplr_scan_backward     du = -e^(L - H) b e^(L - G) dS1 - e^(F - H) R^T do e^(H - F)
+                           dv = e^(L - H) k e^(L - G) dS1 + e^(F - H) (P^T do e^(H - F) + N^T du e^(H - F))
+                           dS0 = e^L (dS1 e^L) + (q e^G)^T do e^H + W^T du e^H
+    dplr_pairs_backward    the gradients of P, R, N, W and the three scaled keys, from S0, dS1, do, du, v and u
+    dplr_gradients         dq, dk, da, db and dg
 
 u is what each row reads of the state, where it is removed: values and u go through the same three places. The first row
 of a chunk is the anchor of all powers: nothing of a later row enters an earlier one, and with log decays of at least -5
@@ -24,7 +27,8 @@ no power passes e^75. M is made by substitution. States and sums are float32; op
 
 The states before every fourth chunk are kept for backward, which remakes those in between: K V / 64 numbers a token, as
 in `chunked_linear`. All of them would be four times as many, more than all else that is kept of heads of 128 channels.
-Gradients that are sums over the values are written once for each block of them, and added by the last stage.
+Backward only the gradient of the state goes from chunk to chunk, and is stored after each of them; all else is made of
+each chunk by itself. No product takes a sum of products transposed, for compilers have made wrong code of that.
 
 Source: Peng et al. 2025 (arXiv 2503.14456), section 4 and appendix; Yang et al. 2023 (arXiv 2312.06635), section 4, for
 chunks with decays. Departures: one template with decays of the values, which the removal reads after; the gradient is
@@ -151,24 +155,6 @@ def dplr_pairs(
             _store(b_write, spot, _load(removal, place + K, mask) * away, mask)
 
 
-@triton.jit
-def _moved(
-    s_KV, v_CV, u_CV, last, k_write, b_write, keep, chunk, channel, key, in_keys,
-    K: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, REMOVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state after a chunk that writes v_CV and removes u_CV, both decayed to its end."""
-    if KEY:
-        s_KV *= tl.load(keep + chunk * K + channel, mask=channel < K, other=0.0)[:, None]
-    if VALUE:
-        s_KV *= last[None, :]
-    k_CK = tl.load(k_write + key, mask=in_keys, other=0.0)
-    s_KV = tl.dot(tl.trans(k_CK), v_CV.to(k_CK.dtype), s_KV, input_precision=PRECISION)
-    if REMOVE:
-        b_CK = tl.load(b_write + key, mask=in_keys, other=0.0)
-        s_KV = tl.dot(tl.trans(b_CK), (-u_CV).to(k_CK.dtype), s_KV, input_precision=PRECISION)
-    return s_KV
-
-
 @triton.jit(do_not_specialize=["T", "NC"])
 def dplr_scan(
     q_read, k_write, a_read, b_write, keep, pairs, removed, solved, v, log, u, states, state, final, o, T, NC,
@@ -176,19 +162,25 @@ def dplr_scan(
     C: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """u, o and the states of one head, a block of value channels."""
+    """u, o and the states of one head, a block of value channels.
+
+    A state is [V, K], so that it and what is made of it are left operands: they stay in registers.
+    """
     bh, block = tl.program_id(0), tl.program_id(1)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
-    matrix = channel[:, None] * V + value[None, :]
-    in_matrix = (channel < K)[:, None] & (value < V)[None, :]
+    in_matrix = (value < V)[:, None] & (channel < K)[None, :]
+    outer = channel[None, :] * V + value[:, None]
     head, groups = bh.to(tl.int64), tl.cdiv(NC, GROUP)
     if state is None:
-        s_KV = tl.zeros([KP, BV], tl.float32)
+        s_VK = tl.zeros([BV, KP], tl.float32)
     else:
-        s_KV = tl.load(state + head * K * V + matrix, mask=in_matrix, other=0.0).to(tl.float32)
+        s_VK = tl.load(state + head * K * V + outer, mask=in_matrix, other=0.0).to(tl.float32)
+    if KEY:
+        kept_K = tl.load(keep + head * NC * K + channel, mask=channel < K, other=0.0)
     for c in range(0, NC):
         if c % GROUP == 0:
-            _store(states, (head * groups + c // GROUP) * K * V + matrix, s_KV, in_matrix)
+            group = (head * groups + c // GROUP) * K * V
+            _store(states, group + value[:, None] * K + channel[None, :], s_VK, in_matrix)
         row, valid = _rows(bh, c, T, H, C)
         in_keys = valid[:, None] & (channel < K)[None, :]
         in_values = valid[:, None] & (value < V)[None, :]
@@ -196,165 +188,245 @@ def dplr_scan(
         pair = row[:, None] * C + within[None, :]
         spot = row[:, None] * V + value[None, :]
         inner, right, away, read, _, last = _powers(log, spot, in_values, C, BV, VALUE)
-        v_CV = _load(v, spot, in_values)
-        u_CV = v_CV
+        inner, right, away, read = tl.trans(inner), tl.trans(right), tl.trans(away), tl.trans(read)
+        v_VC = tl.trans(_load(v, spot, in_values))
+        right_VC = (v_VC * right).to(WIDE)
         q_CK = tl.load(q_read + key, mask=in_keys, other=0.0)
         p_CC = tl.load(pairs + pair, mask=valid[:, None], other=0.0).to(WIDE)
-        before = s_KV.to(q_CK.dtype)
-        o_CV = read * tl.dot(q_CK, before, input_precision=PRECISION)
-        o_CV += inner * tl.dot(p_CC, (v_CV * right).to(WIDE), input_precision=WIDE_PRECISION)
+        before = s_VK.to(q_CK.dtype)
+        o_VC = read * tl.dot(before, tl.trans(q_CK), input_precision=PRECISION)
+        o_VC += inner * tl.dot(right_VC, tl.trans(p_CC), input_precision=WIDE_PRECISION)
+        if VALUE:
+            s_VK *= last[:, None]
+        if KEY:
+            s_VK *= kept_K[None, :]
+            # That of the next chunk, so that none is waited for; only what products take comes in stages.
+            after = (head * NC + c + 1) * K + channel
+            kept_K = tl.load(keep + after, mask=(channel < K) & (c + 1 < NC), other=0.0)
+        k_CK = tl.load(k_write + key, mask=in_keys, other=0.0)
+        s_VK = tl.dot((v_VC * away).to(k_CK.dtype), k_CK, s_VK, input_precision=PRECISION)
         if REMOVE:
             w_CK = tl.load(a_read + key, mask=in_keys, other=0.0)
+            b_CK = tl.load(b_write + key, mask=in_keys, other=0.0)
             n_CC = tl.load(solved + pair, mask=valid[:, None], other=0.0).to(WIDE)
-            u_CV = read * tl.dot(w_CK, before, input_precision=PRECISION)
-            u_CV += inner * tl.dot(n_CC, (v_CV * right).to(WIDE), input_precision=WIDE_PRECISION)
-            # As it is stored, and read again by backward.
-            u_CV = u_CV.to(u.dtype.element_ty)
-            tl.store(u + spot, u_CV, mask=in_values)
-            u_CV = u_CV.to(tl.float32)
             r_CC = tl.load(removed + pair, mask=valid[:, None], other=0.0).to(WIDE)
-            o_CV -= inner * tl.dot(r_CC, (u_CV * right).to(WIDE), input_precision=WIDE_PRECISION)
-        _store(o, spot, o_CV, in_values)
-        s_KV = _moved(
-            s_KV, v_CV * away, u_CV * away, last, k_write, b_write, keep, head * NC + c, channel, key, in_keys,
-            K, KEY, VALUE, REMOVE, PRECISION,
-        )  # fmt: skip
-    tl.store(final + head * K * V + matrix, s_KV, mask=in_matrix)
+            u_VC = read * tl.dot(before, tl.trans(w_CK), input_precision=PRECISION)
+            u_VC += inner * tl.dot(right_VC, tl.trans(n_CC), input_precision=WIDE_PRECISION)
+            # As it is stored, and read again by backward.
+            u_VC = u_VC.to(u.dtype.element_ty)
+            tl.store(u + spot, tl.trans(u_VC), mask=in_values)
+            u_VC = u_VC.to(tl.float32)
+            o_VC -= inner * tl.dot((u_VC * right).to(WIDE), tl.trans(r_CC), input_precision=WIDE_PRECISION)
+            s_VK = tl.dot((-u_VC * away).to(b_CK.dtype), b_CK, s_VK, input_precision=PRECISION)
+        _store(o, spot, tl.trans(o_VC), in_values)
+    tl.store(final + head * K * V + outer, s_VK, mask=in_matrix)
 
 
-@triton.jit(do_not_specialize=["T", "NC", "rows"])
+@triton.jit(do_not_specialize=["T", "NC"])
 def dplr_scan_backward(
-    q_read, k_write, a_read, b_write, keep, pairs, removed, solved, v, log, u, states, o, do, dfinal,
-    dq_read, dk_write, da_read, db_write, dkeep, dpairs, dremoved, dsolved, du, dv, dlog, dstate, T, NC, rows,
+    q_read, k_write, a_read, b_write, keep, pairs, removed, solved, v, log, u, o, do, dfinal,
+    dstates, du, dv, dlog, dstate, T, NC,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, REMOVE: tl.constexpr,
-    C: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head from the last chunk to the first, a block of value channels: of its values and their decays,
-    and its part of those of what `dplr_pairs` makes.
+    """Gradients of the values, of u and of the states of one head from the last chunk to the first, a block of value
+    channels; and of the decays of the values all but what they keep of the state before a chunk.
 
-    No product takes a sum of products transposed, for compilers have made wrong code of that: the gradient of u goes
-    through memory.
+    The gradient of a state is [V, K], so that it and what is made of it are left operands: they stay in registers.
     """
     bh, block = tl.program_id(0), tl.program_id(1)
     channel, value, within = tl.arange(0, KP), block * BV + tl.arange(0, BV), tl.arange(0, C)
-    matrix = channel[:, None] * V + value[None, :]
-    in_matrix = (channel < K)[:, None] & (value < V)[None, :]
-    head, groups, part = bh.to(tl.int64), tl.cdiv(NC, GROUP), block.to(tl.int64)
+    in_matrix = (value < V)[:, None] & (channel < K)[None, :]
+    outer = channel[None, :] * V + value[:, None]
+    head = bh.to(tl.int64)
     if dfinal is None:
-        ds_KV = tl.zeros([KP, BV], tl.float32)
+        ds_VK = tl.zeros([BV, KP], tl.float32)
     else:
-        ds_KV = tl.load(dfinal + head * K * V + matrix, mask=in_matrix, other=0.0).to(tl.float32)
-    # A load that is brought forward would read what is not written yet.
-    for back in tl.range(0, NC, num_stages=1):
+        ds_VK = tl.load(dfinal + head * K * V + outer, mask=in_matrix, other=0.0).to(tl.float32)
+    if KEY:
+        kept_K = tl.load(keep + (head * NC + NC - 1) * K + channel, mask=channel < K, other=0.0)
+    for back in range(0, NC):
         c = NC - 1 - back
-        group = (head * groups + c // GROUP) * K * V + matrix
-        s_KV = tl.load(states + group, mask=in_matrix, other=0.0).to(tl.float32)
-        for j in range(c // GROUP * GROUP, c):
-            row, valid = _rows(bh, j, T, H, C)
-            in_keys = valid[:, None] & (channel < K)[None, :]
-            in_values = valid[:, None] & (value < V)[None, :]
-            spot = row[:, None] * V + value[None, :]
-            _, _, away, _, _, last = _powers(log, spot, in_values, C, BV, VALUE)
-            v_CV = _load(v, spot, in_values) * away
-            u_CV = v_CV
-            if REMOVE:
-                u_CV = _load(u, spot, in_values) * away
-            s_KV = _moved(
-                s_KV, v_CV, u_CV, last, k_write, b_write, keep, head * NC + j, channel,
-                row[:, None] * K + channel[None, :], in_keys, K, KEY, VALUE, REMOVE, PRECISION,
-            )  # fmt: skip
+        chunk = head * NC + c
         row, valid = _rows(bh, c, T, H, C)
+        in_keys = valid[:, None] & (channel < K)[None, :]
         in_values = valid[:, None] & (value < V)[None, :]
-        # Keys are [K, C], as the rows of a state are key channels.
-        in_keys = valid[None, :] & (channel < K)[:, None]
-        key = row[None, :] * K + channel[:, None]
+        key = row[:, None] * K + channel[None, :]
         pair = row[:, None] * C + within[None, :]
-        turned = row[None, :] * C + within[:, None]
         spot = row[:, None] * V + value[None, :]
-        part_key, part_pair = part * rows * K + key, part * rows * C + pair
-        causal = within[:, None] >= within[None, :]
         inner, right, away, read, _, last = _powers(log, spot, in_values, C, BV, VALUE)
-        v_CV = _load(v, spot, in_values)
-        do_CV = _load(do, spot, in_values)
-        k_KC = tl.load(k_write + key, mask=in_keys, other=0.0)
-        before, after = s_KV.to(k_KC.dtype), ds_KV.to(k_KC.dtype)
-        # P turned.
-        p_CC = tl.load(pairs + turned, mask=valid[None, :], other=0.0).to(WIDE)
-        inner_CV, right_CV = (do_CV * inner).to(WIDE), (v_CV * right).to(WIDE)
-        dp_CC = tl.dot(inner_CV, tl.trans(right_CV), input_precision=WIDE_PRECISION)
-        _store(dpairs, part_pair, tl.where(causal, dp_CC, 0.0), valid[:, None])
-        v_VC = tl.trans((v_CV * away).to(k_KC.dtype))
-        _store(dk_write, part_key, tl.dot(after, v_VC, input_precision=PRECISION), in_keys)
-        read_CV = (do_CV * read).to(k_KC.dtype)
-        _store(dq_read, part_key, tl.dot(before, tl.trans(read_CV), input_precision=PRECISION), in_keys)
-        dlast_CV = away * tl.dot(tl.trans(k_KC), after, input_precision=PRECISION)
-        dv_CV = dlast_CV + right * tl.dot(p_CC, inner_CV, input_precision=WIDE_PRECISION)
+        inner, right, away, read = tl.trans(inner), tl.trans(right), tl.trans(away), tl.trans(read)
+        k_CK = tl.load(k_write + key, mask=in_keys, other=0.0)
+        after = ds_VK.to(k_CK.dtype)
+        tl.store(dstates + chunk * K * V + value[:, None] * K + channel[None, :], after, mask=in_matrix)
+        do_VC = tl.trans(_load(do, spot, in_values))
+        inner_VC, read_VC = (do_VC * inner).to(WIDE), (do_VC * read).to(k_CK.dtype)
+        p_CC = tl.load(pairs + pair, mask=valid[:, None], other=0.0).to(WIDE)
+        dlast_VC = away * tl.dot(after, tl.trans(k_CK), input_precision=PRECISION)
+        dv_VC = dlast_VC + right * tl.dot(inner_VC, p_CC, input_precision=WIDE_PRECISION)
         if VALUE:
-            along = tl.sum(v_CV * dlast_CV, 0)
-            ds_KV *= last[None, :]
-        if KEY or VALUE:
-            kept_KV = s_KV * ds_KV
+            v_VC = tl.trans(_load(v, spot, in_values))
+            along = tl.sum(v_VC * dlast_VC, 1)
+            ds_VK *= last[:, None]
         if KEY:
-            chunk = head * NC + c
-            kept = tl.load(keep + chunk * K + channel, mask=channel < K, other=0.0)
-            place = (part * tl.num_programs(0) * NC + chunk) * K + channel
-            tl.store(dkeep + place, tl.sum(kept_KV, 1), mask=channel < K)
-            kept_KV *= kept[:, None]
-            ds_KV *= kept[:, None]
-        if VALUE:
-            along += tl.sum(kept_KV, 0)
-        q_KC = tl.load(q_read + key, mask=in_keys, other=0.0)
-        ds_KV = tl.dot(q_KC, read_CV, ds_KV, input_precision=PRECISION)
+            ds_VK *= kept_K[None, :]
+            # That of the chunk before, so that none is waited for; only what products take comes in stages.
+            kept_K = tl.load(keep + (chunk - 1) * K + channel, mask=(channel < K) & (c > 0), other=0.0)
+        q_CK = tl.load(q_read + key, mask=in_keys, other=0.0)
+        ds_VK = tl.dot(read_VC, q_CK, ds_VK, input_precision=PRECISION)
         if REMOVE:
-            b_KC = tl.load(b_write + key, mask=in_keys, other=0.0)
-            # R and N turned.
-            r_CC = tl.load(removed + turned, mask=valid[None, :], other=0.0).to(WIDE)
-            n_CC = tl.load(solved + turned, mask=valid[None, :], other=0.0).to(WIDE)
-            u_CV = _load(u, spot, in_values)
-            dr_CC = tl.dot(inner_CV, tl.trans((-u_CV * right).to(WIDE)), input_precision=WIDE_PRECISION)
-            _store(dremoved, part_pair, tl.where(causal, dr_CC, 0.0), valid[:, None])
-            u_VC = tl.trans((-u_CV * away).to(k_KC.dtype))
-            _store(db_write, part_key, tl.dot(after, u_VC, input_precision=PRECISION), in_keys)
-            dlast_CV = away * tl.dot(tl.trans(b_KC), after, input_precision=PRECISION)
+            b_CK = tl.load(b_write + key, mask=in_keys, other=0.0)
+            w_CK = tl.load(a_read + key, mask=in_keys, other=0.0)
+            r_CC = tl.load(removed + pair, mask=valid[:, None], other=0.0).to(WIDE)
+            n_CC = tl.load(solved + pair, mask=valid[:, None], other=0.0).to(WIDE)
+            dlast_VC = away * tl.dot(after, tl.trans(b_CK), input_precision=PRECISION)
             if VALUE:
-                along -= tl.sum(u_CV * dlast_CV, 0)
-            du_CV = -dlast_CV - right * tl.dot(r_CC, inner_CV, input_precision=WIDE_PRECISION)
-            inner_CV, read_CV = (du_CV * inner).to(WIDE), (du_CV * read).to(k_KC.dtype)
-            dn_CC = tl.dot(inner_CV, tl.trans(right_CV), input_precision=WIDE_PRECISION)
-            _store(dsolved, part_pair, tl.where(causal, dn_CC, 0.0), valid[:, None])
-            dv_CV += right * tl.dot(n_CC, inner_CV, input_precision=WIDE_PRECISION)
-            tl.store(du + spot, read_CV, mask=in_values)
-            tl.debug_barrier()
-            read_VC = tl.load(
-                du + row[None, :] * V + value[:, None], mask=valid[None, :] & (value < V)[:, None], other=0.0
-            )
-            _store(da_read, part_key, tl.dot(before, read_VC, input_precision=PRECISION), in_keys)
-            w_KC = tl.load(a_read + key, mask=in_keys, other=0.0)
-            ds_KV = tl.dot(w_KC, read_CV, ds_KV, input_precision=PRECISION)
-        _store(dv, spot, dv_CV, in_values)
+                along -= tl.sum(tl.trans(_load(u, spot, in_values)) * dlast_VC, 1)
+            du_VC = -dlast_VC - right * tl.dot(inner_VC, r_CC, input_precision=WIDE_PRECISION)
+            # As it is stored, and read again.
+            du_VC = du_VC.to(du.dtype.element_ty)
+            tl.store(du + spot, tl.trans(du_VC), mask=in_values)
+            du_VC = du_VC.to(tl.float32)
+            dv_VC += right * tl.dot((du_VC * inner).to(WIDE), n_CC, input_precision=WIDE_PRECISION)
+            ds_VK = tl.dot((du_VC * read).to(k_CK.dtype), w_CK, ds_VK, input_precision=PRECISION)
+        _store(dv, spot, tl.trans(dv_VC), in_values)
         if VALUE:
-            dh_CV = do_CV * _load(o, spot, in_values) - v_CV * dv_CV
-            dh_CV += tl.where((within == C - 1)[:, None], along[None, :], 0.0)
-            tl.store(dlog + spot, tl.cumsum(dh_CV, 0, reverse=True), mask=in_values)
-    tl.store(dstate + head * K * V + matrix, ds_KV, mask=in_matrix)
+            dh_VC = do_VC * tl.trans(_load(o, spot, in_values)) - v_VC * dv_VC
+            dh_VC += tl.where((within == C - 1)[None, :], along[:, None], 0.0)
+            tl.store(dlog + spot, tl.trans(tl.cumsum(dh_VC, 1, reverse=True)), mask=in_values)
+    tl.store(dstate + head * K * V + outer, ds_VK, mask=in_matrix)
 
 
 @triton.jit
-def _sum(x, spot, part, mask, PARTS: tl.constexpr):
-    """The sum of a gradient's parts."""
-    total = _load(x, spot, mask)
-    for n in range(1, PARTS):
-        total += _load(x, n * part + spot, mask)
-    return total
+def _moved(
+    s_KV, k_write, b_write, keep, v, log, u, bh, c, channel, value, T, NC,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, REMOVE: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after a chunk, from that before it."""
+    row, valid = _rows(bh, c, T, H, C)
+    in_keys = valid[:, None] & (channel < K)[None, :]
+    in_values = valid[:, None] & (value < V)[None, :]
+    key = row[:, None] * K + channel[None, :]
+    spot = row[:, None] * V + value[None, :]
+    v_CV = _load(v, spot, in_values)
+    k_CK = tl.load(k_write + key, mask=in_keys, other=0.0)
+    if REMOVE:
+        u_CV = _load(u, spot, in_values)
+        b_CK = tl.load(b_write + key, mask=in_keys, other=0.0)
+    if KEY:
+        s_KV *= tl.load(keep + (bh * NC + c) * K + channel, mask=channel < K, other=0.0)[:, None]
+    _, _, away, _, _, last = _powers(log, spot, in_values, C, BV, VALUE)
+    if VALUE:
+        s_KV *= last[None, :]
+    s_KV = tl.dot(tl.trans(k_CK), (v_CV * away).to(k_CK.dtype), s_KV, input_precision=PRECISION)
+    if REMOVE:
+        s_KV = tl.dot(tl.trans(b_CK), (-u_CV * away).to(k_CK.dtype), s_KV, input_precision=PRECISION)
+    return s_KV
 
 
-@triton.jit(do_not_specialize=["T", "NC", "rows"])
+@triton.jit(do_not_specialize=["T", "NC"])
+def dplr_pairs_backward(
+    k_write, b_write, keep, v, log, u, states, do, dstates, du,
+    dq_read, dk_write, da_read, db_write, dkeep, dpairs, dremoved, dsolved, dlog, T, NC,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, REMOVE: tl.constexpr,
+    C: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what `dplr_pairs` makes of one chunk and head, and the rest of those of the decays of its values."""
+    program = tl.program_id(0).to(tl.int64)
+    bh, c = program // NC, program % NC
+    within = tl.arange(0, C)
+    row, valid = _rows(bh, c, T, H, C)
+    dp_CC = tl.zeros([C, C], tl.float32)
+    dr_CC = tl.zeros([C, C], tl.float32)
+    dn_CC = tl.zeros([C, C], tl.float32)
+    for first in range(0, V, BV):
+        value = first + tl.arange(0, BV)
+        in_values = valid[:, None] & (value < V)[None, :]
+        spot = row[:, None] * V + value[None, :]
+        inner, right, _, _, _, _ = _powers(log, spot, in_values, C, BV, VALUE)
+        inner_CV = (_load(do, spot, in_values) * inner).to(WIDE)
+        right_VC = tl.trans((_load(v, spot, in_values) * right).to(WIDE))
+        dp_CC = tl.dot(inner_CV, right_VC, dp_CC, input_precision=WIDE_PRECISION)
+        if REMOVE:
+            u_VC = tl.trans((-_load(u, spot, in_values) * right).to(WIDE))
+            dr_CC = tl.dot(inner_CV, u_VC, dr_CC, input_precision=WIDE_PRECISION)
+            du_CV = (_load(du, spot, in_values) * inner).to(WIDE)
+            dn_CC = tl.dot(du_CV, right_VC, dn_CC, input_precision=WIDE_PRECISION)
+    causal = within[:, None] >= within[None, :]
+    pair = row[:, None] * C + within[None, :]
+    _store(dpairs, pair, tl.where(causal, dp_CC, 0.0), valid[:, None])
+    if REMOVE:
+        _store(dremoved, pair, tl.where(causal, dr_CC, 0.0), valid[:, None])
+        _store(dsolved, pair, tl.where(causal, dn_CC, 0.0), valid[:, None])
+    for start in tl.range(0, K, BK, num_stages=1):
+        channel = start + tl.arange(0, BK)
+        dq_KC = tl.zeros([BK, C], tl.float32)
+        dk_KC = tl.zeros([BK, C], tl.float32)
+        da_KC = tl.zeros([BK, C], tl.float32)
+        db_KC = tl.zeros([BK, C], tl.float32)
+        dkept_K = tl.zeros([BK], tl.float32)
+        for first in tl.range(0, V, BV, num_stages=1):
+            value = first + tl.arange(0, BV)
+            matrix = value[:, None] * K + channel[None, :]
+            in_matrix = (value < V)[:, None] & (channel < K)[None, :]
+            in_values = valid[:, None] & (value < V)[None, :]
+            spot = row[:, None] * V + value[None, :]
+            group = (bh * tl.cdiv(NC, GROUP) + c // GROUP) * K * V
+            # All that is loaded of the chunk comes before the first wait.
+            s_KV = tl.trans(_load(states, group + matrix, in_matrix))
+            after = tl.trans(tl.load(dstates + program * K * V + matrix, mask=in_matrix, other=0.0))
+            v_CV, do_CV = _load(v, spot, in_values), _load(do, spot, in_values)
+            if REMOVE:
+                u_CV, du_CV = _load(u, spot, in_values), _load(du, spot, in_values)
+            _, _, away, read, _, last = _powers(log, spot, in_values, C, BV, VALUE)
+            v_VC = tl.trans((v_CV * away).to(after.dtype))
+            do_VC = tl.trans((do_CV * read).to(after.dtype))
+            dk_KC = tl.dot(after, v_VC, dk_KC, input_precision=PRECISION)
+            if REMOVE:
+                u_VC = tl.trans((-u_CV * away).to(after.dtype))
+                du_VC = tl.trans((du_CV * read).to(after.dtype))
+                db_KC = tl.dot(after, u_VC, db_KC, input_precision=PRECISION)
+            for j in range(c // GROUP * GROUP, c):
+                s_KV = _moved(
+                    s_KV, k_write, b_write, keep, v, log, u, bh, j, channel, value, T, NC,
+                    H, K, V, KEY, VALUE, REMOVE, C, BV, PRECISION,
+                )  # fmt: skip
+            before = s_KV.to(after.dtype)
+            dq_KC = tl.dot(before, do_VC, dq_KC, input_precision=PRECISION)
+            if REMOVE:
+                da_KC = tl.dot(before, du_VC, da_KC, input_precision=PRECISION)
+            if KEY or VALUE:
+                kept_KV = s_KV * after.to(tl.float32)
+            if VALUE:
+                kept_KV *= last[None, :]
+            if KEY:
+                dkept_K += tl.sum(kept_KV, 1)
+            if VALUE:
+                if KEY:
+                    kept_KV *= tl.load(keep + program * K + channel, mask=channel < K, other=0.0)[:, None]
+                dh_CV = tl.load(dlog + spot, mask=in_values, other=0.0) + tl.sum(kept_KV, 0)[None, :]
+                tl.store(dlog + spot, dh_CV, mask=in_values)
+        # Keys are [K, C], as the rows of a state are key channels.
+        in_keys = (channel < K)[:, None] & valid[None, :]
+        key = row[None, :] * K + channel[:, None]
+        _store(dq_read, key, dq_KC, in_keys)
+        _store(dk_write, key, dk_KC, in_keys)
+        if REMOVE:
+            _store(da_read, key, da_KC, in_keys)
+            _store(db_write, key, db_KC, in_keys)
+        if KEY:
+            tl.store(dkeep + program * K + channel, dkept_K, mask=channel < K)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
 def dplr_gradients(
     q, k, removal, log, keep, a_read, solved, inverse, dq_read, dk_write, da_read, db_write, dkeep, dpairs, dremoved,
-    dsolved, dq, dk, dremoval, dlog, T, NC, rows,
-    H: tl.constexpr, K: tl.constexpr, KEY: tl.constexpr, REMOVE: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
-    BK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    dsolved, dq, dk, dremoval, dlog, T, NC,
+    H: tl.constexpr, K: tl.constexpr, KEY: tl.constexpr, REMOVE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, da, db and dg of one chunk and head. With M' and N' for M and N turned, dE = M' dN and
     dA = -M' (dW W' + dN N'), below the diagonal."""
@@ -364,10 +436,9 @@ def dplr_gradients(
     within = tl.arange(0, C)
     pair = row[:, None] * C + within[None, :]
     turned = row[None, :] * C + within[:, None]
-    part, all_pairs = rows.to(tl.int64) * K, rows.to(tl.int64) * C
-    dp_CC = _sum(dpairs, pair, all_pairs, valid[:, None], PARTS).to(WIDE)
+    dp_CC = _load(dpairs, pair, valid[:, None]).to(WIDE)
     # What is turned is loaded or made so: no product takes a sum of products that is turned.
-    dp_turned = _sum(dpairs, turned, all_pairs, valid[None, :], PARTS).to(WIDE)
+    dp_turned = _load(dpairs, turned, valid[None, :]).to(WIDE)
     if REMOVE:
         da_CC = tl.zeros([C, C], tl.float32)
         da_turned = tl.zeros([C, C], tl.float32)
@@ -376,11 +447,11 @@ def dplr_gradients(
             mask = valid[:, None] & (channel < K)[None, :]
             spot = row[:, None] * K + channel[None, :]
             w_CK = _load(a_read, spot, mask)
-            dw_CK = _sum(da_read, spot, part, mask, PARTS)
+            dw_CK = _load(da_read, spot, mask)
             da_CC = tl.dot(dw_CK, tl.trans(w_CK), da_CC, input_precision=SOLVE)
             da_turned = tl.dot(w_CK, tl.trans(dw_CK), da_turned, input_precision=SOLVE)
-        dn_CC = _sum(dsolved, pair, all_pairs, valid[:, None], PARTS)
-        dn_turned = _sum(dsolved, turned, all_pairs, valid[None, :], PARTS)
+        dn_CC = _load(dsolved, pair, valid[:, None])
+        dn_turned = _load(dsolved, turned, valid[None, :])
         n_CC, n_turned = _load(solved, pair, valid[:, None]), _load(solved, turned, valid[None, :])
         m_CC, m_turned = _load(inverse, pair, valid[:, None]), _load(inverse, turned, valid[None, :])
         da_CC = tl.dot(m_turned, tl.dot(dn_CC, n_turned, da_CC, input_precision=SOLVE), input_precision=SOLVE)
@@ -393,23 +464,30 @@ def dplr_gradients(
         de_CC = tl.where(below, de_CC, 0.0).to(WIDE)
         da_turned = tl.where(above, -da_turned, 0.0).to(WIDE)
         de_turned = tl.where(above, de_turned, 0.0).to(WIDE)
-        dr_CC = _sum(dremoved, pair, all_pairs, valid[:, None], PARTS).to(WIDE)
-        dr_turned = _sum(dremoved, turned, all_pairs, valid[None, :], PARTS).to(WIDE)
+        dr_CC = _load(dremoved, pair, valid[:, None]).to(WIDE)
+        dr_turned = _load(dremoved, turned, valid[None, :]).to(WIDE)
     for start in range(0, K, BK):
         channel = start + tl.arange(0, BK)
         mask = valid[:, None] & (channel < K)[None, :]
         spot = row[:, None] * K + channel[None, :]
-        left, right, away, read, back, _ = _powers(log, spot, mask, C, BK, KEY)
+        # All that is loaded comes before the first wait.
         q_CK, k_CK = _load(q, spot, mask), _load(k, spot, mask)
-        q_left, k_right = (q_CK * left).to(WIDE), (k_CK * right).to(WIDE)
-        dq_left = tl.dot(dp_CC, k_right, input_precision=PRECISION)
-        dk_right = tl.dot(dp_turned, q_left, input_precision=PRECISION)
-        dk_away = away * _sum(dk_write, spot, part, mask, PARTS)
-        if KEY:
-            along = tl.sum(k_CK * dk_away, 0)
+        dread_CK, dwrite_CK = _load(dq_read, spot, mask), _load(dk_write, spot, mask)
         if REMOVE:
             place = spot + row[:, None] * K
             a_CK, b_CK = _load(removal, place, mask), _load(removal, place + K, mask)
+            dw_CK, dbwrite_CK = _load(da_read, spot, mask), _load(db_write, spot, mask)
+        if KEY:
+            kept_K = tl.load(keep + program * K + channel, mask=channel < K, other=0.0)
+            dkept_K = tl.load(dkeep + program * K + channel, mask=channel < K, other=0.0)
+        left, right, away, read, back, _ = _powers(log, spot, mask, C, BK, KEY)
+        q_left, k_right = (q_CK * left).to(WIDE), (k_CK * right).to(WIDE)
+        dq_left = tl.dot(dp_CC, k_right, input_precision=PRECISION)
+        dk_right = tl.dot(dp_turned, q_left, input_precision=PRECISION)
+        dk_away = away * dwrite_CK
+        if KEY:
+            along = tl.sum(k_CK * dk_away, 0)
+        if REMOVE:
             a_left, b_right = (a_CK * left * back).to(WIDE), (b_CK * right).to(WIDE)
             dq_left = tl.dot(dr_CC, b_right, dq_left, input_precision=PRECISION)
             dk_right = tl.dot(de_turned, a_left, dk_right, input_precision=PRECISION)
@@ -417,21 +495,18 @@ def dplr_gradients(
             da_left = tl.dot(de_CC, k_right, da_left, input_precision=PRECISION)
             db_right = tl.dot(dr_turned, q_left, input_precision=PRECISION)
             db_right = tl.dot(da_turned, a_left, db_right, input_precision=PRECISION)
-            dw_CK = _sum(da_read, spot, part, mask, PARTS)
             da_CK = back * (left * da_left + read * tl.dot(m_turned, dw_CK, input_precision=SOLVE))
-            db_away = away * _sum(db_write, spot, part, mask, PARTS)
+            db_away = away * dbwrite_CK
             db_CK = right * db_right + db_away
             _store(dremoval, place, da_CK, mask)
             _store(dremoval, place + K, db_CK, mask)
-        dq_CK = left * dq_left + read * _sum(dq_read, spot, part, mask, PARTS)
+        dq_CK = left * dq_left + read * dread_CK
         dk_CK = right * dk_right + dk_away
         _store(dq, spot, dq_CK, mask)
         _store(dk, spot, dk_CK, mask)
         if KEY:
             dg_CK = q_CK * dq_CK - k_CK * dk_CK
-            chunks = (rows // T).to(tl.int64) * NC * K
-            dkept_K = _sum(dkeep, program * K + channel, chunks, channel < K, PARTS)
-            along += dkept_K * tl.load(keep + program * K + channel, mask=channel < K, other=0.0)
+            along += dkept_K * kept_K
             if REMOVE:
                 # a is scaled by the sum before its row.
                 dg_CK += a_CK * da_CK - b_CK * db_CK
@@ -453,17 +528,20 @@ class Shape:
         self.values, self.dtype = v.shape[3], v.dtype
         self.chunks = -(-self.length // CHUNK)
         self.groups = -(-self.chunks // GROUP)
-        self.rows = self.batch * self.length * self.heads
-        self.flags = {
-            "KEY": decay is not None,
-            "VALUE": value_decay is not None,
-            "REMOVE": removal is not None,
-        }
-        self.precision = self.wide_precision = dot_precision(v.dtype)
+        self.has_key, self.has_value, self.removes = (x is not None for x in (decay, value_decay, removal))
+        precision = self.wide_precision = dot_precision(v.dtype)
         self.wide = v.dtype
         # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
-        if v.dtype == torch.float16 and (decay is not None or value_decay is not None):
+        if v.dtype == torch.float16 and (self.has_key or self.has_value):
             self.wide, self.wide_precision = torch.float32, self.solve_precision
+        self.of_keys = {
+            "H": self.heads, "K": self.keys, "KEY": self.has_key, "REMOVE": self.removes,
+            "C": CHUNK, "WIDE": TYPES[self.wide],
+        }  # fmt: skip
+        self.of_values = {
+            "V": self.values, "VALUE": self.has_value,
+            "WIDE_PRECISION": self.wide_precision, "PRECISION": precision,
+        }  # fmt: skip
 
     @property
     def solve_precision(self) -> str:
@@ -472,28 +550,34 @@ class Shape:
             return dot_precision(torch.float32)
         return "tf32" if generation().startswith("sm_") else "ieee"
 
-    def run_chunks(self, kernel: Any, *args: Any, **constants: Any) -> None:
+    def run_chunks(self, kernel: Any, *args: Any) -> None:
+        """One program for each chunk and head, without its values."""
+        launch(
+            kernel, (self.batch * self.heads * self.chunks,), *args, self.length, self.chunks,
+            config=self.config(kernel), **self.of_keys, PRECISION=self.wide_precision, SOLVE=self.solve_precision,
+        )  # fmt: skip
+
+    def run_values(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """One program for each chunk and head."""
-        found = choose(kernel.fn.__name__, generation(), self.dtype, self.keys, self.values)
-        config = replace(found, blocks={"BK": min(found.blocks["BK"], padded(self.keys))})
         launch(
-            kernel, (self.batch * self.heads * self.chunks,), *args, config=config,
-            H=self.heads, K=self.keys, KEY=self.flags["KEY"], REMOVE=self.flags["REMOVE"], C=CHUNK,
-            WIDE=TYPES[self.wide], PRECISION=self.wide_precision, SOLVE=self.solve_precision, **constants,
+            kernel, (self.batch * self.heads * self.chunks,), *args, self.length, self.chunks,
+            config=self.config(kernel), **self.of_keys, **self.of_values, **constants,
         )  # fmt: skip
 
-    def scan_config(self, kernel: Any) -> Config:
-        found = choose(kernel.fn.__name__, generation(), self.dtype, self.keys, self.values)
-        return replace(found, blocks={"BV": min(found.blocks["BV"], padded(self.values))})
-
-    def run_scan(self, kernel: Any, *args: Any) -> None:
+    def run_scan(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """One program for each head and block of value channels."""
-        config = self.scan_config(kernel)
+        config = self.config(kernel)
         launch(
-            kernel, (self.batch * self.heads, -(-self.values // config.blocks["BV"])), *args, config=config,
-            H=self.heads, K=self.keys, V=self.values, **self.flags, C=CHUNK, GROUP=GROUP, KP=padded(self.keys),
-            WIDE=TYPES[self.wide], WIDE_PRECISION=self.wide_precision, PRECISION=self.precision,
+            kernel, (self.batch * self.heads, -(-self.values // config.blocks["BV"])), *args, self.length, self.chunks,
+            config=config, **self.of_keys, **self.of_values, KP=padded(self.keys), **constants,
         )  # fmt: skip
+
+    def config(self, kernel: Any) -> Config:
+        """Its blocks are no wider than what there is."""
+        variant = "value decays" if self.has_value else ""
+        found = choose(kernel.fn.__name__, generation(), self.dtype, self.keys, self.values, variant)
+        most = {"BK": padded(self.keys), "BV": padded(self.values)}
+        return replace(found, blocks={name: min(size, most[name]) for name, size in found.blocks.items()})
 
 
 def forward_kernels(
@@ -520,22 +604,20 @@ def forward_kernels(
     shape = Shape(q, v, decay, value_decay, removal)
     cells = (shape.batch, shape.length, shape.heads)
     per_head = (shape.batch * shape.heads,)
-    has_key, _, removes = shape.flags.values()
-    q_read, k_write = (torch.empty_like(q) if has_key else None for _ in range(2))
+    removes = shape.removes
+    q_read, k_write = (torch.empty_like(q) if shape.has_key else None for _ in range(2))
     a_read, b_write = (torch.empty_like(q) if removes else None for _ in range(2))
-    keep = q.new_empty(*per_head, shape.chunks, shape.keys, dtype=torch.float32) if has_key else None
+    keep = q.new_empty(*per_head, shape.chunks, shape.keys, dtype=torch.float32) if shape.has_key else None
     pairs = q.new_empty(*cells, CHUNK)
     removed, solved, inverse = (torch.empty_like(pairs) if removes else None for _ in range(3))
     made = (q_read, k_write, a_read, b_write, keep, pairs, removed, solved)
-    shape.run_chunks(dplr_pairs, q, k, removal, decay, *made, inverse, shape.length, shape.chunks)
+    shape.run_chunks(dplr_pairs, q, k, removal, decay, *made, inverse)
     u = torch.empty_like(v) if removes else None
-    states = q.new_empty(*per_head, shape.groups, shape.keys, shape.values)
+    states = q.new_empty(*per_head, shape.groups, shape.values, shape.keys)
     final = q.new_empty(shape.batch, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     o = torch.empty_like(v)
     scaled = (q, k) if q_read is None else (q_read, k_write)
-    shape.run_scan(
-        dplr_scan, *scaled, *made[2:], v, value_decay, u, states, state, final, o, shape.length, shape.chunks
-    )
+    shape.run_scan(dplr_scan, *scaled, *made[2:], v, value_decay, u, states, state, final, o, GROUP=GROUP)
     # An operation of torch returns tensors: what there is not is empty.
     return o, final, *(_or_empty(q, x) for x in (*made, inverse, u, states))  # type: ignore[return-value]
 
@@ -571,35 +653,37 @@ def backward_kernels(
         None if x is None else x.contiguous() for x in (decay, value_decay, removal, dfinal)
     )
     shape = Shape(q, v, decay, value_decay, removal)
-    has_key, has_value, removes = shape.flags.values()
-    scaled = (q_read, k_write) if has_key else (q, k)
+    scaled = (q_read, k_write) if shape.has_key else (q, k)
     w, b, dropped, n, m, kept_u = (
-        x if removes else None for x in (a_read, b_write, removed, solved, inverse, u)
+        x if shape.removes else None for x in (a_read, b_write, removed, solved, inverse, u)
     )
-    kept_keep = keep if has_key else None
-    parts = -(-shape.values // shape.scan_config(dplr_scan_backward).blocks["BV"])
-    dq_read, dk_write = (q.new_empty(parts, *q.shape) for _ in range(2))
-    da_read, db_write = (torch.empty_like(dq_read) if removes else None for _ in range(2))
-    dkeep = keep.new_empty(parts, *keep.shape) if has_key else None
-    dpairs = q.new_empty(parts, *q.shape[:3], CHUNK, dtype=shape.wide)
-    dremoved, dsolved = (torch.empty_like(dpairs) if removes else None for _ in range(2))
-    made = (dq_read, dk_write, da_read, db_write, dkeep, dpairs, dremoved, dsolved)
+    kept_keep = keep if shape.has_key else None
     dv = torch.empty_like(v)
-    du = torch.empty_like(v) if removes else None
+    du = torch.empty_like(v) if shape.removes else None
     dvalue_decay = None if value_decay is None else torch.empty_like(value_decay)
     dstate = q.new_empty(shape.batch, shape.heads, shape.keys, shape.values, dtype=torch.float32)
-    ends = (shape.length, shape.chunks, shape.rows)
+    dstates = q.new_empty(shape.batch * shape.heads, shape.chunks, shape.values, shape.keys)
     shape.run_scan(
-        dplr_scan_backward, *scaled, w, b, kept_keep, pairs, dropped, n, v, value_decay, kept_u, states,
-        o if has_value else None, do, dfinal, *made, du, dv, dvalue_decay, dstate, *ends,
+        dplr_scan_backward, *scaled, w, b, kept_keep, pairs, dropped, n, v, value_decay, kept_u,
+        o if shape.has_value else None, do, dfinal, dstates, du, dv, dvalue_decay, dstate,
     )  # fmt: skip
+    dq_read, dk_write = (torch.empty_like(q) for _ in range(2))
+    da_read, db_write = (torch.empty_like(q) if shape.removes else None for _ in range(2))
+    dkeep = torch.empty_like(keep) if shape.has_key else None
+    dpairs = torch.empty_like(pairs, dtype=shape.wide)
+    dremoved, dsolved = (torch.empty_like(dpairs) if shape.removes else None for _ in range(2))
+    made = (dq_read, dk_write, da_read, db_write, dkeep, dpairs, dremoved, dsolved)
+    shape.run_values(
+        dplr_pairs_backward, scaled[1], b, kept_keep, v, value_decay, kept_u, states, do, dstates, du, *made,
+        dvalue_decay, GROUP=GROUP,
+    )  # fmt: skip
+    del dstates, du
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dremoval = None if removal is None else torch.empty_like(removal)
     ddecay = None if decay is None else torch.empty_like(decay)
     shape.run_chunks(
-        dplr_gradients, q, k, removal, decay, kept_keep, w, n, m, *made, dq, dk, dremoval, ddecay,
-        *ends, PARTS=parts,
-    )  # fmt: skip
+        dplr_gradients, q, k, removal, decay, kept_keep, w, n, m, *made, dq, dk, dremoval, ddecay
+    )
     return dq, dk, dv, *(_or_empty(q, x) for x in (ddecay, dvalue_decay, dremoval)), dstate  # type: ignore[return-value]
 
 

@@ -81,8 +81,8 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan", "sm_", 32, _FEW),
     StackBudget("linear_scan_backward", "sm_80", 8, _OLDER),
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
-    StackBudget("dplr_scan_backward", "sm_80", 16, _FEW),
-    StackBudget("dplr_gradients", "sm_", 96, _FEW),
+    StackBudget("dplr_pairs_backward", "sm_100", 8, _OLDER),
+    StackBudget("dplr_gradients", "sm_", 48, _FEW),
     StackBudget("linear_gradients", "sm_80", 64, "states of keys that are wide are float32"),
     StackBudget("linear_gradients", "sm_", 16, _FEW),
     StackBudget("linear_decode", "sm_", 96, _OLDER),
@@ -90,8 +90,8 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan_backward", "sm_", 1536, _THREE, is_wide=True),
     StackBudget("linear_gradients", "sm_", 256, _THREE, is_wide=True),
     StackBudget("linear_scan_backward_wide", "sm_", 256, _THREE, is_wide=True),
-    StackBudget("dplr_scan_backward", "sm_", 640, _THREE, is_wide=True),
-    StackBudget("dplr_gradients", "sm_", 64, _THREE, is_wide=True),
+    StackBudget("dplr_pairs_backward", "sm_100", 16, _THREE, is_wide=True),
+    StackBudget("dplr_gradients", "sm_100", 40, _THREE, is_wide=True),
     StackBudget("dplr_pairs", "sm_", 16, _OLDER, is_wide=True),
 )
 
