@@ -1,16 +1,21 @@
 """Triton form of the elementwise scans: `gated_scan` with real gates, `gated_scan_complex` with complex ones.
 
-A program walks BLOCK_T rows of BLOCK_D channels at a time: an associative scan inside the tile, the state carried
-between tiles. Where batch and channels make too few programs, the time is cut into segments: one launch sums up
-each segment by its product of gates and its state from zero, and a second scans those of the segments before its
-own and then its rows. Only products of gates occur. The backward pass is the same walk from the last row to the
-first, with the gate of the row after; d log a_t = a_t h_{t-1} dh_t is formed from the h that forward returned.
+A program takes BLOCK_D channels through time, token by token; of an associative scan over rows most would be exchanges
+between lanes. What it waits for is memory: all rows of a tile of BLOCK_T tokens are asked for at once, into registers,
+before the tile in front of them is stored, so that a few warps of a multiprocessor keep enough on its way. Where batch
+and channels make too few programs, the time is cut into segments: one launch sums up each segment by its product of
+gates and its state from zero, and a second goes through the sums of the segments before its own and then its rows.
+Only products of gates occur. The backward pass is the same walk from the last row to the first:
+
+    dh_t = dy_t + p_{t+1}        p_t = conj(a_t) dh_t        d log a_t = Re(conj(p_t) h_{t-1})
+
+where h_{t-1} is what forward returned.
 
 Source: Blelloch 1990 (Prefix sums and their applications, section 1.4) for first-order recurrences in blocks.
 """
 
 # Kernels are written in the language of Triton, whose values have no Python type.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
 
 from __future__ import annotations
 
@@ -32,32 +37,6 @@ PROGRAMS = 512
 
 
 @triton.jit
-def compose(gate, value, later_gate, later_value):
-    """Two maps h -> gate h + value, one after the other."""
-    return gate * later_gate, later_gate * value + later_value
-
-
-@triton.jit
-def compose_complex(gate, gate_i, value, value_i, later, later_i, later_value, later_value_i):
-    return (
-        gate * later - gate_i * later_i,
-        gate * later_i + gate_i * later,
-        later * value - later_i * value_i + later_value,
-        later * value_i + later_i * value + later_value_i,
-    )
-
-
-@triton.jit
-def scan_tile(gate, gate_i, value, value_i, COMPLEX: tl.constexpr):
-    """For each row of a tile, the map from the state before the first row to the state behind this one."""
-    if COMPLEX:
-        gate, gate_i, value, value_i = tl.associative_scan((gate, gate_i, value, value_i), 0, compose_complex)
-    else:
-        gate, value = tl.associative_scan((gate, value), 0, compose)
-    return gate, gate_i, value, value_i
-
-
-@triton.jit
 def apply_map(gate, gate_i, value, value_i, state, state_i, COMPLEX: tl.constexpr):
     """gate state + value."""
     if COMPLEX:
@@ -67,11 +46,6 @@ def apply_map(gate, gate_i, value, value_i, state, state_i, COMPLEX: tl.constexp
         real = gate * state + value
         imaginary = real
     return real, imaginary
-
-
-@triton.jit
-def last_row(tile, BLOCK_T: tl.constexpr):
-    return tl.sum(tl.where((tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None], tile, 0.0), 0)
 
 
 @triton.jit
@@ -95,13 +69,12 @@ def turn(phase):
 
 
 @triton.jit
-def load_gates(log_a_ptr, phase_ptr, offsets, mask, COMPLEX: tl.constexpr):
-    """Gates; 1 outside the mask."""
-    gate = tl.exp(tl.load(log_a_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
+def form_gate(log_a, phase, COMPLEX: tl.constexpr):
+    """The gate, of its parts as they are in memory."""
+    gate = tl.exp2(log_a.to(tl.float32) * 1.4426950408889634)
     gate_i = gate
     if COMPLEX:
-        phase = tl.load(phase_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        cosine, sine = turn(phase)
+        cosine, sine = turn(phase.to(tl.float32))
         gate_i = gate * sine
         gate = gate * cosine
     return gate, gate_i
@@ -124,83 +97,110 @@ def store_value(pointer, offsets, real, imaginary, mask, dim, COMPLEX: tl.conste
 
 
 @triton.jit
-def row_times(start, length, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Times of the tile that begins `start` rows into the walk, and which of them there are."""
-    row_T = start + tl.arange(0, BLOCK_T)
-    inside_T = row_T < length
-    if BACKWARD:
-        row_T = length - 1 - row_T
-    return row_T, inside_T
+def load_rows(pointer, offsets, left, step: tl.constexpr, other: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Rows as they are in memory, each `step` numbers behind the one before; none where there is no pointer.
+
+    Where `offsets` are None, no row is there.
+    """
+    rows = ()
+    if pointer is not None:
+        for row in tl.static_range(BLOCK_T):
+            if offsets is None:
+                rows += (tl.full(left.shape, other, pointer.dtype.element_ty),)
+            else:
+                rows += (tl.load(pointer + offsets + row * step, mask=row < left, other=other),)
+    return rows
 
 
 @triton.jit
 def load_tile(
-    log_a_ptr, phase_ptr, value_ptr, edge_ptr, edge_value_ptr, time_T, inside_T, column_D, length, dim,
-    BACKWARD: tl.constexpr, COMPLEX: tl.constexpr,
+    log_a_ptr, phase_ptr, value_ptr, past_ptr, enter_ptr, leave_ptr, batch, start, end, length, column_D,
+    dim: tl.constexpr, BACKWARD: tl.constexpr, COMPLEX: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Gates and values of the rows of a walk. Backwards, the gate of a row is the conjugate of the one after it.
+    """What a walk reads of its rows from `start`, those before `end`: all is asked for before any is used.
 
-    At the edge where a packed sequence is entered the gate is shut and the value of the edge, times the gate that
-    was there, is added.
+    Where `start` is None, no row is there.
     """
-    mask_TD = inside_T[:, None] & (column_D < dim)[None, :]
-    value_row: tl.constexpr = 2 if COMPLEX else 1
-    row_T = time_T.to(tl.int64)
-    value, value_i = load_value(
-        value_ptr, row_T[:, None] * (value_row * dim) + column_D[None, :], mask_TD, dim, COMPLEX
-    )
-    if BACKWARD:
-        gate_mask_TD = mask_TD & (time_T < length - 1)[:, None]
-        gate, gate_i = load_gates(
-            log_a_ptr, phase_ptr, (row_T[:, None] + 1) * dim + column_D[None, :], gate_mask_TD, COMPLEX
-        )
-        gate_i = -gate_i
-    else:
-        gate, gate_i = load_gates(
-            log_a_ptr, phase_ptr, row_T[:, None] * dim + column_D[None, :], mask_TD, COMPLEX
-        )
-    if edge_ptr is not None:
-        edge_T = tl.load(edge_ptr + time_T, mask=inside_T, other=-1)
-        if edge_value_ptr is not None:
-            edge_offsets = edge_T.to(tl.int64)[:, None] * (value_row * dim) + column_D[None, :]
-            edge_mask_TD = mask_TD & (edge_T >= 0)[:, None]
-            edge, edge_i = load_value(edge_value_ptr, edge_offsets, edge_mask_TD, dim, COMPLEX)
-            if BACKWARD:
-                value += edge
-                value_i += edge_i
-            else:
-                value, value_i = apply_map(gate, gate_i, value, value_i, edge, edge_i, COMPLEX)
-        gate = tl.where((edge_T >= 0)[:, None], 0.0, gate)
-        gate_i = tl.where((edge_T >= 0)[:, None], 0.0, gate_i)
-    return gate, gate_i, value, value_i
+    step: tl.constexpr = -1 if BACKWARD else 1
+    wide: tl.constexpr = 2 * dim if COMPLEX else dim
+    left = end
+    row, gates, values, values_i = None, None, None, None
+    if start is not None:
+        left = end - start
+        row = batch * length + (length - 1 - start if BACKWARD else start)
+        gates, values = row * dim + column_D, row * wide + column_D
+        values_i = values + dim
+    left_D = tl.where(column_D < dim, left, 0)
+    log_a = load_rows(log_a_ptr, gates, left_D, step * dim, 0.0, BLOCK_T)
+    phase = load_rows(phase_ptr, gates, left_D, step * dim, 0.0, BLOCK_T)
+    value = load_rows(value_ptr, values, left_D, step * wide, 0.0, BLOCK_T)
+    value_i = load_rows(value_ptr if COMPLEX else None, values_i, left_D, step * wide, 0.0, BLOCK_T)
+    if past_ptr is not None and start is not None:
+        # The h of the row before, which the first row of all does not have.
+        left_D = tl.where(column_D < dim, tl.minimum(end, length - 1) - start, 0)
+        values, values_i = values - wide, values_i - wide
+    past = load_rows(past_ptr, values, left_D, step * wide, 0.0, BLOCK_T)
+    past_i = load_rows(past_ptr if COMPLEX else None, values_i, left_D, step * wide, 0.0, BLOCK_T)
+    enter = load_rows(enter_ptr, row, left, step, -1, BLOCK_T)
+    leave = load_rows(leave_ptr, row, left, step, -1, BLOCK_T)
+    return log_a, phase, value, value_i, past, past_i, enter, leave
+
+
+@triton.jit
+def form_tile(tile, BACKWARD: tl.constexpr, COMPLEX: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Gates (backwards, their conjugates), values and pasts of the rows in float32, and edges."""
+    log_a, phase, value, value_i, past, past_i, enter, leave = tile
+    rows = ()
+    for row in tl.static_range(BLOCK_T):
+        gate, gate_i = form_gate(log_a[row], phase[row] if COMPLEX else 0.0, COMPLEX)
+        here = value[row].to(tl.float32)
+        here_i = value_i[row].to(tl.float32) if COMPLEX else here
+        rows += ((gate, -gate_i if BACKWARD else gate_i, here, here_i),)
+    pasts = ()
+    for row in tl.static_range(len(past)):
+        before = past[row].to(tl.float32)
+        pasts += ((before, past_i[row].to(tl.float32) if COMPLEX else before),)
+    return rows, pasts, enter, leave
+
+
+@triton.jit
+def at_edge(edge, given_ptr, state, state_i, column_D, dim: tl.constexpr, COMPLEX: tl.constexpr):
+    """At an edge of packed sequences what is given there, or nothing; elsewhere the state."""
+    wide: tl.constexpr = 2 * dim if COMPLEX else dim
+    given = tl.zeros_like(state)
+    given_i = given
+    if given_ptr is not None:
+        mask_D = (edge >= 0) & (column_D < dim)
+        given, given_i = load_value(given_ptr, edge.to(tl.int64) * wide + column_D, mask_D, dim, COMPLEX)
+    return tl.where(edge >= 0, given, state), tl.where(edge >= 0, given_i, state_i)
 
 
 @triton.jit
 def enter_segment(
-    sums_ptr, state_ptr, batch, segment, segments, column_D, dim,
-    PACKED: tl.constexpr, COMPLEX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    sums_ptr, state_ptr, batch, segment, segments, column_D,
+    dim: tl.constexpr, PACKED: tl.constexpr, COMPLEX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The state before a segment: the given one, through all segments before."""
-    parts: tl.constexpr = 2 if COMPLEX else 1
+    wide: tl.constexpr = 2 * dim if COMPLEX else dim
     state = tl.zeros([BLOCK_D], tl.float32)
     state_i = state
     if state_ptr is not None and not PACKED:
-        state, state_i = load_value(state_ptr, batch * parts * dim + column_D, column_D < dim, dim, COMPLEX)
+        state, state_i = load_value(state_ptr, batch * wide + column_D, column_D < dim, dim, COMPLEX)
     if sums_ptr is not None:
         for first in range(0, segment, BLOCK_T):
-            row_T = first + tl.arange(0, BLOCK_T)
-            mask_TD = (row_T < segment)[:, None] & (column_D < dim)[None, :]
-            offsets = (batch * segments + row_T)[:, None] * (2 * parts * dim) + column_D[None, :]
-            gate = tl.load(sums_ptr + offsets, mask=mask_TD, other=1.0)
+            left_D = tl.where(column_D < dim, segment - first, 0)
+            here = (batch * segments + first) * (2 * wide) + column_D
+            gate = load_rows(sums_ptr, here, left_D, 2 * wide, 1.0, BLOCK_T)
             gate_i = gate
+            value = load_rows(sums_ptr, here + wide, left_D, 2 * wide, 0.0, BLOCK_T)
+            value_i = value
             if COMPLEX:
-                gate_i = tl.load(sums_ptr + offsets + dim, mask=mask_TD, other=0.0)
-            value, value_i = load_value(sums_ptr, offsets + parts * dim, mask_TD, dim, COMPLEX)
-            gate, gate_i, value, value_i = scan_tile(gate, gate_i, value, value_i, COMPLEX)
-            value, value_i = apply_map(
-                gate, gate_i, value, value_i, state[None, :], state_i[None, :], COMPLEX
-            )
-            state, state_i = last_row(value, BLOCK_T), last_row(value_i, BLOCK_T)
+                gate_i = load_rows(sums_ptr, here + dim, left_D, 2 * wide, 0.0, BLOCK_T)
+                value_i = load_rows(sums_ptr, here + wide + dim, left_D, 2 * wide, 0.0, BLOCK_T)
+            for row in tl.static_range(BLOCK_T):
+                state, state_i = apply_map(
+                    gate[row], gate_i[row], value[row], value_i[row], state, state_i, COMPLEX
+                )
     return state, state_i
 
 
@@ -214,26 +214,37 @@ def scan_sums(
     column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     segment = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    parts: tl.constexpr = 2 if COMPLEX else 1
-    skip = batch * length * dim
+    wide: tl.constexpr = 2 * dim if COMPLEX else dim
+    first, end = segment * rows, tl.minimum((segment + 1) * rows, length)
     product = tl.full([BLOCK_D], 1.0, tl.float32)
     product_i = tl.zeros([BLOCK_D], tl.float32)
     state = tl.zeros([BLOCK_D], tl.float32)
     state_i = state
-    for start in range(segment * rows, tl.minimum((segment + 1) * rows, length), BLOCK_T):
-        time_T, inside_T = row_times(start, length, BACKWARD, BLOCK_T)
-        gate, gate_i, value, value_i = load_tile(
-            log_a_ptr + skip, phase_ptr if phase_ptr is None else phase_ptr + skip, value_ptr + skip * parts,
-            edge_ptr, edge_value_ptr, time_T, inside_T, column_D, length, dim, BACKWARD, COMPLEX,
+    tile = load_tile(
+        log_a_ptr, phase_ptr, value_ptr, None, edge_ptr, None, batch, None, end, length, column_D,
+        dim, BACKWARD, COMPLEX, BLOCK_T,
+    )  # fmt: skip
+    # The first turn only loads: a tile to begin with would be compiled once more.
+    for start in range(first - BLOCK_T, end, BLOCK_T):
+        formed, _, edges, _ = form_tile(tile, BACKWARD, COMPLEX, BLOCK_T)
+        tile = load_tile(
+            log_a_ptr, phase_ptr, value_ptr, None, edge_ptr, None, batch, start + BLOCK_T, end, length, column_D,
+            dim, BACKWARD, COMPLEX, BLOCK_T,
         )  # fmt: skip
-        gate, gate_i, value, value_i = scan_tile(gate, gate_i, value, value_i, COMPLEX)
-        gate, gate_i = last_row(gate, BLOCK_T), last_row(gate_i, BLOCK_T)
-        value, value_i = last_row(value, BLOCK_T), last_row(value_i, BLOCK_T)
-        state, state_i = apply_map(gate, gate_i, value, value_i, state, state_i, COMPLEX)
-        product, product_i = apply_map(gate, gate_i, 0.0, 0.0, product, product_i, COMPLEX)
-    offsets = (batch * segments + segment) * (2 * parts * dim) + column_D
+        for row in tl.static_range(BLOCK_T):
+            gate, gate_i, value, value_i = formed[row]
+            if edge_ptr is not None:
+                state, state_i = at_edge(edges[row], edge_value_ptr, state, state_i, column_D, dim, COMPLEX)
+                product = tl.where(edges[row] >= 0, 0.0, product)
+                product_i = tl.where(edges[row] >= 0, 0.0, product_i)
+            if BACKWARD:
+                state, state_i = apply_map(gate, gate_i, 0.0, 0.0, state + value, state_i + value_i, COMPLEX)
+            else:
+                state, state_i = apply_map(gate, gate_i, value, value_i, state, state_i, COMPLEX)
+            product, product_i = apply_map(gate, gate_i, 0.0, 0.0, product, product_i, COMPLEX)
+    offsets = (batch * segments + segment) * (2 * wide) + column_D
     store_value(sums_ptr, offsets, product, product_i, column_D < dim, dim, COMPLEX)
-    store_value(sums_ptr, offsets + parts * dim, state, state_i, column_D < dim, dim, COMPLEX)
+    store_value(sums_ptr, offsets + wide, state, state_i, column_D < dim, dim, COMPLEX)
 
 
 @triton.jit(do_not_specialize=["length", "rows", "segments"])
@@ -246,35 +257,51 @@ def scan_forward(
     column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     segment = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    parts: tl.constexpr = 2 if COMPLEX else 1
+    wide: tl.constexpr = 2 * dim if COMPLEX else dim
     packed: tl.constexpr = first_ptr is not None
-    skip = batch * length * dim
+    first, end = segment * rows, tl.minimum((segment + 1) * rows, length)
     state, state_i = enter_segment(
         sums_ptr, state_ptr, batch, segment, segments, column_D, dim, packed, COMPLEX, BLOCK_T, BLOCK_D
     )
-    for start in range(segment * rows, tl.minimum((segment + 1) * rows, length), BLOCK_T):
-        time_T, inside_T = row_times(start, length, False, BLOCK_T)
-        gate, gate_i, value, value_i = load_tile(
-            log_a_ptr + skip, phase_ptr if phase_ptr is None else phase_ptr + skip, b_ptr + skip * parts,
-            first_ptr, state_ptr, time_T, inside_T, column_D, length, dim, False, COMPLEX,
+    tile = load_tile(
+        log_a_ptr, phase_ptr, b_ptr, None, first_ptr, last_ptr, batch, None, end, length, column_D,
+        dim, False, COMPLEX, BLOCK_T,
+    )  # fmt: skip
+    # The first turn only loads: a tile to begin with would be compiled once more.
+    for start in range(first - BLOCK_T, end, BLOCK_T):
+        formed, _, firsts, lasts = form_tile(tile, False, COMPLEX, BLOCK_T)
+        tile = load_tile(
+            log_a_ptr, phase_ptr, b_ptr, None, first_ptr, last_ptr, batch, start + BLOCK_T, end, length, column_D,
+            dim, False, COMPLEX, BLOCK_T,
         )  # fmt: skip
-        gate, gate_i, value, value_i = scan_tile(gate, gate_i, value, value_i, COMPLEX)
-        value, value_i = apply_map(gate, gate_i, value, value_i, state[None, :], state_i[None, :], COMPLEX)
-        mask_TD = inside_T[:, None] & (column_D < dim)[None, :]
-        offsets = time_T.to(tl.int64)[:, None] * (parts * dim) + column_D[None, :]
-        store_value(h_ptr + skip * parts, offsets, value, value_i, mask_TD, dim, COMPLEX)
-        if packed:
-            last_T = tl.load(last_ptr + time_T, mask=inside_T, other=-1)
-            last_offsets = last_T.to(tl.int64)[:, None] * (parts * dim) + column_D[None, :]
-            store_value(
-                final_ptr, last_offsets, value, value_i, mask_TD & (last_T >= 0)[:, None], dim, COMPLEX
-            )
-        state, state_i = last_row(value, BLOCK_T), last_row(value_i, BLOCK_T)
+        left_D = tl.where((column_D < dim) & (start >= first), end - start, 0)
+        here_ptr = h_ptr + (batch * length + start) * wide + column_D
+        for row in tl.static_range(BLOCK_T):
+            gate, gate_i, value, value_i = formed[row]
+            if packed:
+                state, state_i = at_edge(firsts[row], state_ptr, state, state_i, column_D, dim, COMPLEX)
+            state, state_i = apply_map(gate, gate_i, value, value_i, state, state_i, COMPLEX)
+            store_value(here_ptr, row * wide, state, state_i, row < left_D, dim, COMPLEX)
+            if packed:
+                offsets = lasts[row].to(tl.int64) * wide + column_D
+                mask_D = (lasts[row] >= 0) & (column_D < dim)
+                store_value(final_ptr, offsets, state, state_i, mask_D, dim, COMPLEX)
     if not packed:
-        store_value(
-            final_ptr, batch * parts * dim + column_D, state, state_i,
-            (column_D < dim) & (segment == segments - 1), dim, COMPLEX,
-        )  # fmt: skip
+        mask_D = (column_D < dim) & (segment == segments - 1)
+        store_value(final_ptr, batch * wide + column_D, state, state_i, mask_D, dim, COMPLEX)
+
+
+@triton.jit
+def store_gate_gradients(
+    dlog_a_ptr, dphase_ptr, offsets, further: tl.constexpr, past, past_i, passed, passed_i, mask, COMPLEX: tl.constexpr
+):  # fmt: skip
+    """The gradients of a row's log gate and phase, of the h before it and conj(a_t) dh_t."""
+    dlog_a = past * passed
+    if COMPLEX:
+        dlog_a += past_i * passed_i
+        dphase = past * passed_i - past_i * passed
+        tl.store(dphase_ptr + offsets + further, dphase.to(dphase_ptr.dtype.element_ty), mask=mask)
+    tl.store(dlog_a_ptr + offsets + further, dlog_a.to(dlog_a_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["length", "rows", "segments"])
@@ -287,49 +314,55 @@ def scan_backward(
     column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     segment = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    parts: tl.constexpr = 2 if COMPLEX else 1
+    wide: tl.constexpr = 2 * dim if COMPLEX else dim
     packed: tl.constexpr = first_ptr is not None
-    skip = batch * length * dim
-    phase_ptr = phase_ptr if phase_ptr is None else phase_ptr + skip
-    state, state_i = enter_segment(
+    first, end = segment * rows, tl.minimum((segment + 1) * rows, length)
+    # conj(a_t) dh_t: what a row gives to the state before it.
+    passed, passed_i = enter_segment(
         sums_ptr, dfinal_ptr, batch, segment, segments, column_D, dim, packed, COMPLEX, BLOCK_T, BLOCK_D
     )
-    for start in range(segment * rows, tl.minimum((segment + 1) * rows, length), BLOCK_T):
-        time_T, inside_T = row_times(start, length, True, BLOCK_T)
-        gate, gate_i, value, value_i = load_tile(
-            log_a_ptr + skip, phase_ptr, dh_ptr + skip * parts,
-            last_ptr, dfinal_ptr, time_T, inside_T, column_D, length, dim, True, COMPLEX,
+    tile = load_tile(
+        log_a_ptr, phase_ptr, dh_ptr, h_ptr, last_ptr, first_ptr, batch, None, end, length, column_D,
+        dim, True, COMPLEX, BLOCK_T,
+    )  # fmt: skip
+    # The first turn only loads: a tile to begin with would be compiled once more.
+    for start in range(first - BLOCK_T, end, BLOCK_T):
+        formed, pasts, lasts, firsts = form_tile(tile, True, COMPLEX, BLOCK_T)
+        tile = load_tile(
+            log_a_ptr, phase_ptr, dh_ptr, h_ptr, last_ptr, first_ptr, batch, start + BLOCK_T, end, length, column_D,
+            dim, True, COMPLEX, BLOCK_T,
         )  # fmt: skip
-        gate, gate_i, value, value_i = scan_tile(gate, gate_i, value, value_i, COMPLEX)
-        value, value_i = apply_map(gate, gate_i, value, value_i, state[None, :], state_i[None, :], COMPLEX)
-        state, state_i = last_row(value, BLOCK_T), last_row(value_i, BLOCK_T)
-        mask_TD = inside_T[:, None] & (column_D < dim)[None, :]
-        row_T = time_T.to(tl.int64)
-        offsets = row_T[:, None] * (parts * dim) + column_D[None, :]
-        store_value(db_ptr + skip * parts, offsets, value, value_i, mask_TD, dim, COMPLEX)
-        # What the state before the row receives: conj(a_t) dh_t.
-        gate_offsets = row_T[:, None] * dim + column_D[None, :]
-        gate, gate_i = load_gates(log_a_ptr + skip, phase_ptr, gate_offsets, mask_TD, COMPLEX)
-        value, value_i = apply_map(gate, -gate_i, 0.0, 0.0, value, value_i, COMPLEX)
-        if packed:
-            first_T = tl.load(first_ptr + time_T, mask=inside_T, other=-1)
-        else:
-            first_T = tl.where(inside_T & (time_T == 0), batch, -1)
-        first_mask_TD = mask_TD & (first_T >= 0)[:, None]
-        first_offsets = first_T.to(tl.int64)[:, None] * (parts * dim) + column_D[None, :]
-        store_value(dstate_ptr, first_offsets, value, value_i, first_mask_TD, dim, COMPLEX)
-        past_mask_TD = mask_TD & (first_T < 0)[:, None]
-        past, past_i = load_value(h_ptr + skip * parts, offsets - parts * dim, past_mask_TD, dim, COMPLEX)
+        left_D = tl.where((column_D < dim) & (start >= first), end - start, 0)
+        time = batch * length + length - 1 - start
+        for row in tl.static_range(BLOCK_T):
+            gate, gate_i, value, value_i = formed[row]
+            past, past_i = pasts[row]
+            if packed:
+                passed, passed_i = at_edge(lasts[row], dfinal_ptr, passed, passed_i, column_D, dim, COMPLEX)
+            value, value_i = value + passed, value_i + passed_i
+            store_value(
+                db_ptr + time * wide + column_D, -row * wide, value, value_i, row < left_D, dim, COMPLEX
+            )
+            passed, passed_i = apply_map(gate, gate_i, 0.0, 0.0, value, value_i, COMPLEX)
+            if packed:
+                offsets = firsts[row].to(tl.int64) * wide + column_D
+                mask_D = (firsts[row] >= 0) & (column_D < dim)
+                store_value(dstate_ptr, offsets, passed, passed_i, mask_D, dim, COMPLEX)
+                past, past_i = at_edge(firsts[row], state_ptr, past, past_i, column_D, dim, COMPLEX)
+            store_gate_gradients(
+                dlog_a_ptr, dphase_ptr, time * dim + column_D, -row * dim, past, past_i, passed, passed_i,
+                row < left_D, COMPLEX,
+            )  # fmt: skip
+    if not packed:
+        mask_D = (column_D < dim) & (segment == segments - 1)
+        store_value(dstate_ptr, batch * wide + column_D, passed, passed_i, mask_D, dim, COMPLEX)
         if state_ptr is not None:
-            given, given_i = load_value(state_ptr, first_offsets, first_mask_TD, dim, COMPLEX)
-            past += given
-            past_i += given_i
-        dlog_a = past * value
-        if COMPLEX:
-            dlog_a += past_i * value_i
-            dphase = past * value_i - past_i * value
-            tl.store(dphase_ptr + skip + gate_offsets, dphase.to(dphase_ptr.dtype.element_ty), mask=mask_TD)
-        tl.store(dlog_a_ptr + skip + gate_offsets, dlog_a.to(dlog_a_ptr.dtype.element_ty), mask=mask_TD)
+            # The past of the first row is the given state. The walk has taken it for zero.
+            past, past_i = load_value(state_ptr, batch * wide + column_D, mask_D, dim, COMPLEX)
+            offsets = batch * length * dim + column_D
+            store_gate_gradients(
+                dlog_a_ptr, dphase_ptr, offsets, 0, past, past_i, passed, passed_i, mask_D, COMPLEX
+            )
 
 
 @triton.jit
@@ -343,7 +376,11 @@ def scan_step(
     parts: tl.constexpr = 2 if COMPLEX else 1
     offsets = batch * (parts * dim) + column_D
     mask_D = column_D < dim
-    gate, gate_i = load_gates(log_a_ptr, phase_ptr, batch * dim + column_D, mask_D, COMPLEX)
+    log_a = tl.load(log_a_ptr + batch * dim + column_D, mask=mask_D, other=0.0)
+    phase = log_a
+    if COMPLEX:
+        phase = tl.load(phase_ptr + batch * dim + column_D, mask=mask_D, other=0.0)
+    gate, gate_i = form_gate(log_a, phase, COMPLEX)
     value, value_i = load_value(b_ptr, offsets, mask_D, dim, COMPLEX)
     state, state_i = load_value(state_ptr, offsets, mask_D, dim, COMPLEX)
     state, state_i = apply_map(gate, gate_i, value, value_i, state, state_i, COMPLEX)
@@ -364,13 +401,15 @@ def cut_time(length: int, programs: int, block: int) -> tuple[int, int]:
     return -(-tiles // rows), rows * block
 
 
-def plan_scan(kernel: str, b: Tensor) -> tuple[Config, tuple[int, int, int], int]:
+def plan_scan(kernel: str, b: Tensor, is_packed: bool) -> tuple[Config, tuple[int, int, int], int]:
     """The blocks of a kernel, its grid (channels, segments, batch) and the rows of a segment.
 
     In the table, the value dim is the number of a value's parts, real and imaginary.
     """
     batch, length, dim = b.shape[0], b.shape[1], b.shape[-1]
-    config = choose(kernel, generation(), b.dtype, key=dim, value=b.dim() - 2)
+    config = choose(
+        kernel, generation(), b.dtype, key=dim, value=b.dim() - 2, variant="packed" if is_packed else ""
+    )
     columns = -(-dim // config.blocks["BLOCK_D"])
     segments, rows = cut_time(length, batch * columns, config.blocks["BLOCK_T"])
     return config, (columns, segments, batch), rows
@@ -384,7 +423,7 @@ def run_forward(
     h, final = empty_forward(log_a, phase, b, state, cu_seqlens)
     length, dim = b.shape[1], b.shape[-1]
     first, last = (None, None) if cu_seqlens is None else sequence_edges(cu_seqlens, length)
-    config, grid, rows = plan_scan("scan_forward", b)
+    config, grid, rows = plan_scan("scan_forward", b, cu_seqlens is not None)
     shape: dict[str, Any] = {"dim": dim, "COMPLEX": phase is not None}
     sums = None
     if grid[1] > 1:
@@ -421,7 +460,7 @@ def run_backward(
     dlog_a, dphase, db, dstate = empty_backward(log_a, phase, h, state, dh, dfinal, cu_seqlens)
     length, dim = h.shape[1], h.shape[-1]
     first, last = (None, None) if cu_seqlens is None else sequence_edges(cu_seqlens, length)
-    config, grid, rows = plan_scan("scan_backward", h)
+    config, grid, rows = plan_scan("scan_backward", h, cu_seqlens is not None)
     shape: dict[str, Any] = {"dim": dim, "COMPLEX": phase is not None}
     sums = None
     if grid[1] > 1:

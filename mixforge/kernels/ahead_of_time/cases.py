@@ -174,6 +174,13 @@ def _gated_scan(case: Case) -> Call:
     return gated_scan_triton, (gate, case.tensor("B", "T", "D"))
 
 
+def _packed_gated_scan(case: Case) -> Call:
+    """Sequences one after the other, with states before them, in so few programs that the time is cut."""
+    function, given = _gated_scan(case)
+    state = case.tensor("N", "D", dtype=torch.float32)
+    return function, (*given, state, _still(case, "N+1", dtype=torch.int64))
+
+
 def _gated_scan_step(case: Case) -> Call:
     if case.variant == "complex":
         gate, phase = (_still(case, "B", "D", dtype=torch.float32) for _ in range(2))
@@ -318,6 +325,7 @@ CASES: tuple[Case, ...] = (
     _case("gated_scan", "real", _gated_scan, _WIDE, gated_scan_reference),
     _case("gated_scan", "real", _gated_scan, _WIDE, gated_scan_reference, torch.float32),
     _case("gated_scan", "complex", _gated_scan, {**_WIDE, "P": 2}, gated_scan_complex_reference),
+    _case("packed gated_scan", "real", _packed_gated_scan, {"B": 1, "T": 32768, "D": 2048, "N": 8, "N+1": 9}),
     _case("gated_scan step", "real", _gated_scan_step, _ROWS),
     _case("gated_scan step", "complex", _gated_scan_step, {**_ROWS, "P": 2}),
     _case("diagonal_ssm step", "real", _diagonal_ssm_step, {**_ROWS, "N": 16, "P": 1}),
@@ -351,6 +359,7 @@ _HARDEST = (
     ("twofold_linear", "both decays"),
     ("dplr step", "removal"),
     ("gated_scan", "complex"),
+    ("packed gated_scan", "real"),
     ("gated_scan step", "complex"),
     ("diagonal_ssm step", "complex"),
     ("softmax_scan step", "learned query"),
