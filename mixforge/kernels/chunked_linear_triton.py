@@ -31,7 +31,7 @@ made from M in the scan; the gradient is from the equations above, which need ne
 """
 
 # Jit functions have no types.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, assignment"
 
 from __future__ import annotations
 
