@@ -153,7 +153,9 @@ def look(case: Case, name: str, device: torch.device) -> str | None:
 def choose(quick: bool, only: str, without: str) -> list[Case]:
     """The cases that are asked for, with their forms."""
     return [
-        replace(case, forms={name: form for name, form in case.forms.items() if name != without})
+        replace(
+            case, forms={name: form for name, form in case.forms.items() if not re.fullmatch(without, name)}
+        )
         for case in cases(quick)
         if re.search(only, case.label)
     ]
@@ -275,7 +277,12 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", metavar="PATTERN", help="cases in whose label this regular expression is found"
     )
-    parser.add_argument("--without", default="", metavar="FORM", help="a form to leave out, such as torch")
+    parser.add_argument(
+        "--without",
+        default="",
+        metavar="PATTERN",
+        help="leave out forms with this for a whole name: 'torch|sdpa'",
+    )
     parser.add_argument(
         "--jobs",
         type=int,
