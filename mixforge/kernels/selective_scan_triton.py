@@ -132,12 +132,9 @@ def selective_sums(
         inputs = load_rows(x_ptr + first * dim, row, BLOCK_T, length, channel, dim)
         writes = load_rows(b_ptr + first * states, row, BLOCK_T, length, state, states)
         for index in tl.static_range(BLOCK_T):
-            step: tl.constexpr = BLOCK_T - 1 - index if BACKWARD else index
-            dt, x, b = (
-                steps_of[step].to(tl.float32),
-                inputs[step].to(tl.float32),
-                writes[step].to(tl.float32),
-            )
+            dt = steps_of[BLOCK_T - 1 - index if BACKWARD else index].to(tl.float32)
+            x = inputs[BLOCK_T - 1 - index if BACKWARD else index].to(tl.float32)
+            b = writes[BLOCK_T - 1 - index if BACKWARD else index].to(tl.float32)
             gate_CDN = tl.exp2(dt * rate_CDN)
             if BACKWARD:
                 sum_CDN = gate_CDN * (sum_CDN + x * b)

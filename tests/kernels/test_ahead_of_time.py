@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from mixforge import kernels  # noqa: E402
 from mixforge.kernels.ahead_of_time import budgets  # noqa: E402
 from mixforge.kernels.ahead_of_time.__main__ import main  # noqa: E402
 from mixforge.kernels.ahead_of_time.budgets import Figures, StackBudget, over_budget  # noqa: E402
@@ -215,6 +219,22 @@ def test_what_does_not_compile_is_named_and_takes_nothing_along() -> None:
     assert other.kernel == "norm_forward"
     assert other.figures is not None
     assert other.failures == ()
+
+
+def test_every_kernel_is_compiled() -> None:
+    """What has a program's number and stores is a kernel; what the others call is not."""
+    found = set()
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        names = vars(importlib.import_module(module.name)) if module.name.endswith("_triton") else {}
+        for name, value in names.items():
+            text = inspect.getsource(value.fn) if isinstance(value, triton.runtime.JITFunction) else ""
+            if "tl.program_id" in text and "tl.store" in text:
+                found.add(name)
+    recorded = [
+        made for case in CASES for one in [record(case, "sm_90")] for made in (one.forward, one.backward)
+    ]
+    assert found - {launch.name for made in recorded if made is not None for launch in made.launches} == set()
+    assert len(found) > 30
 
 
 def test_every_case_launches_and_no_length_is_compiled_for() -> None:

@@ -213,6 +213,11 @@ def _short_conv(case: Case) -> Call:
     return short_conv_triton, (case.tensor("B", "T", "D"), *weights, case.variant)
 
 
+def _continued_short_conv(case: Case) -> Call:
+    form, inputs = _short_conv(case)
+    return form, (*inputs, case.tensor("B", "D", "W-1"))
+
+
 def _short_conv_step(case: Case) -> Call:
     inputs = (_still(case, *letters) for letters in (("B", "D"), ("D", "W"), ("D",)))
     state = torch.empty(
@@ -332,9 +337,24 @@ CASES: tuple[Case, ...] = (
     _case("diagonal_ssm step", "complex", _diagonal_ssm_step, {**_ROWS, "N": 32, "P": 2}),
     _case("softmax_scan step", "learned query", _softmax_scan_step, {"B": 64, "H": 16, "V": 128}),
     _case("selective_scan", "skip", _selective_scan, {**_WIDE, "N": 16}, selective_scan_reference),
+    # Few programs, so that time is cut into segments.
+    _case(
+        "selective_scan",
+        "segments",
+        _selective_scan,
+        {"B": 1, "T": 4096, "D": 128, "N": 16},
+        selective_scan_reference,
+    ),
     _case("selective_scan step", "skip", _selective_scan_step, {**_ROWS, "N": 16}),
     _case("short_conv", "silu", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
     _case("short_conv", "none", _short_conv, {**_WIDE, "W": 4}, short_conv_reference),
+    _case(
+        "continued short_conv",
+        "silu",
+        _continued_short_conv,
+        {**_WIDE, "W": 4, "W-1": 3},
+        short_conv_reference,
+    ),
     _case("short_conv step", "silu", _short_conv_step, {**_ROWS, "W": 4}),
     # The widest heads whose matrices are held, and some whose are not.
     _cell("slstm", 128),
@@ -363,9 +383,9 @@ _HARDEST = (
     ("gated_scan step", "complex"),
     ("diagonal_ssm step", "complex"),
     ("softmax_scan step", "learned query"),
-    ("selective_scan", "skip"),
+    ("selective_scan", "segments"),
     ("selective_scan step", "skip"),
-    ("short_conv", "silu"),
+    ("continued short_conv", "silu"),
     ("short_conv step", "silu"),
     ("recurrent_cells", "slstm"),
     ("recurrent_cells", "lstm"),
