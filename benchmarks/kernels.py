@@ -108,7 +108,10 @@ def in_processes(jobs: int, device: torch.device, *chosen: object) -> Ask:
 
     def ask(asked: Sequence[tuple[int, str]]) -> list[str | None]:
         tell(f"compile and check {len(asked)} forms, {jobs} at a time")
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=compile_only) as pool:
+        # Each in a process of its own: after an illegal access nothing works in one.
+        with ProcessPoolExecutor(
+            jobs, mp_context=get_context("spawn"), initializer=compile_only, max_tasks_per_child=1
+        ) as pool:
             return list(pool.map(partial(look_and_run, device, *chosen), asked))
 
     return ask
@@ -130,7 +133,6 @@ def look_and_run(
         except Exception as error:
             # Others are at work and may hold the memory. What is not compiled yet is compiled when it is timed.
             tell(f"{case.label}, {name}: {first_line(error)}")
-        torch.cuda.empty_cache()
     return said
 
 
