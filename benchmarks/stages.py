@@ -86,9 +86,14 @@ def main() -> int:
             for name, us in found.items():
                 print(f"{us:12.1f} us  {name[:90]}")
             torch.cuda.empty_cache()
-    if asked.json is not None:
-        record = {"command": " ".join(["python", *sys.argv]), "environment": asdict(where), "rows": rows}
-        asked.json.write_text(json.dumps(record, indent=1) + "\n")
+            if asked.json is not None:
+                # After each, so that what was measured is kept if the next is interrupted.
+                record = {
+                    "command": " ".join(["python", *sys.argv]),
+                    "environment": asdict(where),
+                    "rows": rows,
+                }
+                asked.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
