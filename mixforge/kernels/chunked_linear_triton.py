@@ -785,6 +785,11 @@ def gate_of(decay: Tensor | None) -> str:
     return "none" if decay is None else {1: "head", 3: "scalar", 4: "channel"}[decay.dim()]
 
 
+def is_hopper_half(dtype: torch.dtype) -> bool:
+    """Whether products of half precision are launched for Hopper, whose warps multiply in groups of four."""
+    return generation().startswith("sm_9") and dtype.itemsize == 2
+
+
 class Shape:
     """What every launch of one call has in common."""
 
@@ -833,6 +838,14 @@ class Shape:
         variant = f"{self.gate}, {'delta' if self.delta else 'add'}"
         found = choose(name, generation(), self.dtype, self.keys, self.values, variant)
         dims = {"BK": self.keys, "BV": self.values}
+        if (
+            name == "linear_gradients"
+            and self.gate != "channel"
+            and self.values > 32
+            and is_hopper_half(self.dtype)
+        ):
+            # Of 32 key channels beside wider values, Triton 3.6 makes wrong products there.
+            dims["BK"] = max(dims["BK"], 64)
         blocks = {name: min(found.blocks[name], padded(dims[name])) for name in used}
         return replace(found, blocks=blocks)
 

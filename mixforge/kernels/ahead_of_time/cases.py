@@ -296,6 +296,7 @@ def _cell(name: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
 _WIDE = {"B": 8, "T": 4096, "D": 2048}
 _ROWS = {"B": 64, "D": 2048}
 _PACKED = {"B": 1, "T": 32768, "H": 4, "G": 16, "K": 128, "V": 128, "N": 8, "N+1": 9}
+_NARROW = {"B": 8, "T": 4096, "H": 16, "G": 16, "K": 32}
 _WIDER = {"B": 2, "T": 4096, "H": 16, "G": 16, "K": 256, "V": 128}
 _STATES = {"B": 64, "H": 16, "G": 16, "K": 128, "V": 128}
 
@@ -305,6 +306,12 @@ CASES: tuple[Case, ...] = (
     *(_linear(variant, 256) for variant in ("scalar, delta", "channel, delta")),
     *(_linear("channel, delta", dim, torch.float32) for dim in (64, 128)),
     _linear("channel, delta", 128, torch.float16),
+    # Few key channels beside many of the values, of which compilers have made wrong code.
+    *(
+        _case("chunked_linear", variant, _chunked_linear, {**_NARROW, "V": values}, chunked_linear_reference)
+        for variant in ("none, add", "scalar, delta")
+        for values in (64, 128)
+    ),
     _case("packed linear", "scalar, delta", _packed_linear, _PACKED),
     _case("packed linear", "channel, add", _packed_linear, _PACKED),
     # States that no kernel holds.
