@@ -80,6 +80,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gram", Config({"BK": 64}), itemsize=2),
     Row("linear_gram", Config({"BK": 16}, warps=8), variant="channel"),
     Row("linear_gram", Config({"BK": 32}, warps=8)),
+    Row("linear_solve", Config(warps=2, stages=1), generation="sm_10"),
     Row("linear_solve", Config(warps=1, stages=1)),
     Row("linear_scan", Config({"BV": 32}), generation="sm_8", itemsize=2, key=128, variant="channel"),
     Row("linear_scan", Config({"BV": 32}, warps=8), generation="sm_10", itemsize=2, key=64),

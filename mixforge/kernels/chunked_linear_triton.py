@@ -670,13 +670,13 @@ def linear_gradients(
         d_CK += tl.where(last[:, None], along[None, :], 0.0)
         tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
     elif GATE != 0:
-        d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
         if GATE == 2:
+            d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
             tl.store(dlog + within * G, tl.cumsum(d_C, 0, reverse=True), mask=valid)
         else:
-            # The row s counts for itself and for all rows before it.
+            # A row counts for itself and for all rows before it.
             program = (block.to(tl.int64) * tl.num_programs(1) + chunk) * tl.num_programs(0) + bg
-            tl.store(dlog + program, tl.sum((within + 1) * d_C, 0))
+            tl.store(dlog + program, tl.sum((within + 1)[:, None] * d_CK) + count * held)
 
 
 @triton.jit
