@@ -82,6 +82,9 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gram", Config({"BK": 32}, warps=8)),
     Row("linear_solve", Config(warps=2, stages=1), generation="sm_10"),
     Row("linear_solve", Config(warps=1, stages=1)),
+    # With the output; where there is no such row, a kernel of its own makes that.
+    Row("linear_scan", Config({"BV": 16}), generation="cpu", variant="output"),
+    Row("linear_scan", Config({"BV": 64}), generation="sm_9", itemsize=2, key=128, variant="output"),
     Row("linear_scan", Config({"BV": 32}), generation="sm_8", itemsize=2, key=128, variant="channel"),
     Row("linear_scan", Config({"BV": 32}, warps=8), generation="sm_10", itemsize=2, key=64),
     Row("linear_scan", Config({"BV": 32}), generation="sm_10", itemsize=2, key=128),

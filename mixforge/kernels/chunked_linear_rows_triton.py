@@ -50,11 +50,17 @@ def sequence_place(n, cu, offsets, T, NC, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def row_scalings(log, sums, g, row, valid, within, last_row, count, G: tl.constexpr, GATE: tl.constexpr):
-    """Of scalar decays: factors of reading and writing, [C], and of keep."""
+def chunk_sums(log, sums, g, row, valid, within, last_row, count, G: tl.constexpr, GATE: tl.constexpr):
+    """Running sums [C] of scalar log decays in a chunk, and the last of them."""
     total = running_sums(log, sums, g, row, valid, within, G, GATE)
     if GATE == 1:
-        last = count * cut_log(tl.load(log + g).to(tl.float32))
+        return total, count * cut_log(tl.load(log + g).to(tl.float32))
     else:
-        last = tl.load(sums + last_row * G + g)
+        return total, tl.load(sums + last_row * G + g)
+
+
+@triton.jit
+def row_scalings(log, sums, g, row, valid, within, last_row, count, G: tl.constexpr, GATE: tl.constexpr):
+    """Of scalar decays: factors of reading and writing, [C], and of keep."""
+    total, last = chunk_sums(log, sums, g, row, valid, within, last_row, count, G, GATE)
     return tl.exp(total), tl.exp(tl.minimum(last - total, 0.0)), tl.exp(last)

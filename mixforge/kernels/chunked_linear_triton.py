@@ -8,7 +8,9 @@ gram, reading, writing and keep as in `chunk_gates`, and S0 the state before the
     linear_scan      U = M beta (V - reading(K) S0), or V under rule add; S1 = keep(S0) + writing(K)^T U
     linear_output    O = reading(Q) S0 + P U; P, where no stage before has made it
 
-and backwards, from dO and the gradient of the last state:
+Where it has programs enough to fill a device, `linear_scan` makes O as well, and P under rule add: U and the states, that
+`linear_output` would read, are then written for backward alone, and not at all without gradients. Backwards, from dO and
+the gradient of the last state:
 
     linear_scan_backward     dU = P^T dO + writing(K) dS1;  dX = M^T dU (dU under rule add);
                              dS0 = keep(dS1) + reading(Q)^T dO - reading(K)^T (beta dX)
@@ -46,9 +48,10 @@ from torch import Tensor
 
 from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import BeyondKernels
-from mixforge.kernels.blocks import ANY, Config, choose
+from mixforge.kernels.blocks import ANY, Config, ShapeClass, choose, rows_for
 from mixforge.kernels.chunked_linear_rows_triton import (
     chunk_place,
+    chunk_sums,
     cut_log,
     row_scalings,
     running_sums,
@@ -67,6 +70,8 @@ GATES = {"none": 0, "head": 1, "scalar": 2, "channel": 3}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Of one scan whose state stays in registers: float32 keys wider than 128 are beyond the shared memory of every device.
 MOST_KEYS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+# Programs, each of one head and 64 of the values, with which a scan fills a device: about its multiprocessors.
+ENOUGH = 128
 # Of a group, where there are more and the rule is add.
 GROUP = 128
 # Of one token.
@@ -276,11 +281,15 @@ def _store_row(
 
 @triton.jit(do_not_specialize=["T", "NC"])
 def linear_scan(
-    k_read, k_write, v, log, beta, sums, inverse, u, states, first_state, final_state, cu, offsets, T, NC,
+    q_read, pairs, o, k_read, k_write, v, log, beta, sums, inverse, u, states, first_state, final_state,
+    cu, offsets, T, NC,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr,
     VARLEN: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U and the state before each chunk, and the last state: one head of a sequence and a block of value channels."""
+    """U, the state before each chunk and the last: one head of a sequence and a block of value channels.
+
+    With q_read O as well, and P where no stage before has made it. What is None is not kept.
+    """
     ng, block = tl.program_id(0), tl.program_id(1)
     g = ng % G
     first, length, chunk = sequence_place(ng // G, cu, offsets, T, NC, VARLEN)
@@ -294,13 +303,16 @@ def linear_scan(
             tl.float32
         )
     for start in range(0, length, C):
-        tl.store(states + (chunk * G + g) * K * V + matrix, state.to(states.dtype.element_ty), mask=in_matrix)
-        valid = start + within < length
+        if states is not None:
+            before = states + (chunk * G + g) * K * V + matrix
+            tl.store(before, state.to(states.dtype.element_ty), mask=in_matrix)
+        count = tl.minimum(length - start, C).to(tl.int32)
+        valid = within < count
         row = first + start + within
-        count = tl.minimum(length - start, C)
         in_keys = valid[:, None] & (channel < K)[None, :]
         in_values = valid[:, None] & (value < V)[None, :]
         key_row = (row * H + g // (G // H))[:, None] * K + channel[None, :]
+        pair = (row * G + g)[:, None] * C + within[None, :]
         k_CK = tl.load(k_read + key_row, mask=in_keys, other=0.0)
         spot = (row * G + g)[:, None] * V + value[None, :]
         u_CV = tl.load(v + spot, mask=in_values, other=0.0)
@@ -309,30 +321,54 @@ def linear_scan(
             decay = cut_log(tl.load(log + row * G + g, mask=valid, other=0.0).to(tl.float32))
             total = tl.cumsum(decay, 0)
             last = tl.sum(tl.where(within == count - 1, total, 0.0), 0)
-            tl.store(sums + row * G + g, total, mask=valid & (block == 0))
-            write, keep = tl.exp(tl.minimum(last - total, 0.0)), tl.exp(last)
+            if sums is not None:
+                tl.store(sums + row * G + g, total, mask=valid & (block == 0))
         elif (GATE == 1) or (GATE == 2):
-            read, write, keep = row_scalings(
+            total, last = chunk_sums(
                 log, sums, g, row, valid, within, first + start + count - 1, count, G, GATE
             )
+        if q_read is not None:
+            q_CK = tl.load(q_read + key_row, mask=in_keys, other=0.0)
+            if DELTA or (GATE == 3):
+                p_CC = tl.load(pairs + pair, mask=valid[:, None], other=0.0)
+            else:
+                inner = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
+                # With the start, or a mask that is the same in all turns would be held in registers.
+                token = tl.cast(start, tl.int32) + within
+                causal = token[:, None] >= token[None, :]
+                if (GATE == 1) or (GATE == 2):
+                    inner *= tl.exp(
+                        tl.where(causal & valid[:, None], total[:, None] - total[None, :], float("-inf"))
+                    )
+                    p_CC = inner.to(q_CK.dtype)
+                else:
+                    p_CC = tl.where(causal, inner, 0.0).to(q_CK.dtype)
+                if pairs is not None:
+                    tl.store(pairs + pair, p_CC, mask=valid[:, None] & (block == 0))
+            o_CV = tl.dot(q_CK, state.to(q_CK.dtype), input_precision=PRECISION)
+            if (GATE == 1) or (GATE == 2):
+                o_CV *= tl.exp(total)[:, None]
         if DELTA:
             step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
-            m_CC = tl.load(
-                inverse + (row * G + g)[:, None] * C + within[None, :], mask=valid[:, None], other=0.0
-            )
+            m_CC = tl.load(inverse + pair, mask=valid[:, None], other=0.0)
             x_CV = tl.dot(k_CK, state.to(k_CK.dtype), input_precision=PRECISION)
             if (GATE == 1) or (GATE == 2):
-                x_CV *= read[:, None]
+                x_CV *= tl.exp(total)[:, None]
             x_CV = (step[:, None] * (u_CV.to(tl.float32) - x_CV)).to(k_CK.dtype)
             u_CV = tl.dot(m_CC, x_CV, input_precision=PRECISION).to(k_CK.dtype)
-            tl.store(u + spot, u_CV, mask=in_values)
+            if u is not None:
+                tl.store(u + spot, u_CV, mask=in_values)
+        if q_read is not None:
+            o_CV = tl.dot(p_CC, u_CV, o_CV, input_precision=PRECISION)
+            tl.store(o + spot, o_CV.to(o.dtype.element_ty), mask=in_values)
         if GATE == 3:
             k_CK = tl.load(k_write + key_row, mask=in_keys, other=0.0)
             last = (first + start + count - 1) * G + g
             state *= tl.exp(tl.load(sums + last * K + channel, mask=channel < K, other=0.0))[:, None]
         if (GATE == 1) or (GATE == 2):
+            write = tl.exp(tl.minimum(last - total, 0.0))
             u_CV = (u_CV.to(tl.float32) * write[:, None]).to(k_CK.dtype)
-            state *= keep
+            state *= tl.exp(last)
         state = tl.dot(tl.trans(k_CK), u_CV, state, input_precision=PRECISION)
         chunk += 1
     tl.store(final_state + ng.to(tl.int64) * K * V + matrix, state, mask=in_matrix)
@@ -506,7 +542,7 @@ def linear_gradients(
     VARLEN: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ and dK of one chunk and head, a block of key channels, with its part of dG and dbeta."""
+    """dQ and dK of one chunk and head, a block of key channels, with its part of dbeta, and of dG where it is wanted."""
     bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
     first, length, c, h = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
@@ -529,10 +565,12 @@ def linear_gradients(
     part = block.to(tl.int64) * rows * G + head
     if GATE == 3:
         sums += head * K
-        dlog += head * K
+        if dlog is not None:
+            dlog += head * K
     if GATE == 2:
         sums += base * G
-        dlog += part
+        if dlog is not None:
+            dlog += part
     if DELTA:
         beta += head
         dx += head * V
@@ -587,12 +625,14 @@ def linear_gradients(
             inner_CK = tl.where(inside, query_CK, 0.0).to(WIDE)
             column = tl.dot(tl.trans(dp_CC), inner_CK, input_precision=PRECISION)
             column_CK += right * column
-            d_CK -= written * column
+            if dlog is not None:
+                d_CK -= written * column
             if DELTA:
                 inner_CK = tl.where(inside, step_CK, 0.0).to(WIDE)
                 column = tl.dot(tl.trans(da_CC), inner_CK, input_precision=PRECISION)
                 column_CK += right * column
-                d_CK -= written * column
+                if dlog is not None:
+                    d_CK -= written * column
     dq_CK = tl.zeros([C, BK], tl.float32)
     dwrite_CK = tl.zeros([C, BK], tl.float32)
     z_CK = tl.zeros([C, BK], tl.float32)
@@ -612,10 +652,11 @@ def linear_gradients(
         s_VK, ds_VK = s_VK.to(do_CV.dtype), ds_VK.to(do_CV.dtype)
         dq_CK = tl.dot(do_CV, s_VK, dq_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(u_CV, ds_VK, dwrite_CK, input_precision=PRECISION)
-        if GATE == 3:
-            along += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32), 0)
-        if (GATE == 1) or (GATE == 2):
-            held += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32))
+        if dlog is not None:
+            if GATE == 3:
+                along += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32), 0)
+            else:
+                held += tl.sum(s_VK.to(tl.float32) * ds_VK.to(tl.float32))
         if DELTA:
             dx_CV = tl.load(dx + of_values, mask=in_values, other=0.0)
             z_CK = tl.dot(dx_CV, s_VK, z_CK, input_precision=PRECISION)
@@ -630,13 +671,15 @@ def linear_gradients(
         dq_CK *= read
         z_CK *= read
         dwrite_CK *= tl.exp(tl.minimum(last[None, :] - total, 0.0))
-        along = along * tl.exp(last) + tl.sum(k_CK * dwrite_CK, 0)
-        d_CK += _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
-        d_CK += _operand(q_CK * left, WIDE, PRECISION).to(tl.float32) * row_CK
+        if dlog is not None:
+            along = along * tl.exp(last) + tl.sum(k_CK * dwrite_CK, 0)
+            d_CK += _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
+            d_CK += _operand(q_CK * left, WIDE, PRECISION).to(tl.float32) * row_CK
         dq_CK += left * row_CK
         dwrite_CK += column_CK
         if DELTA:
-            d_CK += _operand(steps_CK.to(tl.float32) * left, WIDE, PRECISION).to(tl.float32) * step_row_CK
+            if dlog is not None:
+                d_CK += _operand(steps_CK.to(tl.float32) * left, WIDE, PRECISION).to(tl.float32) * step_row_CK
             z_CK += left * step_row_CK
     else:
         q_CK = tl.load(q + key_row, mask=in_keys, other=0.0)
@@ -647,7 +690,8 @@ def linear_gradients(
             dq_CK *= read[:, None]
             z_CK *= read[:, None]
             dwrite_CK *= write[:, None]
-            held = held * keep + tl.sum(k_CK.to(tl.float32) * dwrite_CK)
+            if dlog is not None:
+                held = held * keep + tl.sum(k_CK.to(tl.float32) * dwrite_CK)
         dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
         dq_CK = tl.dot(dp_CC, k_CK, dq_CK, input_precision=PRECISION)
         dwrite_CK = tl.dot(tl.trans(dp_CC), q_CK, dwrite_CK, input_precision=PRECISION)
@@ -655,7 +699,7 @@ def linear_gradients(
             da_CC = tl.load(dsystem + pair, mask=valid[:, None], other=0.0)
             dwrite_CK = tl.dot(tl.trans(da_CC), steps_CK, dwrite_CK, input_precision=PRECISION)
             z_CK = tl.dot(da_CC, k_CK, z_CK, input_precision=PRECISION)
-        if GATE != 0:
+        if dlog is not None:
             d_CK = _of_sums(q_CK, k_CK, steps_CK, dq_CK, dwrite_CK, z_CK, DELTA)
     tl.store(dq + spot, dq_CK.to(dq.dtype.element_ty), mask=in_keys)
     if DELTA:
@@ -665,12 +709,12 @@ def linear_gradients(
         tl.store(dbeta + within * G, dstep, mask=valid)
         dwrite_CK += z_CK * step[:, None]
     tl.store(dk + spot, dwrite_CK.to(dk.dtype.element_ty), mask=in_keys)
-    last = within == count - 1
-    if GATE == 3:
-        d_CK += tl.where(last[:, None], along[None, :], 0.0)
-        tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
-    elif GATE != 0:
-        if GATE == 2:
+    if dlog is not None:
+        last = within == count - 1
+        if GATE == 3:
+            d_CK += tl.where(last[:, None], along[None, :], 0.0)
+            tl.store(dlog + spot, tl.cumsum(d_CK, 0, reverse=True), mask=in_keys)
+        elif GATE == 2:
             d_C = tl.sum(d_CK, 1) + tl.where(last, held, 0.0)
             tl.store(dlog + within * G, tl.cumsum(d_C, 0, reverse=True), mask=valid)
         else:
@@ -713,15 +757,16 @@ def chunked_linear_triton(
     check_limits(q_BTHK, ANY)
     if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype] and beta_BTG is None:
         return by_groups_of_keys(q_BTHK, k_BTHK, v_BTGV, decay, state_BGKV, cu_seqlens)
-    o_BTGV, state, *_ = forward(
+    given = (
         q_BTHK,
         k_BTHK,
         v_BTGV,
         None if decay is None else decay.float(),
         None if beta_BTG is None else beta_BTG.float(),
         None if state_BGKV is None else state_BGKV.float(),
-        cu_seqlens,
     )
+    keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    o_BTGV, state, *_ = forward(*given, cu_seqlens, keeps)
     return o_BTGV, state
 
 
@@ -824,6 +869,10 @@ class Shape:
             ).contiguous()
         self.dtype = v.dtype
         self.is_wide = self.delta and self.keys > MOST_KEYS[v.dtype]
+        # Whether the scan makes O as well, so that no other kernel reads states and values again: where the table has
+        # blocks for it, and there are programs enough, since each of them goes from chunk to chunk.
+        programs = self.sequences * self.heads * -(-self.values // 64)
+        self.fuses = programs >= ENOUGH and not self.is_wide and self._has_blocks_with_output()
         # The scan goes on from what it stored.
         self.of_states = torch.float32 if self.is_wide else v.dtype
         # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
@@ -832,10 +881,19 @@ class Shape:
             self.wide = torch.float32
             self.wide_precision = "tf32" if generation().startswith("sm_") else "ieee"
 
+    def _has_blocks_with_output(self) -> bool:
+        wanted = ShapeClass("linear_scan", self.dtype, self.keys, self.values, f"output, {self.variant}")
+        return any(row.variant.startswith("output") for row in rows_for(wanted, generation()))
+
+    @property
+    def variant(self) -> str:
+        """Decay and rule."""
+        return f"{self.gate}, {'delta' if self.delta else 'add'}"
+
     def config(self, kernel: Any, used: tuple[str, ...]) -> Config:
         """Blocks of a kernel, no wider than the dims are."""
         name = kernel.fn.__name__
-        variant = f"{self.gate}, {'delta' if self.delta else 'add'}"
+        variant = f"output, {self.variant}" if kernel is linear_scan and self.fuses else self.variant
         found = choose(name, generation(), self.dtype, self.keys, self.values, variant)
         dims = {"BK": self.keys, "BV": self.values}
         if (
@@ -888,10 +946,11 @@ def forward_kernels(
     beta: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last state, and what backward needs: sums, scaled q and k, P, M, U and the states before the chunks.
 
-    What a rule or decay does not have is empty.
+    What a rule or decay does not have is empty, and all of it where it is not to be kept.
     """
     check_device(q=q, k=k, v=v, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -901,14 +960,18 @@ def forward_kernels(
     value, precision = {"V": shape.values}, dot_precision(shape.dtype)
     cells = (shape.batch, shape.length, shape.heads)
     scaled = [q.new_empty(*cells, shape.keys) for _ in range(3)] if shape.gate == "channel" else []
-    sums = q.new_empty(decay.shape, dtype=torch.float32) if shape.sums and decay is not None else None
-    pairs = q.new_empty(*cells, CHUNK)
+    # What a later kernel reads.
+    has_later = keeps or not shape.fuses
+    has_sums = shape.sums and (has_later or shape.has_gram)
+    sums = q.new_empty(decay.shape, dtype=torch.float32) if has_sums and decay is not None else None
+    pairs = q.new_empty(*cells, CHUNK) if has_later or shape.has_gram else None
     system = q.new_empty(*cells, CHUNK, dtype=torch.float32) if shape.delta else None
     inverse = q.new_empty(*cells, CHUNK) if shape.delta else None
-    u = torch.empty_like(v) if shape.delta else None
-    states = q.new_empty(
-        shape.chunks * shape.batch, shape.heads, shape.keys, shape.values, dtype=shape.of_states
-    )
+    u = torch.empty_like(v) if shape.delta and has_later else None
+    states = None
+    if has_later:
+        of_states = (shape.chunks * shape.batch, shape.heads, shape.keys, shape.values)
+        states = q.new_empty(of_states, dtype=shape.of_states)
     final = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     o = torch.empty_like(v)
     each_chunk = (shape.batch * shape.heads, shape.chunks)
@@ -923,18 +986,20 @@ def forward_kernels(
         shape.run(linear_solve, each_chunk, system, inverse, SUB=BLOCK, PRECISION=solve)
     q_read, k_read, k_write = scaled or (q, k, k)
     kernel, blocks, how = shape.scan(linear_scan, linear_scan_wide)
+    output = () if shape.is_wide else (q_read, pairs, o) if shape.fuses else (None, None, None)
     shape.run(
-        kernel, shape.of_scan(kernel, blocks),
+        kernel, shape.of_scan(kernel, blocks), *output,
         k_read, k_write, v, decay, beta, sums, inverse, u, states, state, final, blocks=blocks,
         **common, **value, **how, H=shape.read_heads, PRECISION=precision,
     )  # fmt: skip
-    wide = shape.config(linear_output, ("BK", "BV")).blocks["BV"]
-    shape.run(
-        linear_output, (*each_chunk, -(-shape.values // wide)),
-        q_read, k, decay, sums, pairs, v if u is None else u, states, o, blocks=("BK", "BV"),
-        **common, **value, H=shape.read_heads, GRAM=not shape.has_gram, PRECISION=precision,
-    )  # fmt: skip
-    kept = (sums, *(scaled or (None, None, None)), pairs, inverse, u, states)
+    if not shape.fuses:
+        wide = shape.config(linear_output, ("BK", "BV")).blocks["BV"]
+        shape.run(
+            linear_output, (*each_chunk, -(-shape.values // wide)),
+            q_read, k, decay, sums, pairs, v if u is None else u, states, o, blocks=("BK", "BV"),
+            **common, **value, H=shape.read_heads, GRAM=not shape.has_gram, PRECISION=precision,
+        )  # fmt: skip
+    kept = (sums, *(scaled or (None, None, None)), pairs, inverse, u, states) if keeps else (None,) * 8
     # An operation of torch returns tensors: what there is not is empty.
     return o, final, *(_or_empty(q, x) for x in kept)  # type: ignore[return-value]
 
@@ -956,10 +1021,11 @@ def backward_kernels(
     states: Tensor,
     do: Tensor,
     dfinal: Tensor | None,
+    of_decay: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, decay, beta and the first state, from those of o and the last state.
 
-    What has none is empty.
+    What has none is empty; that of the decay also where it is not wanted, as of constants.
     """
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
     decay, beta, dfinal = (None if x is None else x.contiguous() for x in (decay, beta, dfinal))
@@ -996,7 +1062,7 @@ def backward_kernels(
     dq = q.new_empty(*cells, shape.keys, dtype=torch.float32 if is_shared else q.dtype)
     dk = torch.empty_like(dq)
     dlog = None
-    if shape.gate != "none":
+    if shape.gate != "none" and of_decay:
         of_log = {
             "head": (parts, shape.chunks, shape.batch, shape.heads),
             "scalar": (parts, *cells),
@@ -1046,19 +1112,20 @@ def _(*args: Any) -> Any:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, decay, beta, _, cu_seqlens = inputs
+    q, k, v, decay, beta, _, cu_seqlens, _ = inputs
     ctx.save_for_backward(q, k, v, decay, beta, cu_seqlens, *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     do, dfinal = grads[:2]
-    v, decay, beta = ctx.saved_tensors[2:5]
+    v, beta = ctx.saved_tensors[2], ctx.saved_tensors[4]
     do = torch.zeros_like(v) if do is None else do
-    dq, dk, dv, dlog, dbeta, dfirst = backward(*ctx.saved_tensors, do, dfinal)
+    of_decay = ctx.needs_input_grad[3]
+    dq, dk, dv, dlog, dbeta, dfirst = backward(*ctx.saved_tensors, do, dfinal, of_decay)
     return (
-        dq, dk, dv, None if decay is None else dlog, None if beta is None else dbeta,
-        dfirst if ctx.needs_input_grad[5] else None, None,
+        dq, dk, dv, dlog if of_decay else None, None if beta is None else dbeta,
+        dfirst if ctx.needs_input_grad[5] else None, None, None,
     )  # fmt: skip
 
 

@@ -19,16 +19,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def draw(
-    decay: str, rule: str, length: int, dim: int, dtype: torch.dtype, values: int | None = None
+    decay: str,
+    rule: str,
+    length: int,
+    dim: int,
+    dtype: torch.dtype,
+    values: int | None = None,
+    batch: int = 2,
 ) -> list[Tensor | None]:
     values = values or dim
     dice = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, length, 2, dim, generator=dice) for _ in range(2))
-    v = torch.randn(2, length, 4, values, generator=dice)
+    q, k = (torch.randn(batch, length, 2, dim, generator=dice) for _ in range(2))
+    v = torch.randn(batch, length, 4, values, generator=dice)
     shapes = {"head": (4,), "scalar": v.shape[:3], "channel": (*v.shape[:3], dim)}
     g = None if decay == "none" else -torch.rand(shapes[decay], generator=dice).cuda()
     beta = 2 * torch.rand(v.shape[:3], generator=dice).cuda() if rule == "delta" else None
-    state = torch.randn(2, 4, dim, values, generator=dice).cuda()
+    state = torch.randn(batch, 4, dim, values, generator=dice).cuda()
     unit = torch.nn.functional.normalize
     q, k, v = (x.cuda().to(dtype) for x in (q * dim**-0.5, unit(k, dim=-1), v))
     return [q, k, v, g, beta, state]
@@ -60,6 +66,25 @@ def test_as_good_as_torch_with_values_wider_than_keys(
     forms = (chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
     least = 1e-5 if dtype == torch.float32 and decay == "head" else None
     assert_as_good(*forms, draw(decay, rule, 100, 32, dtype, values), least)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", ["add", "delta"])
+@pytest.mark.parametrize(("length", "dim", "values"), [(130, 64, 64), (200, 128, 100), (65, 32, 128)])
+def test_as_good_as_torch_where_heads_fill_the_device(
+    length: int, dim: int, values: int, rule: str, decay: str, dtype: torch.dtype
+) -> None:
+    """The scan then makes the output, and without gradients keeps nothing."""
+    from mixforge.kernels.chunked_linear_triton import ENOUGH, chunked_linear_triton
+
+    inputs = draw(decay, rule, length, dim, dtype, values, batch=ENOUGH // 4)
+    least = 1e-5 if dtype == torch.float32 and decay == "head" else None
+    assert_as_good(chunked_linear_triton, chunked_linear_torch, chunked_linear_reference, inputs, least)
+    kept = chunked_linear_triton(*(None if x is None else x.requires_grad_() for x in inputs))
+    with torch.no_grad():
+        for alone, beside in zip(chunked_linear_triton(*inputs), kept, strict=True):
+            torch.testing.assert_close(alone, beside, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

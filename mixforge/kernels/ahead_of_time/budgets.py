@@ -78,7 +78,7 @@ _THREE = "a product of float32 is three of TF32, whose parts are in registers to
 # Every other kernel may use none.
 STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_gram", "sm_80", 64, _TF32),
-    StackBudget("linear_scan", "sm_", 32, _FEW),
+    StackBudget("linear_scan", "sm_", 64, _FEW),
     StackBudget("linear_scan_backward", "sm_80", 8, _OLDER),
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
     StackBudget("dplr_pairs_backward", "sm_100", 8, _OLDER),

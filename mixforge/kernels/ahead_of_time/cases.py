@@ -63,6 +63,17 @@ def _chunked_linear(case: Case) -> Call:
     )
 
 
+def _linear_of_constants(case: Case) -> Call:
+    """Decays that get no gradient."""
+    function, (q, k, v, log, beta) = _chunked_linear(case)
+    return function, (q, k, v, log.detach(), beta)
+
+
+def _linear_inference(case: Case) -> Call:
+    function, given = _chunked_linear(case)
+    return function, tuple(None if x is None else x.detach() for x in given)
+
+
 def _packed_linear(case: Case) -> Call:
     """Sequences one after the other, with states before them; fewer heads of keys than of values."""
     function, given = _chunked_linear(case)
@@ -296,6 +307,9 @@ def _cell(name: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
 _WIDE = {"B": 8, "T": 4096, "D": 2048}
 _ROWS = {"B": 64, "D": 2048}
 _PACKED = {"B": 1, "T": 32768, "H": 4, "G": 16, "K": 128, "V": 128, "N": 8, "N+1": 9}
+_LONG = {"B": 1, "T": 32768, "H": 32, "G": 32, "K": 128, "V": 128}
+_SHORT = {**_LONG, "B": 8, "T": 4096}
+_FOUR = ("none, add", "scalar, add", "scalar, delta", "channel, delta")
 _NARROW = {"B": 8, "T": 4096, "H": 16, "G": 16, "K": 32}
 _WIDER = {"B": 2, "T": 4096, "H": 16, "G": 16, "K": 256, "V": 128}
 _STATES = {"B": 64, "H": 16, "G": 16, "K": 128, "V": 128}
@@ -311,6 +325,10 @@ CASES: tuple[Case, ...] = (
         _case("chunked_linear", variant, _chunked_linear, {**_NARROW, "V": values}, chunked_linear_reference)
         for variant, values in (("none, add", 128), ("scalar, delta", 64))
     ),
+    # So few programs that the output is made by a kernel of its own, and so many that nothing is kept for it.
+    *(_case("long linear", variant, _chunked_linear, _LONG, chunked_linear_reference) for variant in _FOUR),
+    *(_case("linear inference", variant, _linear_inference, _SHORT) for variant in _FOUR),
+    _case("linear of constants", "head, add", _linear_of_constants, _SHORT),
     _case("packed linear", "scalar, delta", _packed_linear, _PACKED),
     _case("packed linear", "channel, add", _packed_linear, _PACKED),
     # States that no kernel holds.
@@ -376,6 +394,7 @@ CASES: tuple[Case, ...] = (
 # What asks most of a compiler, and launches every kernel.
 _HARDEST = (
     ("chunked_linear", "channel, delta"),
+    ("long linear", "channel, delta"),
     ("linear decode", "channel, delta"),
     ("wide linear", "channel, delta"),
     ("linear step", "channel, delta"),

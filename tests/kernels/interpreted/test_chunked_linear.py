@@ -57,6 +57,25 @@ def test_equals_the_recurrence(decay: str, rule: str, length: int) -> None:
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", [13, 64, 130])
+def test_a_scan_that_makes_the_output(
+    decay: str, rule: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are programs enough; three value heads to a key head, more than one block of values."""
+    monkeypatch.setattr(chunked_linear_triton, "ENOUGH", 1)
+    inputs = draw(decay, rule, length, batch=2, value_heads=3, key_dim=24, value_dim=33)
+    assert_agree(run, chunked_linear_reference, inputs, RATIO, gradient_3=OF_DECAY)
+    with torch.no_grad():
+        for found, expected in zip(run(*inputs), chunked_linear_reference(*inputs), strict=True):
+            assert_close("without gradients", found, expected)
+    bounds = torch.tensor([0, 5, length - 5, length])
+    forms = [partial(form, cu_seqlens=bounds) for form in (run, chunked_linear_reference)]
+    inputs = draw(decay, rule, length, sequences=3, value_heads=2)
+    assert_agree(*forms, inputs, RATIO, gradient_3=OF_DECAY)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
 def test_equals_the_recurrence_with_odd_sizes(decay: str, rule: str) -> None:
     """Three value heads to a key head, a batch of 3, dims that are no powers of two and more than one block."""
     inputs = draw(decay, rule, 70, batch=3, key_heads=1, value_heads=3, key_dim=24, value_dim=33)
@@ -108,7 +127,7 @@ def test_step_over_wide_keys(decay: str, keys: int) -> None:
     assert_close("state", state, after)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(chunked_linear_triton.one_step, (*given, state), test_utils=checks)
-    torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None), test_utils=checks)
+    torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None, True), test_utils=checks)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -118,6 +137,20 @@ def test_packed_sequences_do_not_see_one_another(decay: str, rule: str) -> None:
     inputs = draw(decay, rule, 90, sequences=3, value_heads=2)
     forms = [partial(form, cu_seqlens=bounds) for form in (run, chunked_linear_reference)]
     assert_agree(*forms, inputs, RATIO, gradient_3=OF_DECAY)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("decay", ["head", "scalar", "channel"])
+def test_decays_that_are_constants(decay: str, rule: str) -> None:
+    """They get no gradient, and the others the same."""
+    inputs = draw(decay, rule, 70, key_heads=1, value_heads=2, key_dim=24)
+    given = [x if x is None else x.requires_grad_() for x in inputs]
+    wanted = [x for i, x in enumerate(given) if i != 3 and x is not None]
+    expected = torch.autograd.grad(run(*given)[0].sum(), wanted)
+    constant = [x.detach() if i == 3 else x for i, x in enumerate(given)]
+    actual = torch.autograd.grad(run(*constant)[0].sum(), wanted)
+    for found, right in zip(actual, expected, strict=True):
+        assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -217,8 +250,8 @@ def test_step_gives_gradients_where_they_are_wanted() -> None:
 def test_registered_with_torch(decay: str, rule: str) -> None:
     inputs = [x if x is None else x.requires_grad_() for x in draw(decay, rule, 20)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None), test_utils=checks)
-    packed = (*draw(decay, rule, 20, sequences=2), torch.tensor([0, 7, 20]))
+    torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None, True), test_utils=checks)
+    packed = (*draw(decay, rule, 20, sequences=2), torch.tensor([0, 7, 20]), False)
     torch.library.opcheck(chunked_linear_triton.forward, packed, test_utils=checks)
     q, k, v, now, beta, state = (x if x is None else x.detach() for x in inputs)
     q, k, v, beta = (x if x is None else x[:, 0] for x in (q, k, v, beta))
@@ -234,14 +267,23 @@ def test_compiles_as_one_graph() -> None:
 
 
 def test_launches() -> None:
-    """A call is two launches, four with a system to solve, and three backwards."""
-    for rule, expected in (("add", 2), ("delta", 4)):
-        with recording("sm_90") as recorded:
-            inputs = [None if x is None else x.to("meta") for x in draw("scalar", rule, 130)]
-            o, last, *kept = chunked_linear_triton.forward_kernels(*inputs, None)
+    """A call is two launches, four with a system to solve, and three backwards; one less where the scan makes O."""
+    for rule, target, batch, expected in (
+        ("add", "sm_90", 1, 2),
+        ("delta", "sm_90", 1, 4),
+        ("add", "sm_90", 128, 1),
+        ("delta", "sm_90", 128, 3),
+        ("delta", "sm_80", 128, 4),
+    ):
+        with recording(target) as recorded:
+            drawn = [None if x is None else x.to("meta") for x in draw("scalar", rule, 130, batch=batch)]
+            inputs = [x if x is None or i in (3, 4, 5) else x.bfloat16() for i, x in enumerate(drawn)]
+            o, last, *kept = chunked_linear_triton.forward_kernels(*inputs, None, True)
             assert len(recorded.launches) == expected
             chunked_linear_triton.backward_kernels(*inputs[:5], None, *kept, o, last)
             assert len(recorded.launches) == expected + 3
+            none = chunked_linear_triton.forward_kernels(*inputs, None, False)[2:]
+            assert [x.numel() for x in none] == [0] * 8
 
 
 def test_bad_input() -> None:
