@@ -68,7 +68,26 @@ class Row:
 # Those for the interpreter cut few columns into several blocks; more of them take the blocks of a device.
 TABLE: tuple[Row, ...] = (
     # chunked_linear; float32 operands, as three products of TF32, take twice the room
-    # Triton 3.6 cannot overlap the steps of its loop there: the compiler stops.
+    # One turn or few: what a turn holds fills the registers, and Triton 3.6 cannot overlap two of them on Blackwell.
+    *(
+        Row(
+            "linear_gram",
+            Config({"BK": channels}, warps=warps, stages=1),
+            generation="sm_9",
+            itemsize=2,
+            key=key,
+            variant=f"channel, {rule}",
+        )
+        for rule, key, channels, warps in (
+            ("add", 32, 32, 4),
+            ("add", 64, 64, 8),
+            ("add", ANY, 32, 8),
+            ("delta", 32, 32, 8),
+            ("delta", 64, 64, 16),
+            ("delta", 128, 128, 16),
+            ("delta", ANY, 64, 16),
+        )
+    ),
     Row(
         "linear_gram",
         Config({"BK": 32}, warps=8, stages=1),
@@ -76,15 +95,37 @@ TABLE: tuple[Row, ...] = (
         itemsize=2,
         variant="channel",
     ),
-    Row("linear_gram", Config({"BK": 32}), itemsize=2, variant="channel"),
+    Row("linear_gram", Config({"BK": 32}, stages=1), generation="gfx", itemsize=2, variant="channel"),
+    Row("linear_gram", Config({"BK": 16}, warps=8, stages=1), variant="channel"),
     Row("linear_gram", Config({"BK": 64}), itemsize=2),
-    Row("linear_gram", Config({"BK": 16}, warps=8), variant="channel"),
     Row("linear_gram", Config({"BK": 32}, warps=8)),
     Row("linear_solve", Config(warps=2, stages=1), generation="sm_10"),
     Row("linear_solve", Config(warps=1, stages=1)),
     # With the output; where there is no such row, a kernel of its own makes that.
     Row("linear_scan", Config({"BV": 16}), generation="cpu", variant="output"),
-    Row("linear_scan", Config({"BV": 64}), generation="sm_9", itemsize=2, key=128, variant="output"),
+    Row(
+        "linear_scan",
+        Config({"BV": 32}, stages=3),
+        generation="sm_9",
+        itemsize=2,
+        key=32,
+        value=32,
+        variant="output",
+    ),
+    Row("linear_scan", Config({"BV": 64}), generation="sm_9", itemsize=2, key=64, variant="output"),
+    # Decays of wider keys gain nothing: a chunk's three operands of keys fill the shared memory of a multiprocessor.
+    *(
+        Row(
+            "linear_scan",
+            Config({"BV": 64}, stages=3 if rule == "delta" else 2),
+            generation="sm_9",
+            itemsize=2,
+            key=128,
+            variant=f"output, {decay}, {rule}",
+        )
+        for decay in ("none", "head", "scalar")
+        for rule in ("add", "delta")
+    ),
     Row("linear_scan", Config({"BV": 32}), generation="sm_8", itemsize=2, key=128, variant="channel"),
     Row("linear_scan", Config({"BV": 32}, warps=8), generation="sm_10", itemsize=2, key=64),
     Row("linear_scan", Config({"BV": 32}), generation="sm_10", itemsize=2, key=128),

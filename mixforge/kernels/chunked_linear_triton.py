@@ -90,56 +90,82 @@ def linear_gram(
     g = bg % G
     first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
     within = tl.arange(0, C)
-    valid = c * C + within < length
-    row = first + c * C + within
-    key_row = (row * H + g // (G // H)) * K
+    # Places count from the chunk's first row: numbers of 64 bits for each element would fill the registers.
+    base = first + c * C
+    count = tl.maximum(tl.minimum(length - c * C, C), 0).to(tl.int32)
+    valid = within < count
+    last_row = tl.maximum(count, 1) - 1
+    head = base * G + g
+    q += (base * H + g // (G // H)) * K
+    k += (base * H + g // (G // H)) * K
+    pairs += head * C
+    if GATE == 3:
+        log += head * K
+        sums += head * K
+        q_read += head * K
+        k_read += head * K
+        k_write += head * K
+    if GATE == 2:
+        log += head
+        sums += base * G
     inner = tl.zeros([C, C], tl.float32)
     keys = tl.zeros([C, C], tl.float32)
+    # Products of float32 hold so much that those of keys take a turn of their own.
+    APART: tl.constexpr = DELTA and (GATE == 3) and (WIDE == tl.float32)
     for start in range(0, K, BK):
         channel = start + tl.arange(0, BK)
         mask = valid[:, None] & (channel < K)[None, :]
-        q_CK = tl.load(q + key_row[:, None] + channel[None, :], mask=mask, other=0.0)
-        k_CK = tl.load(k + key_row[:, None] + channel[None, :], mask=mask, other=0.0)
+        key_row = (within * (H * K))[:, None] + channel[None, :]
+        q_CK = tl.load(q + key_row, mask=mask, other=0.0)
+        k_CK = tl.load(k + key_row, mask=mask, other=0.0)
         if GATE == 3:
-            spot = (row * G + g)[:, None] * K + channel[None, :]
+            spot = (within * (G * K))[:, None] + channel[None, :]
             total = tl.cumsum(tl.load(log + spot, mask=mask, other=0.0).to(tl.float32), 0)
             tl.store(sums + spot, total, mask=mask)
-            last = tl.sum(tl.where((within == tl.minimum(length - c * C, C) - 1)[:, None], total, 0.0), 0)
+            # Single rows of the sums are read again: a sum over rows, of which one counts, takes longer.
+            tl.debug_barrier()
+            last = tl.load(sums + last_row * (G * K) + channel, mask=channel < K, other=0.0)
             read = tl.exp(total)
             dtype = q_read.dtype.element_ty
             tl.store(q_read + spot, (q_CK.to(tl.float32) * read).to(dtype), mask=mask)
             tl.store(k_read + spot, (k_CK.to(tl.float32) * read).to(dtype), mask=mask)
             write = tl.exp(tl.minimum(last[None, :] - total, 0.0))
             tl.store(k_write + spot, (k_CK.to(tl.float32) * write).to(dtype), mask=mask)
-            for block in range(0, C, SUB):
-                left, right = _anchored(total, within, block, SUB)
-                right = _operand(k_CK.to(tl.float32) * right, WIDE, PRECISION)
-                query_CK = _operand(q_CK.to(tl.float32) * left, WIDE, PRECISION)
-                inner = tl.dot(query_CK, tl.trans(right), inner, input_precision=PRECISION)
-                if DELTA:
-                    step_CK = _operand(k_CK.to(tl.float32) * left, WIDE, PRECISION)
-                    keys = tl.dot(step_CK, tl.trans(right), keys, input_precision=PRECISION)
+            anchors = _anchors(sums, within, last_row, channel, G, K, SUB)
+            # From another number in each turn, or masks of pairs that are the same in all would be held in registers.
+            number = within + 2 * start
+            inner += _pairs(q_CK, k_CK, total, anchors, number, SUB, WIDE, PRECISION)
+            if DELTA and not APART:
+                keys += _pairs(k_CK, k_CK, total, anchors, number, SUB, WIDE, PRECISION)
         else:
             inner = tl.dot(q_CK, tl.trans(k_CK), inner, input_precision=PRECISION)
             if DELTA:
                 keys = tl.dot(k_CK, tl.trans(k_CK), keys, input_precision=PRECISION)
+    if APART:
+        for start in range(0, K, BK):
+            channel = start + tl.arange(0, BK)
+            mask = valid[:, None] & (channel < K)[None, :]
+            k_CK = tl.load(k + (within * (H * K))[:, None] + channel[None, :], mask=mask, other=0.0)
+            total = tl.load(sums + (within * (G * K))[:, None] + channel[None, :], mask=mask, other=0.0)
+            anchors = _anchors(sums, within, last_row, channel, G, K, SUB)
+            keys += _pairs(k_CK, k_CK, total, anchors, within + 2 * start, SUB, WIDE, PRECISION)
     causal = within[:, None] >= within[None, :]
     if GATE == 2:
-        decay = tl.load(log + row * G + g, mask=valid, other=0.0).to(tl.float32)
+        decay = tl.load(log + within * G, mask=valid, other=0.0).to(tl.float32)
         total = tl.cumsum(cut_log(decay), 0)
-        tl.store(sums + row * G + g, total, mask=valid)
+        tl.store(sums + within * G + g, total, mask=valid)
     if GATE == 1:
-        total = running_sums(log, sums, g, row, valid, within, G, GATE)
+        total = running_sums(log, sums, g, within, valid, within, G, GATE)
     if (GATE == 1) or (GATE == 2):
         weight = _weight(total, causal & valid[:, None])
         inner *= weight
         keys *= weight
-    place = (row * G + g)[:, None] * C + within[None, :]
+    place = (within * (G * C))[:, None] + within[None, :]
     tl.store(pairs + place, tl.where(causal, inner, 0.0).to(pairs.dtype.element_ty), mask=valid[:, None])
     if DELTA:
-        step = tl.load(beta + row * G + g, mask=valid, other=0.0).to(tl.float32)
+        step = tl.load(beta + head + within * G, mask=valid, other=0.0).to(tl.float32)
         below = within[:, None] > within[None, :]
-        tl.store(system + place, tl.where(below, step[:, None] * keys, 0.0), mask=valid[:, None])
+        tl.store(system + head * C + place, tl.where(below, step[:, None] * keys, 0.0), mask=valid[:, None])
 
 
 @triton.jit
@@ -149,16 +175,46 @@ def _weight(total, pairs):
 
 
 @triton.jit
-def _anchored(total, within, block, SUB: tl.constexpr):
-    """Powers e^(G_i - a) of the rows of a block and e^(a - G_j) of those up to its end, a in its first row; others 0."""
-    anchor = tl.sum(tl.where((within == block)[:, None], total, 0.0), 0)
-    inside = ((within >= block) & (within < block + SUB))[:, None]
-    before = (within < block + SUB)[:, None]
-    offset = total - anchor[None, :]
-    # Rows beyond the sequence may have a sum of 0: they are cut, and what they scale is 0.
-    left = tl.where(inside, tl.exp(tl.where(inside, tl.minimum(offset, 0.0), 0.0)), 0.0)
-    right = tl.where(before, tl.exp(tl.where(before, tl.minimum(-offset, 80.0), 0.0)), 0.0)
-    return left, right
+def _anchors(sums, within, last_row, channel, G: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr):
+    """Sums [C, BK] that a row's powers start from: in the first rows of the chunk's second half, of the second block of
+    its half, and of its own block. They are read again: a sum over rows of which one counts would take longer."""
+    middle = tl.minimum(within * 0 + 2 * SUB, last_row)
+    second = tl.minimum(within // (2 * SUB) * (2 * SUB) + SUB, last_row)
+    block = tl.minimum(within // SUB * SUB, last_row)
+    return (
+        _rows_of(sums, middle, channel, G, K),
+        _rows_of(sums, second, channel, G, K),
+        _rows_of(sums, block, channel, G, K),
+    )
+
+
+@triton.jit
+def _rows_of(sums, row, channel, G: tl.constexpr, K: tl.constexpr):
+    place = (row * (G * K))[:, None] + channel[None, :]
+    return tl.load(sums + place, mask=(channel < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _pairs(
+    x, k, total, anchors, number, SUB: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Sums over channels of x_i e^(G_i - G_j) k_j for the pairs i >= j of a chunk, [C, C]; those above are anything.
+
+    Pairs of two halves of the chunk take powers from the second half's first row, pairs of two blocks of a half from the
+    second block's: all are at most 1. Pairs of one block take two, from its first row, and others may overflow there.
+    """
+    middle, second, block = anchors
+    x, k = x.to(tl.float32), k.to(tl.float32)
+    power = tl.exp(-tl.abs(total - middle))
+    far_x, far_k = _operand(x * power, WIDE, PRECISION), _operand(k * power, WIDE, PRECISION)
+    power = tl.exp(-tl.abs(total - second))
+    near_x, near_k = _operand(x * power, WIDE, PRECISION), _operand(k * power, WIDE, PRECISION)
+    own_x = _operand(x * tl.exp(tl.minimum(total - block, 0.0)), WIDE, PRECISION)
+    own_k = _operand(k * tl.exp(tl.minimum(block - total, 80.0)), WIDE, PRECISION)
+    apart = number[:, None] ^ number[None, :]
+    made = tl.dot(far_x, tl.trans(far_k), input_precision=PRECISION)
+    made = tl.where(apart < 2 * SUB, tl.dot(near_x, tl.trans(near_k), input_precision=PRECISION), made)
+    return tl.where(apart < SUB, tl.dot(own_x, tl.trans(own_k), input_precision=PRECISION), made)
 
 
 @triton.jit
@@ -894,7 +950,9 @@ class Shape:
         """Blocks of a kernel, no wider than the dims are."""
         name = kernel.fn.__name__
         variant = f"output, {self.variant}" if kernel is linear_scan and self.fuses else self.variant
-        found = choose(name, generation(), self.dtype, self.keys, self.values, variant)
+        # Of decays per channel, linear_gram multiplies what their powers have scaled.
+        dtype = self.wide if kernel is linear_gram else self.dtype
+        found = choose(name, generation(), dtype, self.keys, self.values, variant)
         dims = {"BK": self.keys, "BV": self.values}
         if (
             name == "linear_gradients"
