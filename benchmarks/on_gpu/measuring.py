@@ -91,7 +91,9 @@ def wrong(
 ) -> str | None:
     """What differs from the reference form in float64 on a shorter input of the same heads; None where nothing does."""
     length = MATRIX_LENGTH if case.op in MATRIX_STATES else CHECKED_LENGTH
-    size = Size(2, 1 if case.is_step else length, case.size.heads, case.size.dim)
+    # The linear family chooses its kernels by how many heads there are in all.
+    batch = case.size.batch if case.op == "linear" else 2
+    size = Size(batch, 1 if case.is_step else length, case.size.heads, case.size.dim)
     torch.manual_seed(0)
     given = case.draw(size, device, dtype)
     exact = tuple(None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in given)

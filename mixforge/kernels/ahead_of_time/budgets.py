@@ -87,6 +87,7 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_gradients", "sm_", 16, _FEW),
     StackBudget("linear_decode", "sm_", 96, _OLDER),
     StackBudget("selective_backward", "sm_", 32, _OLDER),
+    StackBudget("linear_gram", "sm_", 16, _OLDER, is_wide=True),
     StackBudget("linear_scan", "sm_", 1536, _THREE, is_wide=True),
     StackBudget("linear_scan_backward", "sm_", 1536, _THREE, is_wide=True),
     StackBudget("linear_gradients", "sm_", 256, _THREE, is_wide=True),
