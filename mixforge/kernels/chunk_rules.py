@@ -177,7 +177,8 @@ class DeltaForward(Forward):
         self.q, self.k, self.w, self.x = space(q), space(q), space(q), space(v)
         self.q_, self.k_, self.w_, self.x_ = (matrices(z) for z in (self.q, self.k, self.w, self.x))
         self.chunks = by_chunk(len(q), self.k_, self.w_.mT, self.x_)
-        self.unit = torch.eye(q.shape[4], dtype=q.dtype, device=q.device)
+        # Of columns, as the solver has its right hand side: it would turn every copy of these by itself.
+        self.unit = torch.eye(q.shape[4], dtype=q.dtype, device=q.device).mT
         self.keys = q.new_empty(len(self.w_), *self.unit.shape)
 
     def run(
@@ -458,6 +459,8 @@ def cut(x: Tensor | None, size: int) -> Tensor | None:
 def slabs(of_all: Sequence[Tensor | None], count: int) -> list[tuple[Any, ...]]:
     """Views of [C, *], at most `count` chunks in each slab."""
     total = next(len(x) for x in of_all if x is not None)
+    if total <= count:
+        return [tuple(of_all)]
     return [tuple(None if x is None else x[i : i + count] for x in of_all) for i in range(0, total, count)]
 
 
