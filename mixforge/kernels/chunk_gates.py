@@ -78,14 +78,14 @@ class Gates(ABC):
         """The state before the first chunk, as the chunk reads it. May return the state itself."""
 
     @abstractmethod
-    def keeps(self, chunks: int) -> Sequence[Tensor | None]:
-        """For each chunk, the factor of the state over all of it, [B, G, K or 1, 1]; None for one."""
+    def keeps(self, states: Tensor) -> Sequence[Tensor | None]:
+        """For each chunk, the factor of its state [B * G, K, V], [B * G, K or 1, 1]; None for one."""
 
     @abstractmethod
-    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        """Fills `out` with the gradient of the log decays. Uses `rows` and `dstates` up.
+    def log_grad(self, along: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        """Fills `out` with the gradient of the log decays. Uses `along` and `dstates` up.
 
-        From x * dx of rows and of columns, which may be summed over channels that have one decay, and the states.
+        From x * dx of all rows less that of columns, which may be summed over channels that have one decay.
         """
 
 
@@ -117,10 +117,10 @@ class PlainGates(Gates):
     def enter(self, state: Tensor) -> Tensor:
         return state
 
-    def keeps(self, chunks: int) -> Sequence[Tensor | None]:
-        return [None] * chunks
+    def keeps(self, states: Tensor) -> Sequence[Tensor | None]:
+        return [None] * (len(states) - 1)
 
-    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+    def log_grad(self, along: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         raise AssertionError("there is no decay to have a gradient")
 
 
@@ -143,7 +143,9 @@ class ScalarGates(Gates):
         pairs -= low.mT
         write = (total[..., -1:, :] - total).clamp_(min=FLOOR).exp_().to(log.dtype)
         read = total.clamp_(min=FLOOR).exp_().to(log.dtype)
-        return pairs.clamp_(FLOOR, 0).exp_().tril_(), read, write, read[:, :, :, 0, -1:].clone()
+        # A product with ones takes a third of the time of `tril_`, and no power is infinite.
+        below = log.new_ones(pairs.shape[-2:]).tril_()
+        return pairs.clamp_(FLOOR, 0).exp_().mul_(below), read, write, read[:, :, :, 0, -1:].clone()
 
     def __init__(self, *powers: Tensor) -> None:
         self.pairs, self.read, self.write, self.kept = powers
@@ -172,11 +174,11 @@ class ScalarGates(Gates):
     def enter(self, state: Tensor) -> Tensor:
         return state
 
-    def keeps(self, chunks: int) -> Sequence[Tensor | None]:
-        return self.kept.unbind()
+    def keeps(self, states: Tensor) -> Sequence[Tensor | None]:
+        return each_state(self.kept.expand(-1, states.shape[1], -1, -1, -1))
 
-    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
-        d = rows.sum(-1, keepdim=True).sum(3, keepdim=True).sub_(columns.sum(-1, keepdim=True))
+    def log_grad(self, along: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+        d = along.sum_to_size(*along.shape[:-1], 1)
         last = d[..., 0, -1, 0]
         last += dstates[1:].mul_(states[1:]).sum((-2, -1))
         out.copy_(d.sum_to_size(out.shape).flip(-2).cumsum(-2).flip(-2))
@@ -229,20 +231,22 @@ class ChannelGates(Gates):
     def enter(self, state: Tensor) -> Tensor:
         return state * self.first[0]
 
-    def keeps(self, chunks: int) -> Sequence[Tensor | None]:
-        return self.kept.unbind()
+    def keeps(self, states: Tensor) -> Sequence[Tensor | None]:
+        return each_state(self.kept.expand(-1, states.shape[1], -1, -1, -1))
 
-    def log_grad(self, rows: Tensor, columns: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
+    def log_grad(self, along: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         ends = torch.linalg.vecdot(states, dstates).unsqueeze(3)
         *into, last = out.unbind(-2)
-        d, *others = rows.chunk(rows.shape[3], 3)
-        for other in others:
-            d += other
-        *of_rows, of_last = d.sub_(columns).unbind(-2)
+        *of_rows, of_last = along.unbind(-2)
         fill(last, torch.add, ends[1:], of_last)
         for row, of_row in zip(reversed(into[1:]), reversed(of_rows[1:]), strict=True):
             last = fill(row, torch.add, last, of_row)
         into[0].copy_(ends[:-1])
+
+
+def each_state(states: Tensor) -> tuple[Tensor, ...]:
+    """Of states [C, B, G, *, *], those of each chunk as matrices [B * G, *, *]."""
+    return states.flatten(1, 2).unbind()
 
 
 def fill(out: Tensor, operation: Callable[..., Tensor], *x: Tensor) -> Tensor:

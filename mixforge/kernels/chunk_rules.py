@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixforge.kernels.chunk_gates import Gates, fill
+from mixforge.kernels.chunk_gates import Gates, each_state, fill
 
 # Key channels, below which what an adjoint has of them lies by columns: products that fill rows of a few channels
 # take two to three times as long.
@@ -103,9 +103,9 @@ class AddForward(Forward):
         gates.reading(q, q)
         gates.writing(w, w)
         before, after = neighbours(states)
-        each = states.unbind()
+        each = each_state(states)
         torch.bmm(w_.mT, y_, out=after)
-        for chunk, keep in enumerate(gates.keeps(len(q))):
+        for chunk, keep in enumerate(gates.keeps(states)):
             add_kept(keep, each[chunk], each[chunk + 1])
         o.copy_(add_product(torch.bmm(q_, before, out=self.o_), inner, y_).view_as(y))
         return (inner,)
@@ -142,8 +142,8 @@ class AddAdjoint(Adjoint):
         torch.bmm(inner.mT, do_, out=dv_)
         gates.reading(do, do)
         dbefore, dafter = neighbours(self.dstates)
-        each, keeps = self.dstates.unbind(), gates.keeps(len(q))
-        each[-1].copy_(dstate)
+        each, keeps = each_state(self.dstates), gates.keeps(states)
+        each[-1].copy_(dstate.flatten(0, 1))
         torch.bmm(q_.mT, do_, out=dbefore)
         for chunk in reversed(range(len(q))):
             add_kept(keeps[chunk], each[chunk + 1], each[chunk])
@@ -164,10 +164,10 @@ class AddAdjoint(Adjoint):
         add_product(dq_, dinner, w_)
         add_product(dw_, dinner.mT, q_)
         if into_log is not None:
-            gates.log_grad(q.mul_(self.dq), w.mul_(self.dw), states, self.dstates, into_log)
+            gates.log_grad(q.mul_(self.dq).sub_(w.mul_(self.dw)), states, self.dstates, into_log)
         gates.rows(self.dq, into_q)
         gates.columns(self.dw, into_k)
-        return each[0]
+        return self.dstates[0]
 
 
 class DeltaForward(Forward):
@@ -200,15 +200,15 @@ class DeltaForward(Forward):
         gates.reading(k, k)
         gates.writing(w, w)
         y_ = torch.empty_like(x_)
-        before, after = neighbours(states)
-        each, keeps = states.unbind(), gates.keeps(len(q))
-        made = by_chunk(len(q), inverse, y_, before, after)
+        each, keeps = each_state(states), gates.keeps(states)
+        made = by_chunk(len(q), inverse, y_)
         for chunk, (read, write, x_c) in enumerate(self.chunks):
-            solve, y_c, before_c, after_c = made[chunk]
-            torch.baddbmm(x_c, read, before_c, alpha=-1, out=x_c)
+            solve, y_c = made[chunk]
+            torch.baddbmm(x_c, read, each[chunk], alpha=-1, out=x_c)
             torch.bmm(solve, x_c, out=y_c)
             keep_state(keeps[chunk], each[chunk], each[chunk + 1])
-            add_product(after_c, write, y_c)
+            add_product(each[chunk + 1], write, y_c)
+        before, _ = neighbours(states)
         # What was solved is not needed any more.
         add_product(torch.bmm(q_, before, out=x_), inner, y_)
         o.copy_(x)
@@ -218,25 +218,21 @@ class DeltaForward(Forward):
 class DeltaAdjoint(Adjoint):
     """The adjoint of the rule delta.
 
-    The rows of k stand below those of q in one matrix, for both are multiplied by the same.
+    Below the rows of q stand those of -k in one matrix, for both are multiplied by the same: what -k reads is added to
+    the right hand side of the system, whose adjoint stands below that of the output.
     """
 
     def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
         of_keys = columns if q.shape[-1] < NARROW else space
         self.rows, self.w = of_keys(q, 2), of_keys(q)
-        # Below the adjoint of what q reads stands that of what k reads, which the system has on its other side.
-        self.down = space(v, 2)
-        # What is left of these after `reading`: the states' adjoints come of it, and rows are not scaled for them.
-        self.scaled = self.down if gates.read is None else space(v, 2)
-        self.dy, self.dv = space(v), space(v)
+        self.down, self.dy, self.dv = space(v, 2), space(v), space(v)
         self.drows, self.dw = of_keys(q, 2), of_keys(q)
         self.dstates = dstate.new_empty(len(q) + 1, *dstate.shape)
-        self.each = self.dstates.unbind()
-        self.dbefore, self.dafter = neighbours(self.dstates)
-        flat = [matrices(z) for z in (self.rows, self.scaled, self.dy, self.dv)]
-        flat[0] = flat[0].mT
-        self.chunks = by_chunk(len(q), *flat, self.dbefore, self.dafter)
-        self.found = list(zip(self.dv.unbind(), self.scaled.chunk(2, 3)[1].unbind(), strict=True))
+        self.each = each_state(self.dstates)
+        # What reads the states has its room where the gradient of rows comes later.
+        reading = matrices(self.rows if gates.read is None else self.drows).mT
+        down, size = matrices(self.down), q.shape[4]
+        self.chunks = by_chunk(len(q), reading, down, down[:, size:], matrices(self.dy), matrices(self.dv))
 
     def run(
         self,
@@ -250,75 +246,91 @@ class DeltaAdjoint(Adjoint):
         grads: Inputs,
     ) -> Tensor:
         y_, inner, inverse = made
-        given_q, given_k, _, _, beta = inputs
-        into_q, into_k, into_v, into_log, into_beta = grads
+        q, k, _, _, beta = inputs
         assert beta is not None
-        assert into_beta is not None
         rows, drows, dv, dw = self.rows, self.drows, self.dv, self.dw
         of_q, of_k = rows.chunk(2, 3)
-        q, k = given_q, given_k
-        if units is not None:
-            q, k = fill(of_q, torch.mul, q, units.q), fill(of_k, torch.mul, k, units.k)
-        w = fill(self.w, torch.mul, k, beta)
+        if units is None:
+            of_q.copy_(q)
+            fill(of_k, torch.neg, k)
+        else:
+            fill(of_q, torch.mul, q, units.q)
+            fill(of_k, torch.mul, k, -units.k)
+        # Factors that lie apart take three times as long, where rows are narrow.
+        beta = beta.contiguous()
+        w = fill(self.w, torch.mul, of_k, -beta)
         gates.columns(w, w)
-        gates.rows(q, of_q)
-        gates.rows(k, of_k)
-        down_of_q, down_of_k = self.down.chunk(2, 3)
-        down_of_q.copy_(do)
+        gates.rows(rows, rows)
+        self.down.chunk(2, 3)[0].copy_(do)
         rows_, w_, down_, drows_, dw_ = (matrices(z) for z in (rows, w, self.down, drows, dw))
-        torch.bmm(inner.mT, down_[:, : inner.shape[1]], out=matrices(self.dy))
-        gates.reading(down_of_q, self.scaled.chunk(2, 3)[0])
-        each, keeps = self.each, gates.keeps(len(q))
-        each[-1].copy_(dstate)
+        do_ = down_[:, : inner.shape[1]]
+        torch.bmm(inner.mT, do_, out=matrices(self.dy))
+        each, keeps = self.each, gates.keeps(states)
+        each[-1].copy_(dstate.flatten(0, 1))
+        gates.reading(rows, drows)
         # What is written has its room where the gradient of w comes later.
         written = by_chunk(len(q), matrices(gates.writing(w, dw)), inverse.mT)
-        minus = (-dv.new_ones(len(q)) if gates.read is None else -gates.read).unbind()
         for chunk in reversed(range(len(q))):
-            read, scaled_c, dy_c, dv_c, before_c, after_c = self.chunks[chunk]
+            read, down_c, of_k_c, dy_c, dv_c = self.chunks[chunk]
             write, solve = written[chunk]
-            torch.baddbmm(dy_c, write, after_c, out=dy_c)
+            torch.baddbmm(dy_c, write, each[chunk + 1], out=dy_c)
             torch.bmm(solve, dy_c, out=dv_c)
-            found, into_scaled = self.found[chunk]
-            fill(into_scaled, torch.mul, found, minus[chunk])
+            of_k_c.copy_(dv_c)
             keep_state(keeps[chunk], each[chunk + 1], each[chunk])
-            add_product(before_c, read, scaled_c)
-        if self.scaled is not self.down:
-            fill(down_of_k, torch.neg, dv)
-        into_v.copy_(dv)
+            add_product(each[chunk], read, down_c)
+        grads[2].copy_(dv)
         dgrams = gates.mask_(torch.bmm(down_, y_.mT))
         dgrams[:, inner.shape[1] :].diagonal(dim1=-2, dim2=-1).zero_()
         before, _ = neighbours(states)
-        fill_product(drows_, matrices(self.scaled), before.mT)
-        fill_product(dw_, y_, self.dafter.mT)
+        _, dafter = neighbours(self.dstates)
+        fill_product(drows_, down_, before.mT)
+        fill_product(dw_, y_, dafter.mT)
+        gates.reading(drows, drows)
         gates.writing(dw, dw)
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
+        # Room for what follows.
+        del dgrams
+        self.pass_on(gates, units, beta, states, grads)
+        return self.dstates[0]
+
+    def pass_on(self, gates: Gates, units: Units | None, beta: Tensor, states: Tensor, grads: Inputs) -> None:
+        """Fill the gradients but for that of the values, from those of rows and of w."""
+        into_q, into_k, _, into_log, into_beta = grads
+        assert into_beta is not None
+        rows, w, drows, dw = self.rows, self.w, self.drows, self.dw
+        (of_q, of_k), (dof_q, dof_k) = rows.chunk(2, 3), drows.chunk(2, 3)
         gates.columns(dw, dw)
-        along_w = fill(w, torch.mul, given_k, dw).sum(-1, keepdim=True)
-        strength = beta
-        if units is not None:
-            strength = beta * units.k
-            into_beta.copy_(along_w * units.k)
-        else:
-            into_beta.copy_(along_w)
-        products = rows.mul_(drows) if units is not None or into_log is not None else rows
         # Of one decay for all channels the sum over these is enough, and so it is of lengths.
-        along = products.sum(-1, keepdim=True) if units is not None else products
+        is_one = gates.read is not None
+        along = None
+        if units is not None or (into_log is not None and is_one):
+            along_q = fill(w, torch.mul, of_q, dof_q).sum(-1, keepdim=True)
+            along_k = fill(w, torch.mul, of_k, dof_k).sum(-1, keepdim=True)
+            along = along_q + along_k
+        if into_log is not None and not is_one:
+            along = (of_q * dof_q).addcmul_(of_k, dof_k)
+        # As they were before `rows`.
+        gates.columns(rows, rows)
+        along_w = fill(w, torch.mul, of_k, dw).sum(-1, keepdim=True)
+        fill(into_beta, torch.neg, along_w)
         if into_log is not None:
-            is_one = gates.read is not None
-            of_columns = strength * (along_w if is_one else w)
-            gates.log_grad(along if is_one else products, of_columns, states, self.dstates, into_log)
-        dof_q, dof_k = drows.chunk(2, 3)
-        if units is None:
-            gates.rows(dof_q, into_q)
-            fill(into_k, torch.addcmul, gates.rows(dof_k, dof_k), dw, beta)
-            return each[0]
-        along_q, along_k = along.chunk(2, 3)
+            assert along is not None
+            along.addcmul_(along_w if is_one else w, beta)
+            gates.log_grad(along, states, self.dstates, into_log)
         gates.rows(drows, drows)
-        fill(dof_k, torch.addcmul, dof_k, dw, beta)
-        shorten(into_q, given_q, units.q, dof_q, along_q.mul_(units.length**-2))
-        shorten(into_k, given_k, units.k, dof_k, along_k.add_(along_w.mul_(strength)))
-        return each[0]
+        fill(dof_k, torch.addcmul, dof_k, dw, -beta)
+        if units is None:
+            into_q.copy_(dof_q)
+            fill(into_k, torch.neg, dof_k)
+            return
+        # A row that was made r long has no gradient along itself.
+        along_q.mul_(units.length**-2)
+        along_k.addcmul_(along_w, beta, value=-1)
+        drows.addcmul_(rows, torch.cat((along_q, along_k), 3), value=-1)
+        drows.mul_(torch.cat((units.q, -units.k), 3))
+        into_q.copy_(dof_q)
+        into_k.copy_(dof_k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -437,15 +449,6 @@ def write(room: Tensor, v: Tensor, beta: Tensor | None) -> Tensor:
 def units_of(lengths: Sequence[Tensor], unit: float | None) -> Units | None:
     """The first two tensors as units, where there is a length."""
     return None if unit is None else Units(q=lengths[0], k=lengths[1], length=unit)
-
-
-def shorten(into: Tensor, x: Tensor, factor: Tensor, dy: Tensor, along: Tensor) -> None:
-    """Fill `into` with the gradient of x, where y = factor x has a length that x does not change.
-
-    `along` is y . dy over the square of that length, and is used up.
-    """
-    fill(into, torch.mul, dy, factor)
-    into.addcmul_(x, along.mul_(factor).mul_(factor), value=-1)
 
 
 def cut(x: Tensor | None, size: int) -> Tensor | None:
