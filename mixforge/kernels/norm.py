@@ -1,12 +1,15 @@
-"""Root-mean-square normalisation y = w * x / sqrt(mean(x^2) + eps) over the last axis, and the same with a gate.
+"""Normalisations over the last axis: by the root mean square, y = w * x / sqrt(mean(x^2) + eps), and two others.
 
 The gate stands behind the normalisation or before it, with act the SiLU or the sigmoid:
 
     norm_before_gate:  y = norm(x) * act(g)          otherwise:  y = norm(x * act(g))
 
+and the layer norm of a quotient, w * layer_norm(x / t) + b, t one number for all of the axis, as mLSTM has it.
+
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4; Dao and Gu 2024 (arXiv 2405.21060, section 7.1) for
-the gate before the norm. On a CPU the derivative written out here takes less than half the time of autograd's: 3.6
-against 9.7 ms, forward and backward, for [16, 512, 128] on one thread.
+the gate before the norm; Beck et al. 2024 (arXiv 2405.04517) for the quotient. On a CPU the derivatives written out
+here take less than half the time of autograd's: 3.6 against 9.7 ms, forward and backward, for the first with
+[16, 512, 128] on one thread.
 """
 
 from __future__ import annotations
@@ -40,6 +43,15 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over the last axis [..., D], as the published models of the delta rule have it."""
     y: Tensor = UnitNorm.apply(x, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def quotient_norm(o: Tensor, least: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """layer_norm(x / t) * w + b over the last axis, t = max(|n|, least) + 1e-6, of o = [x, n] [..., H, D + 1].
+
+    w and b are [H, D], `least`, which gets no gradient, [..., H, 1] or a number. In the dtype of o, float32 or float64.
+    """
+    y: Tensor = QuotientNorm.apply(o, least, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -134,6 +146,50 @@ class UnitNorm(torch.autograd.Function):
         y, inverse = ctx.saved_tensors
         along = torch.linalg.vecdot(gradient, y).neg_().unsqueeze(-1)
         return torch.addcmul(gradient, y, along).mul_(inverse), None
+
+
+class QuotientNorm(torch.autograd.Function):
+    """`quotient_norm`: y = (x - mean) f, f = r / t, r = 1 / sqrt(var / t^2 + eps), with h = g w in
+
+        dx = (h - mean(h) - y mean(h y)) f          dt = -eps r f sum(h y)
+
+    The norm hardly sees t: autograd through the quotient leaves of dt what is left of sums that cancel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, least: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        x, n = torch.split(o, [o.shape[-1] - 1, 1], -1)
+        size = n.abs()
+        slope = n.sgn().mul_(size >= least)
+        factor = torch.maximum(size, least).add_(1e-6).reciprocal_()
+        y = x - mean_last(x)
+        inverse = mean_last(y * y).mul_(factor).mul_(factor).add_(eps).rsqrt_()
+        y.mul_(factor.mul_(inverse))
+        ctx.save_for_backward(y, factor, inverse.mul_(slope), weight)
+        ctx.eps = eps
+        return torch.addcmul(bias, y, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        y, factor, inverse, weight = ctx.saved_tensors
+        width, gradient = y.shape[-1], gradient.contiguous()
+        products = gradient * y
+        dweight, dbias = (z.view(-1, *weight.shape).sum(0) for z in (products, gradient))
+        along = mean_last(products.mul_(weight))
+        dx = torch.mul(gradient, weight, out=products)
+        dx.sub_(mean_last(dx)).addcmul_(y, along, value=-1)
+        do = y.new_empty(*y.shape[:-1], width + 1)
+        do[..., :width] = dx.mul_(factor)
+        do[..., width:] = along.mul_(inverse).mul_(factor).mul_(-ctx.eps * width)
+        return do, None, dweight, dbias, None
+
+
+def mean_last(x: Tensor) -> Tensor:
+    """The mean over the last axis, which stays with size 1."""
+    # A product takes a third of the time of a sum over a short axis.
+    share = x.new_full(x.shape[-1:], 1 / x.shape[-1])
+    return torch.mv(x.reshape(-1, len(share)), share).view(*x.shape[:-1], 1)
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {"reference": rms_norm_reference, "torch": rms_norm_torch}

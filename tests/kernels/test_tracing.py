@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels import chunked_linear, gated_scan, gated_scan_complex, short_conv
-from mixforge.kernels.norm import rms_norm_torch, unit_norm
+from mixforge.kernels.norm import quotient_norm, rms_norm_torch, unit_norm
 from mixforge.search_space.parts.experts import permuted
 from mixforge.search_space.parts.rotary import turn
 from mixforge.search_space.parts.routing import AttachLoss
@@ -41,6 +41,11 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     return chunked_linear.form("torch", "add", "none")(heads, 2 * heads, 3 * heads, None, None)[0]
 
 
+def quotient(x: Tensor, w: Tensor) -> Tensor:
+    weight = w.view(HEADS, DIM)
+    return quotient_norm(x.view(-1, LENGTH, HEADS, DIM), w.new_tensor(0.5), weight[:, 1:], weight[:, :-1])
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     "function",
@@ -50,6 +55,7 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
         pytest.param(lambda x, w: turn(x[:, :, None], w[:3]), id="turn"),
         pytest.param(lambda x, w: unit_norm(x * w), id="unit norm"),
         pytest.param(rms_norm_torch, id="rms norm"),
+        pytest.param(quotient, id="quotient norm"),
         pytest.param(lambda x, w: short_conv.short_conv_torch(x, w[:, None])[0], id="convolution"),
         pytest.param(scan, id="scan"),
         pytest.param(complex_scan, id="complex scan"),

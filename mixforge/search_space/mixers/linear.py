@@ -95,6 +95,8 @@ USUAL_RANKS: dict[str, int | str] = {
 USUAL_TEMPERATURE = 16
 _USUAL_SIGMOID = Form("sigmoid", (USUAL_TEMPERATURE,))
 MOST_FEATURES = 1 << 20
+# Value dims, above which torch's own layer norm of a quotient takes less time than `quotient_norm`.
+MOST_DIVIDED = 128
 # Feature maps that may be 0 in every channel, and what is added to their features under norm=denominator.
 SPARSE = ("relu", "learned", "outer")
 LEAST = 1e-3
@@ -585,6 +587,11 @@ class Linear(Mixer):
             and self.rule == "add"
             and self._is_alone
             and self._gates_values,
+            "divides_inside": backend == "torch"
+            and self.norm == "max1"
+            and self.out_norm == "group"
+            and self.skip == "none"
+            and size.value_dim <= MOST_DIVIDED,
             "least": LEAST if self.norm == "denominator" and self.phi_name in SPARSE else 0.0,
         }
         usual = {"key": "own", "spread": False, "beside": 0, "copies": 1, "least": 0.0}

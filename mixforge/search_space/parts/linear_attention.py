@@ -131,6 +131,7 @@ class LinearAttention(TokenMixer):
         least: float = 0.0,
         unit_inside: bool = False,
         gates_inside: bool = False,
+        divides_inside: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.key_heads = heads, key_heads
@@ -150,6 +151,8 @@ class LinearAttention(TokenMixer):
         self.unit_inside = unit_inside
         # Whether it multiplies the values by their gates, and puts the column of ones beside them.
         self.gates_inside = gates_inside
+        # Whether the norm of a sequence's outputs divides them by their normaliser.
+        self.divides_inside = divides_inside
         self.key = key
         self.dt_values = dt_values
         self.gated_keys, self.gated_values = gated_keys, gated_values
@@ -245,7 +248,8 @@ class LinearAttention(TokenMixer):
             self.explored.keep(after["matrix"])
         if self.memories is not None:
             o_BTHV = self.memories.joined(o_BTHV, weight_BTE)
-        return self.finish(o_BTHV, read, inputs), None if state is None else after
+        y_BTD = self.finish(o_BTHV, read, inputs, is_sequence=True)
+        return y_BTD, None if state is None else after
 
     def step(self, x_BD: Tensor, state: State, at: Pass) -> tuple[Tensor, State]:
         after: State = {}
@@ -526,21 +530,27 @@ class LinearAttention(TokenMixer):
         )
         return o_BTHV[:, :-1] + bonus(read.q_BTHK, read.k_BTHK, read.write_BTHV), matrix
 
-    def finish(self, o_BTHV: Tensor, read: Reads, inputs: Inputs) -> Tensor:
+    def finish(self, o_BTHV: Tensor, read: Reads, inputs: Inputs, *, is_sequence: bool = False) -> Tensor:
         """Normaliser, skip, norm, gate and output projection."""
+        given = inputs.given(self.output, "logit_BTF")
         if self.normalised:
-            o_BTHV, total = torch.split(exact(o_BTHV), [self.value_dim, 1], -1)
+            o_BTHV = exact(o_BTHV)
+            least = None
             if self.floor:
-                least = total.new_ones(()) if read.floor_BTH is None else read.floor_BTH[..., None]
-                total = total.abs().clamp(min=least)
-            # Not a quotient, whose adjoint divides three times.
-            o_BTHV = (o_BTHV * (total + 1e-6).reciprocal()).to(read.v_BTHV.dtype)
+                least = o_BTHV.new_ones(()) if read.floor_BTH is None else read.floor_BTH[..., None]
+            if is_sequence and self.divides_inside and least is not None:
+                given["least_BTH1"] = least
+            else:
+                o_BTHV, total = torch.split(o_BTHV, [self.value_dim, 1], -1)
+                total = total if least is None else total.abs().clamp(min=least)
+                # Not a quotient, whose adjoint divides three times.
+                o_BTHV = (o_BTHV * (total + 1e-6).reciprocal()).to(read.v_BTHV.dtype)
         if self.skip is not None:
             o_BTHV = o_BTHV + self.skip(read.v_BTHV)
         if read.local_BTHV is not None:
             o_BTHV = o_BTHV + read.local_BTHV
         late = () if self.late is None else (self.late(read.q_BTHK, read.k_BTHK, read.v_BTHV),)
-        y: Tensor = self.output(o_BTHV, inputs.out, *late, **inputs.given(self.output, "logit_BTF"))
+        y: Tensor = self.output(o_BTHV, inputs.out, *late, **given)
         return y
 
 

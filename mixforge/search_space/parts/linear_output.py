@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.kernels.norm import quotient_norm
 from mixforge.search_space.parts.activation import silu
 from mixforge.search_space.parts.decay import exact
 
@@ -98,14 +99,19 @@ class PartsNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Layer norm of each head [..., H, V], weights and biases for all channels: Wu and He 2018 (arXiv 1803.08494)."""
+    """Layer norm of each head [..., H, V], weights and biases for all channels: Wu and He 2018 (arXiv 1803.08494).
+
+    With `least`, that of a quotient: o has a column more, for what divides it (`quotient_norm`).
+    """
 
     def __init__(self, heads: int, value_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(heads, value_dim))
         self.bias = nn.Parameter(torch.zeros(heads, value_dim))
 
-    def forward(self, o_BTHV: Tensor) -> Tensor:
+    def forward(self, o_BTHV: Tensor, least_BTH1: Tensor | None = None) -> Tensor:
+        if least_BTH1 is not None:
+            return quotient_norm(o_BTHV, least_BTH1, exact(self.weight), exact(self.bias))
         wide = F.layer_norm(exact(o_BTHV), o_BTHV.shape[-1:], eps=1e-5)
         return (wide * self.weight + self.bias).to(o_BTHV.dtype)
 
@@ -139,7 +145,8 @@ class InnerGate(nn.Module):
 class NormedOutput(nn.Module):
     """W_out ((norm(o) + r) * act(W_gate x)), the norm over each head or, with `joint`, over all at once.
 
-    r, where it is given, is what no norm sees. With `own` the gate is the sigmoid of what it gates.
+    r, where it is given, is what no norm sees. With `own` the gate is the sigmoid of what it gates. With `least` the
+    norm divides o by its last column, which is at least that.
     """
 
     def __init__(
@@ -168,11 +175,13 @@ class NormedOutput(nn.Module):
         x_BTD: Tensor,
         late_BTHV: Tensor | None = None,
         logit_BTF: Tensor | None = None,
+        least_BTH1: Tensor | None = None,
     ) -> Tensor:
         if self.joint:
             o_BTHV = o_BTHV.flatten(2)
         if self.norm is not None:
-            o_BTHV = self.norm(o_BTHV)
+            is_whole = least_BTH1 is None
+            o_BTHV = self.norm(o_BTHV) if is_whole else self.norm(o_BTHV, least_BTH1).to(x_BTD.dtype)
         if late_BTHV is not None:
             o_BTHV = o_BTHV + late_BTHV
         o_BTF = o_BTHV if self.joint else o_BTHV.flatten(2)
