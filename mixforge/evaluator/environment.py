@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +40,7 @@ def environment(device: str = "cpu") -> Environment:
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=_triton(),
         mixforge=mixforge.__version__,
         commit=_commit(),
         host=hashlib.sha256(platform.node().encode()).hexdigest()[:16],
@@ -79,6 +80,12 @@ def _cpu_clock_mhz() -> float | None:
     """The highest clock, which does not change between measurements as the present one does."""
     limit = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
     return float(limit.read_text()) / 1000 if limit.exists() else None
+
+
+def _triton() -> str | None:
+    """That which runs, where it is imported: what is installed beside it may be another."""
+    found = getattr(sys.modules.get("triton"), "__version__", None)
+    return found or _version("triton")
 
 
 def _version(package: str) -> str | None:

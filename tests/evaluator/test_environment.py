@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,13 @@ def test_environment_of_this_machine_is_whole_and_stays() -> None:
     assert here.mixforge == mixforge.__version__
     assert len(here.host) == 16
     json.dumps(dataclasses.asdict(here))
+
+
+def test_triton_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="9.9.9"))
+    assert environment().triton == "9.9.9"
+    monkeypatch.delitem(sys.modules, "triton")
+    assert environment().triton != "9.9.9"
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta"])
