@@ -21,11 +21,11 @@ The rule decides how U is made, the decay decides gram and three scalings: a new
 For backward P, M, U and the states between the chunks are kept; W = M beta reading(K) of the papers is never formed.
 
 Decays of a token and head enter as differences that are masked before the exponential. Decays of a channel are
-products of two powers, from an anchor in the first row of each block of 16 rows: nothing of a later row enters an
-earlier one, and with log decays of at least -5 no power passes e^75. M comes from substitution in the blocks of 16
-rows on the diagonal, merged by products of blocks: a Neumann series fails for keys that resemble one another.
-States and sums are float32; operands of products have the dtype of v. Log decays below -30 count as -30: e^-30 is
-nothing beside the rounding of float32, and sums stay small enough to be differenced.
+products of two powers that start from the sum in the first row of a block of 16, never behind the later of the two
+rows: nothing of a later row enters an earlier one, and with log decays of at least -5 no power passes e^75. M comes
+from substitution in the blocks of 16 rows on the diagonal, merged by products of blocks: a Neumann series fails for
+keys that resemble one another. States and sums are float32; operands of products have the dtype of v. Log decays
+below -30 count as -30: e^-30 is nothing beside the rounding of float32, and sums stay small enough to be differenced.
 
 Source: Yang et al. 2023 (arXiv 2312.06635, section 4) for chunks with decays; Yang et al. 2024 (arXiv 2406.06484,
 section 3.2) and Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464, section 3.3) for the delta rule. Departures: U is
