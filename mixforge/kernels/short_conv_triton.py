@@ -79,24 +79,29 @@ def conv_forward(
     skip = batch * length * dim
     past: tl.constexpr = TAPS - 1
     owner_T, begin_T, end_T = sequence_of(bounds_ptr, owner_ptr, time_T, inside_T, batch, length)
+    # All loads before the first store, which none of them would pass.
+    values = ()
+    for tap in tl.static_range(TAPS):
+        values += (
+            load_tap(x_ptr + skip, state_ptr, time_T, begin_T, owner_T, inside_T, column_D, dim, past, tap),
+        )
     y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + column_D, mask=mask_D, other=0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(TAPS):
-        value = load_tap(
-            x_ptr + skip, state_ptr, time_T, begin_T, owner_T, inside_T, column_D, dim, past, tap
-        )
         weight = tl.load(weight_ptr + column_D * TAPS + tap, mask=mask_D, other=0.0).to(tl.float32)
-        y += weight[None, :] * value
-        # What the last token's taps but the first read is the state behind it.
-        if tap > 0:
-            slot = (owner_T[:, None] * dim + column_D[None, :]) * past + (tap - 1)
-            last_TD = mask_TD & (time_T == end_T - 1)[:, None]
-            tl.store(after_ptr + slot, value.to(after_ptr.dtype.element_ty), mask=last_TD)
+        y += weight[None, :] * values[tap]
     if SILU:
         y = y * tl.sigmoid(y)
     offsets = time_T.to(tl.int64)[:, None] * dim + column_D[None, :]
     tl.store(y_ptr + skip + offsets, y.to(y_ptr.dtype.element_ty), mask=mask_TD)
+    # What the last token's taps but the first read is the state behind it. Few tiles have one.
+    last_T = inside_T & (time_T == end_T - 1)
+    if tl.max(last_T.to(tl.int32), 0) > 0:
+        slot = (owner_T[:, None] * dim + column_D[None, :]) * past
+        for tap in tl.static_range(1, TAPS):
+            after = values[tap].to(after_ptr.dtype.element_ty)
+            tl.store(after_ptr + slot + (tap - 1), after, mask=mask_TD & last_T[:, None])
 
 
 @triton.jit(do_not_specialize=["length", "rows_each", "splits"])
