@@ -108,9 +108,12 @@ def in_processes(jobs: int, device: torch.device, *chosen: object) -> Ask:
 
     def ask(asked: Sequence[tuple[int, str]]) -> list[str | None]:
         tell(f"compile and check {len(asked)} forms, {jobs} at a time")
-        # Each in a process of its own: after an illegal access nothing works in one.
+        # Each in a process of its own: after an illegal access nothing works in one. Loading torch takes longer than many
+        # a check, so that they are forks of a process that has loaded it and has not touched the device.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch._dynamo", "triton"])
         with ProcessPoolExecutor(
-            jobs, mp_context=get_context("spawn"), initializer=compile_only, max_tasks_per_child=1
+            jobs, mp_context=context, initializer=compile_only, max_tasks_per_child=1
         ) as pool:
             return list(pool.map(partial(look_and_run, device, *chosen), asked))
 
