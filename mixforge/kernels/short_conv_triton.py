@@ -100,8 +100,8 @@ def conv_forward(
     if tl.max(last_T.to(tl.int32), 0) > 0:
         slot = (owner_T[:, None] * dim + column_D[None, :]) * past
         for tap in tl.static_range(1, TAPS):
-            after = values[tap].to(after_ptr.dtype.element_ty)
-            tl.store(after_ptr + slot + (tap - 1), after, mask=mask_TD & last_T[:, None])
+            place = after_ptr + slot + (tap - 1)
+            tl.store(place, values[tap].to(after_ptr.dtype.element_ty), mask=mask_TD & last_T[:, None])
 
 
 @triton.jit(do_not_specialize=["length", "rows_each", "splits"])
