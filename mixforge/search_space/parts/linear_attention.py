@@ -377,7 +377,9 @@ class LinearAttention(TokenMixer):
         k_BTHK = self.map_key(k_BTHK, at.positions_T, angle, is_gate=is_gate, is_bare=is_bare)
         if angle is not None and decay is not None and decay.dim() == 4:
             decay = torch.cat([decay, decay], -1)
-        read = Reads(q_BTHK if is_bare else q_BTHK * self.scale, k_BTHK, v_BTHV, v_BTHV, decay, angle=angle)
+        if not is_bare and self.scale != 1:
+            q_BTHK = q_BTHK * self.scale
+        read = Reads(q_BTHK, k_BTHK, v_BTHV, v_BTHV, decay, angle=angle)
         if self.local is not None:
             before = None if state is None else state["local"]
             read.local_BTHV, after["local"] = self.local(v_BTHV, before)
