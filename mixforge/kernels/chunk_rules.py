@@ -350,7 +350,8 @@ class Chunks(torch.autograd.Function):
 
     Gives o [B, T, G, V] and the final state [B, G, K, V].
 
-    For a `unit` see `Units`. Where it `is_summed`, V is one more than values have, for a column of ones beside them.
+    For a `unit` see `Units`. Powers that are made already stand for log decays. Where it `is_summed`, V is one more
+    than values have, for a column of ones beside them.
     """
 
     @staticmethod
@@ -368,13 +369,16 @@ class Chunks(torch.autograd.Function):
         count: int,
         unit: float | None,
         is_summed: bool,
+        made_powers: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, Tensor]:
         o = v.new_empty(*v.shape[:-1], v.shape[-1] + int(is_summed))
         lengths = () if unit is None else (inverse_lengths(q).mul_(unit), inverse_lengths(k))
         # Without gradients a slab's states and powers take the place of those of the slab before.
         is_kept = any(ctx.needs_input_grad)
         whole = [cut(x, size) for x in (q, k, v, log, beta, o, *lengths)]
-        powers = gates_of.powers(whole[3]) if is_kept else ()
+        powers = made_powers
+        if powers is None:
+            powers = gates_of.powers(whole[3]) if is_kept else ()
         chunks = q.shape[1] // size
         states = state.new_empty((chunks if is_kept else min(count, chunks)) + 1, *state.shape)
         kept: list[Tensor] = []
@@ -382,7 +386,7 @@ class Chunks(torch.autograd.Function):
         for slab, (q_, k_, v_, log_, beta_, o_, *others) in enumerate(slabs((*whole, *powers), count)):
             inputs = q_, k_, v_, log_, beta_
             units, powers_ = units_of(others, unit), others[len(lengths) :]
-            gates = gates_of(*(powers_ if is_kept else gates_of.powers(log_)))
+            gates = gates_of(*(powers_ or gates_of.powers(log_)))
             # The last slab may be shorter.
             if len(o_) not in passes:
                 passes[len(o_)] = rule.forward(q_, o_)
@@ -420,7 +424,7 @@ class Chunks(torch.autograd.Function):
             made = kept[each * slab : each * (slab + 1)]
             dstate = passes[len(do_)].run(gates, here, made, tokens, units, do_, dstate, into)
         # The gates of the first slab.
-        return *grads, gates.enter(dstate), None, None, None, None, None, None
+        return *grads, gates.enter(dstate), None, None, None, None, None, None, None
 
 
 def inverse_lengths(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ channel. `chunk_rules` and `chunk_gates` hold the chunked form's equations.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -308,16 +309,42 @@ def in_chunks(
         q_BTHK.shape[3] + columns,
         is_channel=decay is not None and decay.dim() == 4,
     )
-    if decay is not None:
-        decay = decay.expand(1, length, heads) if decay.dim() == 1 else decay
-        decay = decay if decay.dim() == 4 else decay[..., None]
     dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
+    powers = None
+    if decay is not None and decay.dim() == 1:
+        if length % size == 0 and is_constant(decay):
+            powers = constant_powers(tuple(decay.tolist()), length // size, size, dtype)
+            decay = None
+        else:
+            decay = decay.expand(1, length, heads)
+    if decay is not None:
+        decay = decay if decay.dim() == 4 else decay[..., None]
     inputs = (q_BTHK, k_BTHK, v_BTGV, decay, None if beta_BTG is None else beta_BTG[..., None])
     padded = [None if x is None else pad(x.to(dtype), size, heads) for x in inputs]
     count = max(1, SLAB // (batch * heads * size))
     state = first_state(q_BTHK, v_BTGV, state_BGKV, columns)
-    o, state = Chunks.apply(*padded, state, rule, gates, size, count, unit, is_summed)  # type: ignore[no-untyped-call]
+    given = (rule, gates, size, count, unit, is_summed, powers)
+    o, state = Chunks.apply(*padded, state, *given)  # type: ignore[no-untyped-call]
     return o[:, :length].to(v_BTGV.dtype), state
+
+
+def is_constant(decay: Tensor) -> bool:
+    """Whether its numbers are at hand and get no gradient."""
+    is_at_hand = decay.device.type == "cpu" and not torch.compiler.is_compiling()
+    # A tensor of another class may have no numbers.
+    return is_at_hand and type(decay) is Tensor and not decay.requires_grad
+
+
+@functools.lru_cache(maxsize=64)
+def constant_powers(
+    decays: tuple[float, ...], chunks: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """`ScalarGates.powers` of whole chunks whose tokens all have these log decays, those of one chunk in memory."""
+    # A tensor of inference mode could not be kept for an adjoint.
+    with torch.inference_mode(False):
+        log = torch.tensor(decays, dtype=dtype, device="cpu").view(1, 1, -1, 1, 1, 1)
+        powers = ScalarGates.powers(log.expand(-1, -1, -1, -1, size, -1))
+        return tuple(power.expand(chunks, -1, -1, -1, -1, *power.shape[5:]) for power in powers)
 
 
 def pad(x: Tensor, size: int, heads: int) -> Tensor:

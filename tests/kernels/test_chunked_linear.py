@@ -208,6 +208,28 @@ def test_slabs_change_nothing(decay: str, rule: str, slab: int, monkeypatch: pyt
     torch.testing.assert_close(run(FORMS["torch"], inputs), expected["o and state"], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("slab", [1, 400])
+@pytest.mark.parametrize("length", [96, 100])
+@pytest.mark.parametrize("rule", RULES)
+def test_constant_decays_are_those_of_every_token(
+    rule: str, length: int, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_linear, "SLAB", slab)
+    *qkv, decay, beta, state = draw("head", rule, length)
+    assert decay is not None
+    assert qkv[2] is not None
+    every = decay.expand(*qkv[2].shape[:3])
+
+    def pass_with(given: Tensor) -> dict[str, Tensor]:
+        return results(lambda x: run(FORMS["torch"], [*x[:3], given, *x[4:]]), [*qkv, None, beta, state])
+
+    # What is made in inference mode has to serve an adjoint as well.
+    with torch.inference_mode():
+        o = run(FORMS["torch"], [*qkv, decay, beta, state])
+    torch.testing.assert_close(o, pass_with(every)["o and state"], rtol=1e-12, atol=1e-12)
+    assert_near(pass_with(decay), pass_with(every), 1e-12)
+
+
 @pytest.mark.parametrize("decay", ["none", "channel"])
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_infinite_above_the_diagonal_is_not_read(decay: str, rule: str) -> None:
