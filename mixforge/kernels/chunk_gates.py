@@ -175,7 +175,9 @@ class ScalarGates(Gates):
         return state
 
     def keeps(self, states: Tensor) -> Sequence[Tensor | None]:
-        return each_state(self.kept.expand(-1, states.shape[1], -1, -1, -1))
+        kept = self.kept.expand(-1, states.shape[1], -1, -1, -1)
+        # Chunks that have one decay share one factor in memory.
+        return each_state(kept) if kept.stride(0) else [kept[0].flatten(0, 1)] * len(kept)
 
     def log_grad(self, along: Tensor, states: Tensor, dstates: Tensor, out: Tensor) -> None:
         d = along.sum_to_size(*along.shape[:-1], 1)
