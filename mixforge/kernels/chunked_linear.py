@@ -403,7 +403,7 @@ def matmul_flops(
 def step_form(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The step of one backend."""
     if backend == "triton":
-        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("chunked_linear", "linear_step_triton")
+        found: Callable[..., tuple[Tensor, Tensor]] = triton_form("chunked_linear_step", "linear_step_triton")
         return found
     return linear_step
 

@@ -1,4 +1,4 @@
-"""Where the rows of a chunk are, and what scalar decays scale them by: what the stages of the linear family share."""
+"""What the stages of the linear family share: the rows of a chunk, what scalar decays scale, and operands."""
 
 # Jit functions have no types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -64,3 +64,19 @@ def row_scalings(log, sums, g, row, valid, within, last_row, count, G: tl.conste
     """Of scalar decays: factors of reading and writing, [C], and of keep."""
     total, last = chunk_sums(log, sums, g, row, valid, within, last_row, count, G, GATE)
     return tl.exp(total), tl.exp(tl.minimum(last - total, 0.0)), tl.exp(last)
+
+
+@triton.jit
+def pair_weights(total, pairs):
+    """What is left at row i of what was written at row j, [C, C], from the sums of scalar decays; 1 elsewhere."""
+    return tl.exp(tl.where(pairs, total[:, None] - total[None, :], 0.0))
+
+
+@triton.jit
+def operand(value, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """What a product takes of float32 numbers. To TF32 they are rounded, which a device would cut instead."""
+    if PRECISION == "tf32":
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return value.to(WIDE)

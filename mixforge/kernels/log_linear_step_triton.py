@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.blocks import ANY, choose
-from mixforge.kernels.chunked_linear_triton import GATES, GROUP, MOST_KEYS_NOW, check_limits, padded
+from mixforge.kernels.chunked_linear_step_triton import MOST_KEYS_NOW
+from mixforge.kernels.chunked_linear_triton import GATES, GROUP, check_limits, padded
 from mixforge.kernels.gated_scan_triton import check_state
 from mixforge.kernels.launch import check_device, generation, launch, on_device, recording
 

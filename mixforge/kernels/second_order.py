@@ -109,7 +109,7 @@ def second_order_step_triton(
     state_BGKF: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As `second_order_step`, each recurrence by one kernel."""
-    run = triton_form("chunked_linear", "linear_step_triton")
+    run = triton_form("chunked_linear_step", "linear_step_triton")
     return _two_steps(run, q_BHK, k_BHK, v_BGV, decay_now, state_BGKF)
 
 

@@ -67,7 +67,7 @@ def slot_attention_step_triton(
     q_BHK: Tensor, k_BHK: Tensor, v_BGV: Tensor, decay_BGM: Tensor, strength: None, state_BGMF: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `slot_attention_step`, its keys and its values each by one kernel. Where gradients are off, in place."""
-    run = triton_form("chunked_linear", "linear_step_triton")
+    run = triton_form("chunked_linear_step", "linear_step_triton")
     group = v_BGV.shape[1] // q_BHK.shape[1]
     q, k, v, log = (x.to(state_BGMF.dtype) for x in (q_BHK, k_BHK, v_BGV, decay_BGM))
     if group > 1:

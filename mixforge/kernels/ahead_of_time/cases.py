@@ -17,7 +17,8 @@ from torch import Tensor
 from mixforge.kernels import recurrent_cells
 from mixforge.kernels.ahead_of_time.case import Call, Case
 from mixforge.kernels.chunked_linear import chunked_linear_reference
-from mixforge.kernels.chunked_linear_triton import chunked_linear_triton, linear_step_triton
+from mixforge.kernels.chunked_linear_step_triton import linear_step_triton
+from mixforge.kernels.chunked_linear_triton import chunked_linear_triton
 from mixforge.kernels.diagonal_ssm_step_triton import diagonal_ssm_step_triton
 from mixforge.kernels.dplr import dplr_reference
 from mixforge.kernels.dplr_step_triton import dplr_step_triton, twofold_step_triton

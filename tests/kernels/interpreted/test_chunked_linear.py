@@ -9,10 +9,10 @@ import torch
 from tolerance import assert_agree, assert_close
 from torch import Tensor
 
-from mixforge.kernels import chunked_linear_triton
+from mixforge.kernels import chunked_linear_step_triton, chunked_linear_triton
 from mixforge.kernels.chunked_linear import chunked_linear_reference, linear_step
+from mixforge.kernels.chunked_linear_step_triton import linear_step_triton
 from mixforge.kernels.chunked_linear_triton import chunked_linear_triton as run
-from mixforge.kernels.chunked_linear_triton import linear_step_triton
 from mixforge.kernels.launch import recording
 
 DECAYS = ("none", "head", "scalar", "channel")
@@ -126,7 +126,7 @@ def test_step_over_wide_keys(decay: str, keys: int) -> None:
     assert_close("o", actual, expected)
     assert_close("state", state, after)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(chunked_linear_triton.one_step, (*given, state), test_utils=checks)
+    torch.library.opcheck(chunked_linear_step_triton.one_step, (*given, state), test_utils=checks)
     torch.library.opcheck(chunked_linear_triton.forward, (*inputs, None, True), test_utils=checks)
 
 
@@ -257,7 +257,9 @@ def test_registered_with_torch(decay: str, rule: str) -> None:
     q, k, v, beta = (x if x is None else x[:, 0] for x in (q, k, v, beta))
     now = now if now is None or now.dim() == 1 else now[:, 0]
     for kept in (state, torch.cat([state, state], -1)[..., : state.shape[3]]):
-        torch.library.opcheck(chunked_linear_triton.one_step, (q, k, v, now, beta, kept), test_utils=checks)
+        torch.library.opcheck(
+            chunked_linear_step_triton.one_step, (q, k, v, now, beta, kept), test_utils=checks
+        )
 
 
 def test_compiles_as_one_graph() -> None:
