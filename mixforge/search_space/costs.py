@@ -140,10 +140,11 @@ def matrices(unit: Layer | Beside, width: int) -> int:
     # The mixers are made of torch modules; reading and comparing architectures needs none of them.
     import torch
 
+    from mixforge.search_space.on_meta import on_meta
     from mixforge.search_space.parts.stacked import Stacked
 
     branches = (unit.mixer,) if isinstance(unit, Layer) else unit.branches
-    with torch.device("meta"):
+    with on_meta():
         modules = [mixer.build(width, "torch").build() for mixer in branches]
     parts = [each for module in modules for each in module.modules()]
     found = sum(type(each) is torch.nn.Linear for each in parts)

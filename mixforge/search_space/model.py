@@ -20,6 +20,7 @@ from mixforge.search_space.architecture import Unit as StackUnit
 from mixforge.search_space.genes import Form
 from mixforge.search_space.heads import default_heads
 from mixforge.search_space.mixer import BACKENDS, Backend, Mixer
+from mixforge.search_space.on_meta import on_meta
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.associative_segment import AssociativeBlock, AssociativeSegments
 from mixforge.search_space.parts.beside import (
@@ -421,8 +422,8 @@ def build(
     part = language_model(architecture, backend)
     factors = _rate_factors(architecture) if architecture.scale == "mup" else {}
     # Weights are drawn where every device draws the same.
-    drawn_on = "meta" if torch.device(device).type == "meta" else "cpu"
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device(drawn_on):
+    place = on_meta() if torch.device(device).type == "meta" else torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), place:
         torch.manual_seed(seed)
         model: LanguageModel = part.build()
         shrink = 1 / math.sqrt(architecture.depth)
@@ -450,7 +451,7 @@ def _rate_factors(architecture: Architecture) -> dict[str, float]:
             f"scale=mup compares the model with one of width {width}, which is illegal: {reason}; "
             f"leave it at scale=standard"
         )
-    with torch.device("meta"):
+    with on_meta():
         narrow, wide = (language_model(each, "torch").build() for each in (architecture, doubled))
     factors = rate_factors(narrow.stack, wide.stack, architecture.width)
     return {f"stack.{name}": factor for name, factor in factors.items()}

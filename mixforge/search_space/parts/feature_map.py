@@ -124,6 +124,8 @@ class FavorMap(nn.Module):
 
 def draw_directions(channels: int, count: int) -> Tensor:
     """[count, K]: orthogonal in blocks of K, as long as normal vectors are (Choromanski et al. 2020)."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(count, channels)
     blocks = [torch.linalg.qr(torch.randn(channels, channels))[0].mT for _ in range(-(-count // channels))]
     lengths: Tensor = torch.randn(count, channels).norm(dim=-1, keepdim=True)
     return torch.cat(blocks)[:count] * lengths

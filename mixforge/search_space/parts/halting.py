@@ -107,8 +107,9 @@ class TimeSignal(nn.Module):
         half = (width + 1) // 2
         rates = torch.tensor([10000.0 ** (-2 * j / width) for j in range(half)], dtype=torch.float64)
         angles = torch.arange(1, times + 1, dtype=torch.float64)[:, None] * rates
-        waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
-        self.register_buffer("waves", waves.float(), persistent=False)
+        waves = torch.empty(times, half, 2)
+        waves[..., 0], waves[..., 1] = angles.sin(), angles.cos()
+        self.register_buffer("waves", waves.flatten(1)[:, :width], persistent=False)
         self.waves: Tensor
 
     def forward(self, x: Tensor, time: int) -> Tensor:

@@ -39,12 +39,12 @@ class SigmaLinear(nn.Module):
         self.bias = inner.bias
         self.gamma = nn.Parameter(torch.ones((), device=inner.weight.device, dtype=inner.weight.dtype))
         left = torch.randn(inner.out_features, device=inner.weight.device, dtype=inner.weight.dtype)
-        self.register_buffer("left", F.normalize(left, dim=0))
+        # There is nothing to measure where there are shapes alone.
+        self.register_buffer("left", left if left.is_meta else F.normalize(left, dim=0))
         self.register_buffer("sigma", torch.ones_like(left[0]))
         self.left: Tensor
         self.sigma: Tensor
-        # There is nothing to measure where there are shapes alone.
-        for _ in range(0 if inner.weight.is_meta else _FIRST):
+        for _ in range(0 if left.is_meta else _FIRST):
             self.measure()
 
     def measure(self) -> Tensor:
@@ -60,7 +60,7 @@ class SigmaLinear(nn.Module):
 
         Without an iteration, so that a model that is saved and read again is the same to the last digit.
         """
-        if self.training and not mode:
+        if self.training and not mode and not self.left.is_meta:
             with torch.no_grad():
                 self.sigma.copy_((self.left @ self.matrix).norm().clamp_min(1e-6))
         return super().train(mode)
@@ -85,9 +85,10 @@ class SigmaStack(nn.Module):
     def __init__(self, matrices: Tensor) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones_like(matrices[:, 0, 0]))
-        self.register_buffer("left", F.normalize(torch.randn_like(matrices[..., 0]), dim=1))
+        left = torch.randn_like(matrices[..., 0])
+        self.register_buffer("left", left if left.is_meta else F.normalize(left, dim=1))
         self.left: Tensor
-        for _ in range(0 if matrices.is_meta else _FIRST):
+        for _ in range(0 if left.is_meta else _FIRST):
             self.measure(matrices.detach())
 
     def measure(self, matrices: Tensor) -> Tensor:
