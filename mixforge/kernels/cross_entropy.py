@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.kernels.dense import dense
+
 # Below, the products are too small to pay for the chunks.
 LEAST_VOCAB = 2048
 # Each chunk adds to the whole gradient of W, so that short ones are slow: 16 rows, torch's choice, take twice the time.
@@ -26,7 +28,7 @@ def linear_cross_entropy(x_ND: Tensor, weight_XD: Tensor, targets_N: Tensor) -> 
     """The loss of targets in [0, X), a float32 scalar (float64 where x is). It has a first derivative only."""
     is_large = weight_XD.shape[0] >= LEAST_VOCAB and x_ND.shape[0] > CHUNK_ROWS
     if not (HAS_CHUNKS and is_large):
-        logits_NX = F.linear(x_ND, weight_XD)
+        logits_NX = dense(x_ND, weight_XD)
         dtype = logits_NX.dtype
         return F.cross_entropy(logits_NX if dtype.itemsize >= 4 else logits_NX.float(), targets_N)
     # torch.compile traces only the mode that allows for a second backward pass, which costs one more gradient.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from mixforge.kernels import attention, diagonal_ssm, softmax_scan
 from mixforge.search_space.genes import Form
 from mixforge.search_space.mixer import Backend
@@ -37,6 +35,7 @@ from mixforge.search_space.parts.attention_simplicial import Simplicial, TwoKeys
 from mixforge.search_space.parts.attention_states import ByChunk, ChunkStates
 from mixforge.search_space.parts.attention_strides import Blocks, Boundaries, Strided
 from mixforge.search_space.parts.attention_summaries import NativeSparse, Summarised
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.norm import norm_part
 from mixforge.search_space.parts.routing import Router
 from mixforge.search_space.parts.state_space import DiagonalScan
@@ -148,7 +147,7 @@ def linear_part(gene: Attn, seen: int, channels: int) -> Part:
     if isinstance(gene.diff, Form):
         rank = int(gene.diff.arguments[0])
         return Part(TwoMaps, width=seen, rank=rank, channels=channels // 2, bias=biased)
-    return Part(nn.Linear, in_features=seen, out_features=channels, bias=biased)
+    return Part(Dense, in_features=seen, out_features=channels, bias=biased)
 
 
 def qk_norm_part(gene: Attn, width: int, heads: int, backend: Backend) -> Part | None:
@@ -193,7 +192,7 @@ def memory_part(gene: Attn, width: int, backend: Backend) -> Part:
         )
     if gene.kv == "reuse":
         return Part(ReusedKeys, head_dim=head_dim, key=key, key_norm=key_norm, key_shift=shift)
-    value = Part(nn.Linear, in_features=seen, out_features=kv_heads * head_dim, bias=gene.bias != "none")
+    value = Part(Dense, in_features=seen, out_features=kv_heads * head_dim, bias=gene.bias != "none")
     if gene.chunk is not None:
         states = Part(ByChunk, mixer=gene.states(width).build(heads * head_dim, backend), chunk=gene.chunk)
         return Part(
@@ -332,8 +331,8 @@ def output_part(gene: Attn, width: int, backend: Backend) -> Part:
         norm = norm_part(2 * head_dim, backend)
         difference = Part(Differential, head_dim=head_dim, start=start, norm=norm)
     channels, biased = heads * head_dim, gene.bias == "all"
-    gate = Part(nn.Linear, in_features=gene.seen(width), out_features=channels, bias=False)
-    out = Part(nn.Linear, in_features=channels, out_features=width, bias=biased)
+    gate = Part(Dense, in_features=gene.seen(width), out_features=channels, bias=False)
+    out = Part(Dense, in_features=channels, out_features=width, bias=biased)
     if isinstance(gene.experts, int):
         out = Part(ExpertOutputs, width=width, experts=gene.experts, head_dim=head_dim)
     return Part(

@@ -147,7 +147,7 @@ def matrices(unit: Layer | Beside, width: int) -> int:
     with on_meta():
         modules = [mixer.build(width, "torch").build() for mixer in branches]
     parts = [each for module in modules for each in module.modules()]
-    found = sum(type(each) is torch.nn.Linear for each in parts)
+    found = sum(isinstance(each, torch.nn.Linear) for each in parts)
     found += sum(len(each.weight) for each in parts if isinstance(each, Stacked))
     return found + (1 if isinstance(unit, Beside) and unit.fuse in ("gate", "concat") else 0)
 

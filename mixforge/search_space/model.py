@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.kernels.dense import dense
 from mixforge.search_space.architecture import Architecture, Layer, Reuse, Segment
 from mixforge.search_space.architecture import Beside as BesideUnit
 from mixforge.search_space.architecture import Residual as ResidualUnit
@@ -33,6 +34,7 @@ from mixforge.search_space.parts.beside import (
     ScalarFuse,
     SumFuse,
 )
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.halting import Halting, Recurrence, TimeSignal
 from mixforge.search_space.parts.layer import Pass, Pointwise
 from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
@@ -93,7 +95,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab, width)
         self.stack = stack
         self.norm = norm
-        self.readout = None if tied else nn.Linear(width, vocab, bias=False)
+        self.readout = None if tied else Dense(width, vocab, bias=False)
         # Logits of unit variance. At widths of 64 and 128 and few steps this learns faster than the usual 0.02.
         scale = width**-0.5 if row_scale is None else row_scale
         nn.init.normal_(self.embedding.weight, std=scale)
@@ -113,7 +115,7 @@ class LanguageModel(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[..., D] -> logits [..., X]."""
-        logits = F.linear(self.final(x), self.read_weight())
+        logits = dense(self.final(x), self.read_weight())
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def final(self, x: Tensor) -> Tensor:

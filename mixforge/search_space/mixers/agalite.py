@@ -30,7 +30,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixforge.kernels import gated_scan
 from mixforge.search_space.genes import Whole
@@ -38,6 +38,7 @@ from mixforge.search_space.headed import HeadedMixer
 from mixforge.search_space.mixer import Backend, Cost
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 
 # Of what a gate writes.
@@ -105,8 +106,8 @@ class CosineBank(TokenMixer):
         self.banks = [(cosines + 1) * heads * features * head_dim, cosines * heads * head_dim]
         self.operation = operation
         self.one_step = one_step
-        self.made = nn.Linear(width, sum(self.sizes))
-        self.out = nn.Linear(heads * head_dim, width)
+        self.made = Dense(width, sum(self.sizes))
+        self.out = Dense(heads * head_dim, width)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -30,6 +30,7 @@ from mixforge.search_space.genes import Real, Whole
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 
 LEAST_EXPAND = 0.5
@@ -134,9 +135,9 @@ class NeuralProcessor(TokenMixer):
         self.sizes = [mixing, mixing, passing]
         self.split = split
         self.splits = splits
-        self.enricher = nn.Linear(width, 2 * mixing + passing, bias=False)
+        self.enricher = Dense(width, 2 * mixing + passing, bias=False)
         self.place = nn.Parameter(nn.init.xavier_normal_(torch.empty(split, splits * split)))
-        self.out = nn.Linear(mixing + passing, width, bias=False)
+        self.out = Dense(mixing + passing, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

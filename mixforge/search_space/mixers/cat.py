@@ -31,6 +31,7 @@ from mixforge.search_space.headed import HeadedMixer
 from mixforge.search_space.mixer import Backend, Cost
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.long_convolution import long_convolve
 
@@ -78,7 +79,7 @@ class TokenScore(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.weigh = nn.Linear(width, heads, bias=False)
+        self.weigh = Dense(width, heads, bias=False)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         return {}
@@ -96,7 +97,7 @@ class AveragedKey(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
-        self.mixed = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.mixed = Dense(width, 2 * heads * head_dim, bias=False)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -122,8 +123,8 @@ class CircularAttention(TokenMixer):
         self.heads = heads
         self.head_dim = head_dim
         self.score = score
-        self.value = nn.Linear(width, heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.value = Dense(width, heads * head_dim, bias=False)
+        self.out = Dense(heads * head_dim, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -35,6 +35,7 @@ from mixforge.search_space.parts.causal_convolution import (
     convolve,
     convolve_one,
 )
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 
@@ -120,9 +121,9 @@ class GatedConvolution(TokenMixer):
 
     def __init__(self, width: int, conv: Convolution) -> None:
         super().__init__()
-        self.mixed = nn.Linear(width, 3 * width, bias=False)
+        self.mixed = Dense(width, 3 * width, bias=False)
         self.conv = conv
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Dense(width, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -146,7 +147,7 @@ class BaseConvolution(TokenMixer):
 
     def __init__(self, width: int, conv: Convolution) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, width)
+        self.gate = Dense(width, width)
         self.conv = conv
         self.shift = nn.Parameter(torch.zeros(width))
 
@@ -172,7 +173,7 @@ class PlainConvolution(TokenMixer):
         super().__init__()
         self.conv = conv
         self.act = act
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Dense(width, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

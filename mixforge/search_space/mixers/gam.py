@@ -22,6 +22,7 @@ from mixforge.kernels import short_conv
 from mixforge.search_space.genes import Whole
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 
@@ -70,7 +71,7 @@ class AssociativeMemory(TokenMixer):
         self.conv = conv
         self.shift = nn.Parameter(torch.zeros(width))
         self.bank = nn.Parameter(nn.init.xavier_uniform_(torch.empty(slots, width)))
-        self.gates = nn.Linear(width, 2 * width)
+        self.gates = Dense(width, 2 * width)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -28,6 +28,7 @@ from mixforge.search_space.parts.activation import (
     sigmoid_glu,
     swiglu,
 )
+from mixforge.search_space.parts.dense import Dense
 
 
 def usual_hidden(width: int) -> int:
@@ -102,9 +103,9 @@ class GatedUnit(nn.Module):
     ) -> None:
         super().__init__()
         self.product = product
-        self.gate = nn.Linear(width, hidden, bias=bias)
-        self.up = nn.Linear(width, hidden, bias=bias)
-        self.out = nn.Linear(hidden, width, bias=bias)
+        self.gate = Dense(width, hidden, bias=bias)
+        self.up = Dense(width, hidden, bias=bias)
+        self.out = Dense(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.out(self.product(self.gate(x), self.up(x)))

@@ -29,6 +29,7 @@ from mixforge.kernels import short_conv
 from mixforge.search_space.genes import Whole
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.long_convolution import ages, long_convolve, ring_in_order, write_ring
 from mixforge.search_space.parts.short_convolution import ShortConvolution
@@ -95,11 +96,9 @@ class ImplicitFilters(nn.Module):
         self.filters = filters
         self.width = width
         self.window = window
-        self.hidden = nn.ModuleList(
-            [nn.Linear(FEATURES, units), nn.Linear(units, units), nn.Linear(units, units)]
-        )
+        self.hidden = nn.ModuleList([Dense(FEATURES, units), Dense(units, units), Dense(units, units)])
         self.frequency = nn.Parameter(torch.full((units,), 14.0))
-        self.last = nn.Linear(units, filters * width, bias=False)
+        self.last = Dense(units, filters * width, bias=False)
 
     def forward(self, length: int) -> Tensor:
         """The first `length` entries, at most W."""
@@ -132,11 +131,11 @@ class HyenaOperator(TokenMixer):
     def __init__(self, width: int, conv: ShortConvolution, filters: ImplicitFilters) -> None:
         super().__init__()
         self.width = width
-        self.projections = nn.Linear(width, conv.weight.shape[0], bias=False)
+        self.projections = Dense(width, conv.weight.shape[0], bias=False)
         self.conv = conv
         self.filters = filters
         self.skip = nn.Parameter(torch.randn(filters.filters, width))
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Dense(width, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -19,6 +19,7 @@ from mixforge.search_space.genes import Choice, Real, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import gelu, relu, relu2, silu
+from mixforge.search_space.parts.dense import Dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor], bias: bool) -> None:
         super().__init__()
         self.activation = activation
-        self.up = nn.Linear(width, hidden, bias=bias)
-        self.out = nn.Linear(hidden, width, bias=bias)
+        self.up = Dense(width, hidden, bias=bias)
+        self.out = Dense(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.out(self.activation(self.up(x)))

@@ -34,6 +34,7 @@ from mixforge.search_space.genes import Call, Choice, Form, Real, Whole, replace
 from mixforge.search_space.mixer import Backend, Cost, Loan, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import ClampedSwiglu, geglu, gelu, relu, relu2, silu, swiglu
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.experts import Experts, ExpertWeights, visit_gathered, visit_sorted
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.routing import AttachLoss, Router
@@ -213,7 +214,7 @@ class Moe(Mixer):
             act=act,
             gated=self.is_gated,
             shared=shared,
-            shared_gate=Part(nn.Linear, in_features=width, out_features=1, bias=False)
+            shared_gate=Part(Dense, in_features=width, out_features=1, bias=False)
             if self.shared and self.shared_gate == "sigmoid"
             else None,
         )
@@ -240,8 +241,8 @@ class SharedExperts(nn.Module):
         super().__init__()
         self.act = act
         self.gated = gated
-        self.up = nn.Linear(width, 2 * hidden if gated else hidden, bias=bias)
-        self.out = nn.Linear(hidden, width, bias=bias)
+        self.up = Dense(width, 2 * hidden if gated else hidden, bias=bias)
+        self.out = Dense(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)

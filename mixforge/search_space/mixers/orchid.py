@@ -26,6 +26,7 @@ from mixforge.search_space.genes import Whole
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.long_convolution import (
     ages,
@@ -85,13 +86,13 @@ class ConditionedConvolution(TokenMixer):
     def __init__(self, width: int, window: int, conv: ShortConvolution) -> None:
         super().__init__()
         self.window = window
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Dense(width, 3 * width, bias=False)
         self.conv = conv
-        self.gate = nn.Linear(width, width, bias=False)
+        self.gate = Dense(width, width, bias=False)
         # A filter starts as an exponential of its own length in each channel.
         length = 2.0 * (window / 2) ** ((torch.arange(width) + 0.5) / width)
         self.filter = nn.Parameter(torch.exp(-torch.arange(window) / length[:, None]) / length[:, None])
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Dense(width, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixforge.kernels import gated_scan, gated_scan_complex, short_conv
 from mixforge.search_space.genes import Choice, GeneValue, Real, Whole, replace
@@ -42,6 +42,7 @@ from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import gelu, gelu_tanh, sigmoid, silu
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.gated_cells import (
     HgrnCell,
     LruCell,
@@ -216,7 +217,7 @@ class Rec(Mixer):
         return Part(_CELLS[self.cell], width=seen, channels=channels)
 
     def _projection(self, width: int, features: int) -> Part:
-        return Part(nn.Linear, in_features=width, out_features=features, bias=self.bias == "all")
+        return Part(Dense, in_features=width, out_features=features, bias=self.bias == "all")
 
 
 _USUAL_CONV = {"qrnn": 2, "rglru": 4}

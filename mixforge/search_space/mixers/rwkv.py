@@ -15,13 +15,14 @@ from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
 from mixforge.search_space.genes import Choice, Real, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.activation import relu2
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.token_shift import TokenShift
 
@@ -87,9 +88,9 @@ class ChannelMixing(TokenMixer):
         self.width = width
         # Of k, and of r where there is one.
         self.shift = TokenShift(width, count=2 if has_receptance else 1, lowrank=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.receptance = nn.Linear(width, width, bias=False) if has_receptance else None
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.up = Dense(width, hidden, bias=False)
+        self.receptance = Dense(width, width, bias=False) if has_receptance else None
+        self.out = Dense(hidden, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -28,6 +28,7 @@ from mixforge.kernels import gated_scan
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.token_shift import TokenShift
 
@@ -72,10 +73,10 @@ class WeightedKeyValue(TokenMixer):
         self.shift = TokenShift(width, count=3, lowrank=False)
         with torch.no_grad():
             self.shift.share[0] = 1 - share.sqrt()
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.receptance = Dense(width, width, bias=False)
+        self.key = Dense(width, width, bias=False)
+        self.value = Dense(width, width, bias=False)
+        self.out = Dense(width, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

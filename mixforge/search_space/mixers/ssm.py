@@ -29,13 +29,14 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixforge.kernels import diagonal_ssm, selective_scan, short_conv
 from mixforge.search_space.expansion import NARROWEST, WIDEST, hidden_width, shortest_expand
 from mixforge.search_space.genes import Call, Choice, Form, GeneValue, Real, Whole, replace
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.fixed_point import FixedPointScan, HouseholderMixer
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.norm import norm_part
@@ -202,11 +203,11 @@ class StateSpaceBlock(TokenMixer):
     ) -> None:
         super().__init__()
         # u first, then z.
-        self.into = nn.Linear(width, inner * (2 if has_gate else 1), bias=False)
+        self.into = Dense(width, inner * (2 if has_gate else 1), bias=False)
         self.inner = inner
         self.conv = conv
         self.scan = scan
-        self.out = nn.Linear(inner, width, bias=False)
+        self.out = Dense(inner, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -254,7 +255,7 @@ class StateSpaceUnit(TokenMixer):
     def __init__(self, width: int, scan: StateSpace) -> None:
         super().__init__()
         self.scan = scan
-        self.out = nn.Linear(width, 2 * width, bias=False)
+        self.out = Dense(width, 2 * width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -31,6 +31,7 @@ from mixforge.search_space.headed import HeadedMixer
 from mixforge.search_space.mixer import Backend, Cost
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.banded import banded_flops, mix_banded
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 
 # The window of a matrix that is kept entry by entry; a filter's may be longer.
@@ -146,9 +147,9 @@ class StaticMixing(TokenMixer):
         self.heads = heads
         self.head_dim = head_dim
         self.window = window
-        self.value = nn.Linear(width, heads * head_dim, bias=False)
+        self.value = Dense(width, heads * head_dim, bias=False)
         self.mixing = mixing
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.out = Dense(heads * head_dim, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -39,7 +39,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixforge.kernels import short_conv
 from mixforge.search_space.expansion import hidden_width, shortest_expand
@@ -48,6 +48,7 @@ from mixforge.search_space.heads import default_heads, shared_heads, undivided
 from mixforge.search_space.mixer import Backend, Cost, Mixer
 from mixforge.search_space.part import Part
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.norm import RMSNorm, SimpleRMSNorm, norm_part
 from mixforge.search_space.parts.short_convolution import ShortConvolution
@@ -212,13 +213,13 @@ class MemoryMixer(TokenMixer):
         inner = heads * head_dim
         self.heads = heads
         self.before = SimpleRMSNorm()
-        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.qkv = Dense(width, 3 * inner, bias=False)
         self.conv = conv
-        self.gates = nn.Linear(width, gates * heads)
+        self.gates = Dense(width, gates * heads)
         self.memory = memory
         self.norm = norm
-        self.gate = nn.Linear(width, inner, bias=False)
-        self.out = nn.Linear(inner, width, bias=False)
+        self.gate = Dense(width, inner, bias=False)
+        self.out = Dense(inner, width, bias=False)
         with torch.no_grad():
             self.gates.bias.copy_(usual_gates(memory, heads))
 

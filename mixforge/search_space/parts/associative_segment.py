@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.parts.residual import Unit
 
@@ -46,10 +47,10 @@ class AssociativeBlock(nn.Module):
         super().__init__()
         self.body = body
         self.slots = 2 * NU * key_dim
-        self.query = nn.Linear(width, key_dim, bias=False)
-        self.key = nn.Linear(width, key_dim, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.strength = nn.Linear(width, 1)
+        self.query = Dense(width, key_dim, bias=False)
+        self.key = Dense(width, key_dim, bias=False)
+        self.value = Dense(width, width, bias=False)
+        self.strength = Dense(width, 1)
         nn.init.zeros_(self.value.weight)
 
     def read(self, x_BTD: Tensor, matrix_BND: Tensor, norm_BN: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mixforge.kernels.attention import attend
 from mixforge.search_space.parts.attention_pattern import Window
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.short_convolution import ShortConvolution
@@ -44,17 +45,17 @@ class AttendedStates(TokenMixer):
         self.heads = heads
         self.head_dim = width // heads
         self.states = states
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.gate = nn.Linear(width, width, bias=False)
+        self.qkv = Dense(width, 3 * width, bias=False)
+        self.gate = Dense(width, width, bias=False)
         self.windows = nn.ModuleList(windows)
         self.local = local
         self.conv = conv
         self.selection = selection
         self.scan = scan
         self.scan_step = scan_step
-        self.fuse = nn.Linear(heads, heads)
+        self.fuse = Dense(heads, heads)
         self.norms = nn.ModuleList(norms)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = Dense(width, width, bias=False)
 
     def window(self, half: int) -> Window:
         window = self.windows[half]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.routing import AttachLoss, Router
 
 
@@ -47,7 +48,7 @@ class ExpertQueries(nn.Module):
     def __init__(self, width: int, experts: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.every = nn.Linear(width, experts * head_dim, bias=False)
+        self.every = Dense(width, experts * head_dim, bias=False)
 
     def forward(self, x_BTD: Tensor, route: Route) -> Tensor:
         every_BTEK = torch.unflatten(self.every(x_BTD), -1, (-1, self.head_dim))
@@ -62,7 +63,7 @@ class ExpertOutputs(nn.Module):
         super().__init__()
         self.experts = experts
         self.head_dim = head_dim
-        self.out = nn.Linear(experts * head_dim, width, bias=False)
+        self.out = Dense(experts * head_dim, width, bias=False)
 
     def forward(self, o_BTF: Tensor, route: Route) -> Tensor:
         o_BTAV = torch.unflatten(o_BTF, -1, (-1, self.head_dim)) * route.weight_BTA[..., None]

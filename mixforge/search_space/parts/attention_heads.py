@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mixforge.search_space.parts.attention_experts import Route
 from mixforge.search_space.parts.attention_position import turned
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import split_heads
 
 # Of softmax with a base that grows: 1 over the mean of log n for n up to 1,024, so that training starts near to softmax.
@@ -30,9 +31,9 @@ class LowRank(nn.Module):
 
     def __init__(self, width: int, rank: int, channels: int, bias: bool, norm: nn.Module) -> None:
         super().__init__()
-        self.down = nn.Linear(width, rank, bias=False)
+        self.down = Dense(width, rank, bias=False)
         self.norm = norm
-        self.up = nn.Linear(rank, channels, bias=bias)
+        self.up = Dense(rank, channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.up(self.norm(self.down(x)))
@@ -45,8 +46,8 @@ class TwoMaps(nn.Module):
     def __init__(self, width: int, rank: int, channels: int, bias: bool) -> None:
         super().__init__()
         self.rank = rank
-        self.base = nn.Linear(width, channels, bias=bias)
-        self.down = nn.Linear(width, 2 * rank, bias=False)
+        self.base = Dense(width, channels, bias=bias)
+        self.down = Dense(width, 2 * rank, bias=False)
         self.up = nn.Parameter(torch.empty(2, rank, channels).uniform_(-1, 1) * rank**-0.5)
 
     def forward(self, x_BTD: Tensor) -> Tensor:

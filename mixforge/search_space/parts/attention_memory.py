@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mixforge.search_space.parts.attention_heads import normalised
 from mixforge.search_space.parts.attention_position import turned
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, split_heads
 
 
@@ -74,7 +75,7 @@ class TokenShift(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.share = nn.Linear(width, heads, bias=False)
+        self.share = Dense(width, heads, bias=False)
 
     def forward(self, new_BTF: Tensor, x_BTD: Tensor, last_BF: Tensor | None) -> Tensor:
         """The last row of `new` is written into `last`."""
@@ -178,7 +179,7 @@ class ReusedKeys(Memory):
         self.key = key
         self.key_norm = key_norm
         self.key_shift = key_shift
-        self.mix = nn.Linear(head_dim, head_dim, bias=False)
+        self.mix = Dense(head_dim, head_dim, bias=False)
         self.share = nn.Parameter(torch.full((head_dim,), 0.1))
 
     def kept(self) -> dict[str, tuple[int, int]]:
@@ -215,9 +216,9 @@ class Latents(Memory):
         self.head_dim = head_dim
         self.rank = rank
         self.rope_dim = rope_dim
-        self.down = nn.Linear(width, rope_dim + rank, bias=False)
+        self.down = Dense(width, rope_dim + rank, bias=False)
         self.norm = norm
-        self.up = nn.Linear(rank, heads * 2 * head_dim, bias=False)
+        self.up = Dense(rank, heads * 2 * head_dim, bias=False)
 
     def kept(self) -> dict[str, tuple[int, int]]:
         return {"latent": (1, self.rope_dim + self.rank)}

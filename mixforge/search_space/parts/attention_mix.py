@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
+
 
 class HeadMix(nn.Module):
     """Abstract. `place` is 0 before the weighing and 1 after it."""
@@ -57,9 +59,9 @@ class DynamicMix(HeadMix):
         self.rank = rank
         hidden = 2 * heads * rank
         # Four kinds: query and key before the weighing, query and key after it.
-        self.down = nn.Linear(width, 4 * hidden, bias=False)
+        self.down = Dense(width, 4 * hidden, bias=False)
         self.up = nn.Parameter(torch.randn(4, hidden, 2 * rank * heads) * hidden**-0.5)
-        self.gate = nn.Linear(width, 4 * heads, bias=False)
+        self.gate = Dense(width, 4 * heads, bias=False)
 
     def kept(self) -> dict[str, tuple[int, int]]:
         return {"mix": (1, 2 * (2 * self.rank + 1) * self.heads)}

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.rotary import angles, frequencies, turn
 
 
@@ -100,7 +101,7 @@ class ContextRotary(Position):
         super().__init__()
         self.heads = heads
         self.pairs = channels // 2
-        self.frequency = nn.Linear(width, heads, bias=False)
+        self.frequency = Dense(width, heads, bias=False)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"angle": torch.zeros(batch, self.heads, self.pairs, device=device, dtype=torch.float64)}

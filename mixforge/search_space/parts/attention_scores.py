@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from mixforge.kernels.attention import attend
 from mixforge.search_space.parts.attention_blocks import Sight, in_blocks
 from mixforge.search_space.parts.attention_mix import HeadMix
+from mixforge.search_space.parts.dense import Dense
 
 
 class ForgetGate(nn.Module):
@@ -50,7 +51,7 @@ class ForgetGate(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.gate = nn.Linear(width, heads)
+        self.gate = Dense(width, heads)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         exact = torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixforge.search_space.parts.attention_blocks import Sight
 from mixforge.search_space.parts.attention_memory import Memory
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, split_heads
 
 
@@ -24,8 +25,8 @@ class TwoKeysValues(Memory):
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
-        self.key = nn.Linear(width, 2 * heads * head_dim, bias=False)
-        self.value = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.key = Dense(width, 2 * heads * head_dim, bias=False)
+        self.value = Dense(width, 2 * heads * head_dim, bias=False)
 
     def kept(self) -> dict[str, tuple[int, int]]:
         return {"key": (self.heads, 2 * self.head_dim), "value": (self.heads, 2 * self.head_dim)}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mixforge.search_space.parts.attention_blocks import Sight
 from mixforge.search_space.parts.attention_choice import among_best
+from mixforge.search_space.parts.dense import Dense
 
 
 class Summarised(nn.Module):
@@ -60,7 +61,7 @@ class NativeSparse(nn.Module):
         self.count = count
         self.window = window
         self.scale = scale
-        self.gate = nn.Linear(width, 3 * heads, bias=False)
+        self.gate = Dense(width, 3 * heads, bias=False)
 
     def forward(self, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, sight: Sight) -> Tensor:
         """[B, H, T, V]."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 
 
@@ -137,7 +138,7 @@ class GateFuse(nn.Module):
 
     def __init__(self, width: int, branches: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, branches, bias=False)
+        self.gate = Dense(width, branches, bias=False)
 
     def forward(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         share = self.gate(x).softmax(-1)
@@ -150,7 +151,7 @@ class ConcatFuse(nn.Module):
 
     def __init__(self, width: int, branches: int) -> None:
         super().__init__()
-        self.mix = nn.Linear(branches * width, width, bias=False)
+        self.mix = Dense(branches * width, width, bias=False)
         with torch.no_grad():
             self.mix.weight.copy_(torch.eye(width).repeat(1, branches))
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.attention import attend, step_attention
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.rotary import rotate
 from mixforge.search_space.parts.state_vectors import StateVectors
@@ -42,8 +43,8 @@ class BlockRecurrence(TokenMixer):
         self.vectors = vectors
         self.operation = operation
         inner = heads * head_dim
-        self.project = nn.Linear(width, 4 * inner, bias=False)
-        self.out = nn.Linear(inner if weighed else 2 * inner, width, bias=False)
+        self.project = Dense(width, 4 * inner, bias=False)
+        self.out = Dense(inner if weighed else 2 * inner, width, bias=False)
         # As in the reference code of the Cached Transformer.
         self.share = nn.Parameter(torch.full((heads,), -1.0)) if weighed else None
 

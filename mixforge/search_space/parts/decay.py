@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import split_heads
 
 # Below it, which keeps 0.7 % a token, the chunked form of decays per channel would leave float32.
@@ -95,7 +96,7 @@ class SoftplusDecay(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.step_size = nn.Linear(width, heads, bias=False)
+        self.step_size = Dense(width, heads, bias=False)
         self.bias = nn.Parameter(draw_dt_bias(heads))
         self.rate = nn.Parameter(draw_rate(heads))
 
@@ -114,7 +115,7 @@ class SigmoidDecay(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.cap = cap
-        self.logit = nn.Linear(width, heads)
+        self.logit = Dense(width, heads)
         remember_(self.logit.bias, temperature)
 
     def forward(
@@ -130,8 +131,8 @@ class SoftplusChannelDecay(nn.Module):
     def __init__(self, width: int, heads: int, channels: int, rank: int | None) -> None:
         super().__init__()
         self.heads = heads
-        self.down = nn.Identity() if rank is None else nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(width if rank is None else rank, heads * channels, bias=False)
+        self.down = nn.Identity() if rank is None else Dense(width, rank, bias=False)
+        self.up = Dense(width if rank is None else rank, heads * channels, bias=False)
         self.bias = nn.Parameter(draw_dt_bias(heads * channels))
         self.rate = nn.Parameter(draw_rate(heads))
 
@@ -150,8 +151,8 @@ class SigmoidChannelDecay(nn.Module):
         super().__init__()
         self.heads = heads
         self.temperature = temperature
-        self.down = nn.Identity() if rank is None else nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(width if rank is None else rank, heads * channels)
+        self.down = nn.Identity() if rank is None else Dense(width, rank, bias=False)
+        self.up = Dense(width if rank is None else rank, heads * channels)
         remember_(self.up.bias, temperature)
 
     def forward(self, x_BTD: Tensor, k_BTHK: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -187,8 +188,8 @@ class BoundedDecay(nn.Module):
         self.by_channel = channels is not None
         self.layer, self.layers = layer, layers
         count = heads * (1 if channels is None else channels)
-        self.down = nn.Identity() if rank is None else nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(width if rank is None else rank, count, bias=False)
+        self.down = nn.Identity() if rank is None else Dense(width, rank, bias=False)
+        self.up = Dense(width if rank is None else rank, count, bias=False)
         # gamma starts at about l / L, where the paper's equal shares start.
         self.bound = nn.Parameter(torch.full((count,), -4.0))
 
@@ -215,8 +216,8 @@ class ExpDecay(nn.Module):
         self.capped = capped
         first, last = (-5.5, 0.5) if capped else (-6.0, -1.0)
         start = torch.linspace(first, last, heads if channels is None else channels)
-        self.down = None if rank is None else nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(width if rank is None else rank, heads * (1 if channels is None else channels))
+        self.down = None if rank is None else Dense(width, rank, bias=False)
+        self.up = Dense(width if rank is None else rank, heads * (1 if channels is None else channels))
         with torch.no_grad():
             self.up.bias.copy_(start.repeat(1 if channels is None else heads))
 
@@ -251,8 +252,8 @@ class TemperedDecay(nn.Module):
     def __init__(self, width: int, heads: int, channels: int, rank: int | None) -> None:
         super().__init__()
         self.heads = heads
-        self.down = nn.Identity() if rank is None else nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(width if rank is None else rank, 2 * heads * channels)
+        self.down = nn.Identity() if rank is None else Dense(width, rank, bias=False)
+        self.up = Dense(width if rank is None else rank, 2 * heads * channels)
         with torch.no_grad():
             self.up.bias.zero_()
             self.up.bias[: heads * channels] = draw_dt_bias(heads * channels)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.kernels.dense import dense
 from mixforge.search_space.parts.stacked import Stacked
 
 
@@ -83,7 +83,7 @@ def visit_sorted(
     up_biases = _apart(weights.up_bias_EG, len(ups))
     out_biases = _apart(weights.out_bias_ED, len(outs))
     visited = [
-        F.linear(_activated(F.linear(x_ND, up_GD, up_bias_G), act, gated), out_DF, out_bias_D)
+        dense(_activated(dense(x_ND, up_GD, up_bias_G), act, gated), out_DF, out_bias_D)
         for x_ND, up_GD, up_bias_G, out_DF, out_bias_D in zip(
             pieces, ups, up_biases, outs, out_biases, strict=True
         )

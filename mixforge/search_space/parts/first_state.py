@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
+
 
 class FirstState(nn.Module):
     """A learned state, [H, K, V]; what stands beside the values starts at 0."""
@@ -61,8 +63,8 @@ class PrefixState(nn.Module):
     def __init__(self, width: int, length: int, keys: int, values: int) -> None:
         super().__init__()
         self.length = length
-        self.key = nn.Linear(width, keys, bias=False)
-        self.value = nn.Linear(width, values, bias=False)
+        self.key = Dense(width, keys, bias=False)
+        self.value = Dense(width, values, bias=False)
 
     def forward(self, k_BTD: Tensor, v_BTD: Tensor) -> tuple[Tensor, Tensor]:
         return self.key(k_BTD[:, : self.length]), self.value(v_BTD[:, : self.length])

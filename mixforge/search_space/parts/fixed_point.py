@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.predecessor import shifted
 from mixforge.search_space.parts.state_space import Selection, StateSpace, zero_state
 
@@ -34,8 +35,8 @@ class HouseholderMixer(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.direction = nn.Linear(2 * channels, channels, bias=False)
-        self.strength = nn.Linear(2 * channels, 1)
+        self.direction = Dense(2 * channels, channels, bias=False)
+        self.strength = Dense(2 * channels, 1)
 
     def forward(self, given: Tensor, v: Tensor) -> Tensor:
         """Parameters from given [..., 2F], applied to v [..., F]."""
@@ -72,9 +73,9 @@ class FixedPointScan(StateSpace):
         self.one_step = one_step
         self.selection = selection
         self.mixer = mixer
-        self.fed_back = nn.Linear(channels, 2 * states, bias=False)
+        self.fed_back = Dense(channels, 2 * states, bias=False)
         self.norm = nn.LayerNorm(channels)
-        self.to_gate = nn.Linear(channels, channels, bias=False) if has_gate else None
+        self.to_gate = Dense(channels, channels, bias=False) if has_gate else None
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         return {

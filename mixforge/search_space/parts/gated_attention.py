@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.attention_scores import Weigh, attend_given
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.rotary import rotate
 
@@ -84,11 +85,11 @@ class GatedAttentionUnit(TokenMixer):
         super().__init__()
         self.triple = triple
         self.feed = feed
-        self.value = nn.Linear(width, inner)
+        self.value = Dense(width, inner)
         self.sizes = [key_dim, inner, *([width, width] if updates else [])]
-        self.made = nn.Linear(width, sum(self.sizes))
+        self.made = Dense(width, sum(self.sizes))
         self.attention = attention
-        self.out = nn.Linear(inner, width)
+        self.out = Dense(inner, width)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.stacked import Stacked
 
 Gated = tuple[Tensor, Tensor | None, Tensor]
@@ -66,7 +67,7 @@ class HgrnCell(nn.Module):
         super().__init__()
         self.floor = floor
         self.channels = channels
-        self.gates = nn.Linear(width, channels * (3 if is_complex else 2))
+        self.gates = Dense(width, channels * (3 if is_complex else 2))
         # The angles of rotary position.
         exponent = -2 * torch.arange(channels) / channels
         self.angle = nn.Parameter(10000.0**exponent) if is_complex else None
@@ -96,7 +97,7 @@ class LruCell(nn.Module):
         self.nu = nn.Parameter(torch.log(-0.5 * torch.log(square)))
         self.theta = nn.Parameter(torch.log(2 * math.pi * torch.rand(channels)))
         self.gamma = nn.Parameter(0.5 * torch.log1p(-square))
-        self.gates = nn.Linear(width, 2 * channels, bias=False)
+        self.gates = Dense(width, 2 * channels, bias=False)
         nn.init.normal_(self.gates.weight, std=(2 * width) ** -0.5)
 
     def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
@@ -111,7 +112,7 @@ class QrnnCell(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.gates = nn.Linear(width, 2 * channels, bias=False)
+        self.gates = Dense(width, 2 * channels, bias=False)
 
     def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         forget, content = exact(self.gates(u_BTD)).chunk(2, -1)
@@ -123,7 +124,7 @@ class MinGruCell(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.gates = nn.Linear(width, 2 * channels)
+        self.gates = Dense(width, 2 * channels)
 
     def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         update, content = exact(self.gates(u_BTD)).chunk(2, -1)
@@ -135,7 +136,7 @@ class MinLstmCell(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.gates = nn.Linear(width, 3 * channels)
+        self.gates = Dense(width, 3 * channels)
 
     def forward(self, u_BTD: Tensor, positions_T: Tensor) -> Gated:
         forget, enter, content = exact(self.gates(u_BTD)).chunk(3, -1)

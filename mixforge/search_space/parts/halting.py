@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass
 from mixforge.search_space.parts.residual import Unit
 from mixforge.search_space.parts.routing import AttachLoss
@@ -125,7 +126,7 @@ class Halting(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.score = nn.Linear(width, 1)
+        self.score = Dense(width, 1)
         nn.init.ones_(self.score.bias)
 
     def forward(

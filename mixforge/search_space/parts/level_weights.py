@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import split_heads
 
 # Enough for 32768 tokens.
@@ -23,7 +24,7 @@ class LevelWeights(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.logit = nn.Linear(width, heads * LEVELS, bias=False)
+        self.logit = Dense(width, heads * LEVELS, bias=False)
         self.scale = nn.Parameter(torch.ones(heads, LEVELS))
 
     def forward(self, x_BTD: Tensor) -> Tensor:

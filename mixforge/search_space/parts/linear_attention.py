@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.kernels.dense import dense
 from mixforge.kernels.norm import unit_norm
 from mixforge.search_space.parts.decay import SigmoidDecay, SoftplusDecay, exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.first_state import CarriedState, NoisyState, PrefixState
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.linear_output import GatedOutput, NormedOutput, ValueConvolution
@@ -170,7 +172,7 @@ class LinearAttention(TokenMixer):
         keys, own = key_heads * key_dim, 1 if apart is not None else copies
         self.rows = [keys, 0 if key == "forget" else own * keys, own * heads * value_dim]
         self.widths = self.rows if apart is None else [copies * row for row in self.rows]
-        self.mixed = nn.Linear(width, sum(self.rows), bias=False)
+        self.mixed = Dense(width, sum(self.rows), bias=False)
         self.shift = shift
         self.reads = [] if reads is None else reads
         self.conv = conv
@@ -299,21 +301,18 @@ class LinearAttention(TokenMixer):
     def project(self, x_BTD: Tensor, inputs: Inputs) -> Tensor:
         """Queries, keys and values [B, T, F]."""
         if self.shift is None and not self.crosses:
-            if x_BTD.device.type == "cpu":
-                self.read_gates(inputs)
-            mixed_BTF: Tensor = self.mixed(x_BTD)
-            return mixed_BTF
+            mixed_BTF = self.read_at_once(inputs) if x_BTD.device.type == "cpu" else None
+            return self.mixed(x_BTD) if mixed_BTF is None else mixed_BTF
         weights = torch.split(self.mixed.weight, self.rows)
-        parts = [
-            F.linear(x, w) for x, w in zip((inputs.q, inputs.k, inputs.v), weights, strict=True) if len(w)
-        ]
+        parts = [dense(x, w) for x, w in zip((inputs.q, inputs.k, inputs.v), weights, strict=True) if len(w)]
         return torch.cat(parts, -1)
 
-    def read_gates(self, inputs: Inputs) -> None:
+    def read_at_once(self, inputs: Inputs) -> Tensor | None:
         """The logits of gates that read the same input by one product, where that is cheaper.
 
         On a CPU four columns alone take a third of what a hundred take. The weights are joined for it, which has to be
-        little beside the product.
+        little beside the product. Queries, keys and values come with them, and are returned, where nothing reads
+        them that would be slower on rows that lie apart.
         """
         parts = (self.decay, self.beta, self.write_gate, self.exp_gate, self.output)
         # A loop, and not an expression with `:=`, which torch.compile refuses.
@@ -324,11 +323,14 @@ class LinearAttention(TokenMixer):
                 gates.append((part, linear))
         weights = [linear.weight for _, linear in gates]
         if len(gates) < 2 or sum(w.numel() for w in weights) > inputs.out.numel():
-            return
-        joined = F.linear(inputs.out, torch.cat(weights))
-        logits = torch.split(joined, [len(weight) for weight in weights], -1)
-        for (part, linear), logit in zip(gates, logits, strict=True):
+            return None
+        is_whole = self.conv is None and self.act is None
+        if is_whole:
+            weights.append(self.mixed.weight)
+        found = torch.split(dense(inputs.out, torch.cat(weights)), [len(weight) for weight in weights], -1)
+        for (part, linear), logit in zip(gates, found, strict=False):
             inputs.logits[part] = logit if linear.bias is None else logit + linear.bias
+        return found[-1] if is_whole else None
 
     def reads_of(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mixforge.kernels.norm import quotient_norm
 from mixforge.search_space.parts.activation import silu
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 
 
 class HeadSkip(nn.Module):
@@ -121,8 +122,8 @@ class LowRankGate(nn.Module):
 
     def __init__(self, width: int, channels: int, rank: int) -> None:
         super().__init__()
-        self.down = nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(rank, channels)
+        self.down = Dense(width, rank, bias=False)
+        self.up = Dense(rank, channels)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         y_BTF: Tensor = self.up(self.down(x_BTD))
@@ -134,8 +135,8 @@ class InnerGate(nn.Module):
 
     def __init__(self, width: int, channels: int, rank: int) -> None:
         super().__init__()
-        self.down = nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(rank, channels, bias=False)
+        self.down = Dense(width, rank, bias=False)
+        self.up = Dense(rank, channels, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         y_BTF: Tensor = self.up(torch.sigmoid(self.down(x_BTD)))
@@ -167,7 +168,7 @@ class NormedOutput(nn.Module):
         self.joint = joint
         self.activation = activation
         self.gate = None if activation is None else gate_of(width, heads * value_dim, rank, inner)
-        self.out = nn.Linear(heads * value_dim, width, bias=False)
+        self.out = Dense(heads * value_dim, width, bias=False)
 
     def forward(
         self,
@@ -212,7 +213,7 @@ class GatedOutput(nn.Module):
         self.own = own
         self.activation = activation
         self.gate = None if activation is None else gate_of(width, heads * value_dim, rank, inner)
-        self.out = nn.Linear(heads * value_dim, width, bias=False)
+        self.out = Dense(heads * value_dim, width, bias=False)
 
     def forward(self, o_BTHV: Tensor, x_BTD: Tensor, *, logit_BTF: Tensor | None = None) -> Tensor:
         o_BTF = o_BTHV.flatten(2)
@@ -228,4 +229,4 @@ def gate_of(width: int, channels: int, rank: int | None, inner: bool = False) ->
     """The projection in front of a gate's activation."""
     if inner and rank is not None:
         return InnerGate(width, channels, rank)
-    return nn.Linear(width, channels, bias=False) if rank is None else LowRankGate(width, channels, rank)
+    return Dense(width, channels, bias=False) if rank is None else LowRankGate(width, channels, rank)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.routing import AttachLoss, Router
 
 # Of the loss that keeps the load of the memories even, in training.
@@ -73,10 +74,10 @@ class ApartKeys(nn.Module):
     def __init__(self, width: int, keys: int, rank: int) -> None:
         super().__init__()
         self.keys = keys
-        self.q_down = nn.Linear(width, rank, bias=False)
-        self.q_up = nn.Linear(rank, keys, bias=False)
-        self.k_down = nn.Linear(width, rank, bias=False)
-        self.k_up = nn.Linear(rank, keys, bias=False)
+        self.q_down = Dense(width, rank, bias=False)
+        self.q_up = Dense(rank, keys, bias=False)
+        self.k_down = Dense(width, rank, bias=False)
+        self.k_up = Dense(rank, keys, bias=False)
 
     def forward(self, mixed_BTF: Tensor, q_BTD: Tensor, k_BTD: Tensor) -> Tensor:
         q, k, v = mixed_BTF.tensor_split((self.keys, 2 * self.keys), -1)

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.attention import attend
+from mixforge.kernels.dense import dense
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer, split_heads
 from mixforge.search_space.parts.norm import SimpleRMSNorm
 from mixforge.search_space.parts.rotary import rotate
@@ -42,17 +44,17 @@ class MemoryAsContext(TokenMixer):
         super().__init__()
         inner = heads * head_dim
         self.heads, self.head_dim = heads, head_dim
-        self.query = nn.Linear(width, inner, bias=False)
-        self.key_value = nn.Linear(width, 2 * inner, bias=False)
+        self.query = Dense(width, inner, bias=False)
+        self.key_value = Dense(width, 2 * inner, bias=False)
         self.persistent = nn.Parameter(torch.randn(2, heads, persistent, head_dim))
-        self.out = nn.Linear(inner, width, bias=False)
+        self.out = Dense(inner, width, bias=False)
         self.memory = memory
         self.before = SimpleRMSNorm()
         # W_q, W_k and W_v of the memory.
-        self.learn = nn.Linear(width, 3 * inner, bias=False)
-        self.gates = nn.Linear(width, 3 * heads)
+        self.learn = Dense(width, 3 * inner, bias=False)
+        self.gates = Dense(width, 3 * heads)
         self.norm = norm
-        self.recall = nn.Linear(inner, width, bias=False)
+        self.recall = Dense(inner, width, bias=False)
         with torch.no_grad():
             self.gates.bias.copy_(usual_gates(memory, heads))
 
@@ -117,7 +119,7 @@ class MemoryAsContext(TokenMixer):
     def entries(self, x_BTD: Tensor, memory: Memory, positions_T: Tensor) -> dict[str, Tensor]:
         """Keys and values [B, H, T, K] of tokens, and of what the memory at their segment's beginning says of them."""
         asks = self.learn.weight[: self.heads * self.head_dim]
-        q_BHTK = split_heads(exact(F.silu(F.linear(self.before(x_BTD), asks))), self.heads).transpose(1, 2)
+        q_BHTK = split_heads(exact(F.silu(dense(self.before(x_BTD), asks))), self.heads).transpose(1, 2)
         h_BTD = self.recalled(self.memory.read(memory.start, unit(q_BHTK)), x_BTD.dtype)
         found = {}
         for prefix, given in (("context_", h_BTD), ("", x_BTD)):

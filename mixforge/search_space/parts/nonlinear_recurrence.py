@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.short_convolution import ShortConvolution
 
@@ -63,11 +64,11 @@ class Recurrence(TokenMixer):
         self.operation, self.one_step = operation, one_step
         self.whole = whole
         # The gates that see the convolution's output, and the others: of all heads, head after head.
-        self.early = nn.Linear(width, 2 * heads * head_dim)
-        self.late = nn.Linear(width, (gates - 2) * heads * head_dim)
+        self.early = Dense(width, 2 * heads * head_dim)
+        self.late = Dense(width, (gates - 2) * heads * head_dim)
         self.cell = cell
         self.norm = norm
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.out = Dense(heads * head_dim, width, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

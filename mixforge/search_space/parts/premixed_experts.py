@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mixforge.kernels.attention import attend
 from mixforge.search_space.parts.attention_pattern import EveryToken
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.experts import (
     Experts,
     ExpertWeights,
@@ -48,10 +49,10 @@ class PremixedExperts(TokenMixer):
         self.act = act
         self.gated = gated
         # Queries of every expert, then those of the shared ones.
-        self.query = nn.Linear(width, head_dim * (1 if shared is None else 2), bias=False)
+        self.query = Dense(width, head_dim * (1 if shared is None else 2), bias=False)
         self.query_down = StackedLinear(count, width, query_rank, False)
         self.query_up = StackedLinear(count, query_rank, head_dim, False)
-        self.key = nn.Linear(width, head_dim, bias=False)
+        self.key = Dense(width, head_dim, bias=False)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

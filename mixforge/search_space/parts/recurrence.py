@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.gated_cells import Gated
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 from mixforge.search_space.parts.predecessor import last_tokens
@@ -50,7 +51,7 @@ class LinearRecurrence(TokenMixer):
         self.cell = cell
         self.norm = norm
         self.skip = nn.Parameter(torch.randn(width)) if has_skip else None
-        self.out = nn.Linear(features, width, bias=bias)
+        self.out = Dense(features, width, bias=bias)
 
     def initial_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import split_heads
 
 RATE_RANK = 64
@@ -27,8 +28,8 @@ class RemovalKeys(nn.Module):
         super().__init__()
         self.heads = heads
         self.most = most
-        self.down = nn.Linear(width, RATE_RANK, bias=False)
-        self.up = nn.Linear(RATE_RANK, heads * features)
+        self.down = Dense(width, RATE_RANK, bias=False)
+        self.up = Dense(RATE_RANK, heads * features)
         self.removed = nn.Parameter(torch.full((heads, features), 0.71))
         self.replaced = nn.Parameter(torch.full((heads, features), 1.02))
         with torch.no_grad():

@@ -34,6 +34,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, TokenMixer
 
 
@@ -152,9 +153,9 @@ class StreamGate(nn.Module):
         super().__init__()
         self.width = width
         # W_r, W_z and W_g of y; U_r and U_z of x. U_g stands alone, as it reads r x.
-        self.output = nn.Linear(width, 3 * width, bias=False)
-        self.stream = nn.Linear(width, 2 * width, bias=False)
-        self.reset = nn.Linear(width, width, bias=False)
+        self.output = Dense(width, 3 * width, bias=False)
+        self.stream = Dense(width, 2 * width, bias=False)
+        self.reset = Dense(width, width, bias=False)
         self.bias = nn.Parameter(torch.full((width,), 2.0))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

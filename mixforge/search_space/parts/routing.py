@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.kernels.tracing import unaliased
+from mixforge.search_space.parts.dense import Dense
 
 
 class Router(nn.Module):
@@ -56,7 +57,7 @@ class Router(nn.Module):
         self.groups = groups
         self.balance = balance
         self.rate = rate
-        self.logits = nn.Linear(width, experts, bias=logit_bias)
+        self.logits = Dense(width, experts, bias=logit_bias)
         self.register_buffer("bias", torch.zeros(experts) if balance == "bias" else None)
 
     def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import Pass, split_heads
 from mixforge.search_space.parts.residual import Unit
 
@@ -103,9 +104,9 @@ class DepthAttention(nn.Module):
         self.heads = heads
         self.units = units
         self.norm = norm
-        self.query = nn.Linear(width, width, bias=False)
-        self.memory = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.query = Dense(width, width, bias=False)
+        self.memory = Dense(width, 2 * width, bias=False)
+        self.out = Dense(width, width, bias=False)
 
     def forward(self, depths: list[Tensor]) -> Tensor:
         if len(depths) <= self.units:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from mixforge.kernels.dense import dense
 from mixforge.search_space.parts.stacked import Stacked
 
 # Iterations before the first pass: sigma of a fresh matrix is then right to some percent.
@@ -75,7 +76,7 @@ class SigmaLinear(nn.Module):
         return self.matrix * self.scale()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.matrix) * self.scale()
+        y = dense(x, self.matrix) * self.scale()
         return y if self.bias is None else y + self.bias
 
 
@@ -112,6 +113,6 @@ def with_sigma(stack: nn.Module) -> nn.Module:
         if isinstance(module, Stacked):
             register_parametrization(module, "weight", SigmaStack(module.weight))
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear):
                 setattr(module, name, SigmaLinear(child))
     return stack

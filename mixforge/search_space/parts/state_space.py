@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import draw_dt_bias, exact
+from mixforge.search_space.parts.dense import Dense
 
 
 class StateSpace(nn.Module):
@@ -42,10 +43,10 @@ class Selection(nn.Module):
     def __init__(self, channels: int, states: int, rank: int, norms: list[nn.Module]) -> None:
         super().__init__()
         self.sizes = [rank, states, states]
-        self.selection = nn.Linear(channels, sum(self.sizes), bias=False)
+        self.selection = Dense(channels, sum(self.sizes), bias=False)
         # Of dt, B and C in this order, or none.
         self.norms = nn.ModuleList(norms)
-        self.step_size = nn.Linear(rank, channels, bias=False)
+        self.step_size = Dense(rank, channels, bias=False)
         self.bias = nn.Parameter(draw_dt_bias(channels))
         self.rate = nn.Parameter(torch.log(torch.arange(1.0, states + 1)).repeat(channels, 1))
         self.skip = nn.Parameter(torch.ones(channels))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mixforge.kernels.attention import attend
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import split_heads
 
 
@@ -30,7 +31,7 @@ class StateVectors(nn.Module):
         self.first = nn.Parameter(torch.randn(states, width))
         self.identity = nn.Parameter(torch.randn(states, width) * 0.02)
         self.norm = norm
-        self.project = nn.Linear(width, parts * heads * head_dim, bias=False)
+        self.project = Dense(width, parts * heads * head_dim, bias=False)
 
     def ask(self, c_BSD: Tensor) -> list[Tensor]:
         """Keys and values of the states, and what else a change needs of them, each [B, H, S, K]."""
@@ -64,7 +65,7 @@ class AttendingStates(StateVectors):
     def __init__(self, width: int, heads: int, head_dim: int, states: int, norm: nn.Module) -> None:
         super().__init__(width, heads, head_dim, states, norm, 4)
         self.head_dim = head_dim
-        self.change = nn.Linear(2 * heads * head_dim, width)
+        self.change = Dense(2 * heads * head_dim, width)
         self.gate = nn.Parameter(torch.ones(width))
 
     def initial_state(
@@ -108,8 +109,8 @@ class GatedCache(StateVectors):
         super().__init__(width, heads, head_dim, states, norm, 2)
         self.block = block
         self.kept = min(states, block)
-        self.gates = nn.Linear(2 * width, 2 * width)
-        self.change = nn.Linear(2 * width, width)
+        self.gates = Dense(2 * width, 2 * width)
+        self.change = Dense(2 * width, width)
         self.change_norm = change_norm
 
     def initial_state(
@@ -149,7 +150,7 @@ class GatedQueue(StateVectors):
     ) -> None:
         super().__init__(width, heads, head_dim, states, norm, 2)
         self.block = block
-        self.gate = nn.Linear(2 * width, width)
+        self.gate = Dense(2 * width, width)
 
     def initial_state(
         self, batch: int, slots: int, device: torch.device, dtype: torch.dtype

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mixforge.search_space.parts.dense import Dense
+
 SHIFT_RANK = 32
 
 
@@ -43,7 +45,7 @@ class LowRankShare(nn.Module):
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.share = nn.Parameter(torch.full((width,), 0.5))
-        self.down = nn.Linear(width, count * SHIFT_RANK, bias=False)
+        self.down = Dense(width, count * SHIFT_RANK, bias=False)
         self.up = nn.Parameter(torch.empty(count, SHIFT_RANK, width).uniform_(-0.01, 0.01))
 
     def forward(self, x_BTD: Tensor, back_BTD: Tensor) -> Tensor:

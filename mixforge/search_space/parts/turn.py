@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import split_heads
 
 
@@ -73,7 +74,7 @@ class PhaseTurn(Turn):
     def __init__(self, width: int, heads: int, channels: int) -> None:
         super().__init__()
         self.heads, self.channels = heads, channels
-        self.angle = nn.Linear(width, heads * channels, bias=False)
+        self.angle = Dense(width, heads * channels, bias=False)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         return torch.zeros(batch, self.heads, self.channels, device=device, dtype=dtype)

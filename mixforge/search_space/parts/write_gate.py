@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixforge.search_space.parts.decay import capped, exact
+from mixforge.search_space.parts.dense import Dense
 from mixforge.search_space.parts.layer import split_heads
 
 BLEND_RANK = 32
@@ -28,7 +29,7 @@ class WriteStrength(nn.Module):
     def __init__(self, width: int, heads: int, most: int) -> None:
         super().__init__()
         self.most = most
-        self.logit = nn.Linear(width, heads, bias=False)
+        self.logit = Dense(width, heads, bias=False)
 
     def forward(self, x_BTD: Tensor, logit_BTH: Tensor | None = None) -> Tensor:
         return self.most * torch.sigmoid(exact(self.logit(x_BTD) if logit_BTH is None else logit_BTH))
@@ -39,7 +40,7 @@ class SigmoidGate(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.logit = nn.Linear(width, heads)
+        self.logit = Dense(width, heads)
 
     def forward(self, x_BTD: Tensor, logit_BTH: Tensor | None = None) -> Tensor:
         return torch.sigmoid(exact(self.logit(x_BTD) if logit_BTH is None else logit_BTH))
@@ -56,7 +57,7 @@ class ExpGate(nn.Module):
     def __init__(self, width: int, heads: int, cap: float | None = None) -> None:
         super().__init__()
         self.cap = cap
-        self.logit = nn.Linear(width, heads)
+        self.logit = Dense(width, heads)
 
     def forward(
         self, x_BTD: Tensor, log: Tensor | None, before_BH: Tensor | None, logit_BTH: Tensor | None = None
@@ -83,8 +84,8 @@ class ValueGate(nn.Module):
     def __init__(self, width: int, heads: int, value_dim: int, rank: int) -> None:
         super().__init__()
         self.heads = heads
-        self.down = nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(rank, heads * value_dim)
+        self.down = Dense(width, rank, bias=False)
+        self.up = Dense(rank, heads * value_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return split_heads(torch.sigmoid(self.up(self.down(x_BTD))), self.heads)

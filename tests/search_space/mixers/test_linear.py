@@ -283,7 +283,7 @@ def test_gates_by_one_product_are_the_same(text: str, monkeypatch: pytest.Monkey
     found, products = [], []
     for is_joined in (True, False):
         if not is_joined:
-            monkeypatch.setattr(LinearAttention, "read_gates", lambda *_: None)
+            monkeypatch.setattr(LinearAttention, "read_at_once", lambda *_: None)
         with torch.autograd.profiler.profile() as profile:
             y_BTD, _ = module(x_BTD, None, Pass(torch.arange(LENGTH), 0))
         products.append(sum(event.name in ("aten::mm", "aten::addmm") for event in profile.function_events))
