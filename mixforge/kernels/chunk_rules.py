@@ -45,6 +45,38 @@ class Units:
     length: float
 
 
+@dataclass(frozen=True, slots=True)
+class States:
+    """The states [C + 1, B, G, K, V] around C chunks, or their gradients: what chunks leave, and what they begin with.
+
+    Both are one memory, but where sequences are packed. Then a `table` holds one of the two, and behind its C + 1 states
+    those that are given where a sequence begins; `sources` says for each place which of them [1] the other one has.
+    """
+
+    left: Tensor
+    begun: Tensor
+    table: Tensor | None = None
+    sources: tuple[Tensor, ...] = ()
+
+    def before(self) -> Tensor:
+        """Those before the chunks, [C * B * G, K, V]."""
+        return self.begun[:-1].flatten(0, 2)
+
+    def after(self) -> Tensor:
+        """Those after the chunks, [C * B * G, K, V]."""
+        return self.left[1:].flatten(0, 2)
+
+    def each(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """As matrices [B * G, K, V], what chunks leave and what they begin with."""
+        left = each_state(self.left)
+        return left, left if self.table is None else each_state(self.begun)
+
+    def cross(self, place: int, there: Tensor) -> None:
+        """Fill `there`, the side of a place that is not in the table."""
+        if self.table is not None:
+            torch.index_select(self.table, 0, self.sources[place], out=there[None])
+
+
 class Forward(ABC):
     """The forward pass of a rule, slab by slab. Tensors are [C, B, G, 1, L, *], views of any strides.
 
@@ -58,31 +90,31 @@ class Forward(ABC):
 
     @abstractmethod
     def run(
-        self, gates: Gates, inputs: Inputs, units: Units | None, states: Tensor, o: Tensor
+        self, gates: Gates, inputs: Inputs, units: Units | None, states: States, o: Tensor
     ) -> tuple[Tensor, ...]:
-        """Fills o and, but for the first, the states [C + 1, B, G, K, V]. Returns what the adjoint needs."""
+        """Fills o and, but for the first that is left, the states. Returns what the adjoint needs."""
 
 
 class Adjoint(ABC):
     """The adjoint of a rule, slab by slab from the last, with room as in `Forward`."""
 
     @abstractmethod
-    def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
+    def __init__(self, gates: Gates, q: Tensor, v: Tensor) -> None:
         """Room for slabs that are shaped as these."""
 
     @abstractmethod
     def run(
         self,
         gates: Gates,
-        states: Tensor,
+        states: States,
         made: tuple[Tensor, ...],
         inputs: Inputs,
         units: Units | None,
         do: Tensor,
-        dstate: Tensor,
+        dstates: States,
         grads: Inputs,
-    ) -> Tensor:
-        """Fills the gradients, that of the log decays where it is not None. Returns that of the state."""
+    ) -> None:
+        """Fills the gradients, that of the log decays where it is not None, and but for the last those of the states."""
 
 
 class AddForward(Forward):
@@ -94,7 +126,7 @@ class AddForward(Forward):
         self.o_ = torch.empty_like(self.y_)
 
     def run(
-        self, gates: Gates, inputs: Inputs, units: Units | None, states: Tensor, o: Tensor
+        self, gates: Gates, inputs: Inputs, units: Units | None, states: States, o: Tensor
     ) -> tuple[Tensor, ...]:
         q, k, v, _, beta = inputs
         q, w, y = gates.rows(q, self.q), gates.columns(k, self.w), write(self.y, v, beta)
@@ -102,35 +134,34 @@ class AddForward(Forward):
         inner = gates.mask_(torch.bmm(q_, w_.mT))
         gates.reading(q, q)
         gates.writing(w, w)
-        before, after = neighbours(states)
-        each = each_state(states)
-        torch.bmm(w_.mT, y_, out=after)
-        for chunk, keep in enumerate(gates.keeps(states)):
-            add_kept(keep, each[chunk], each[chunk + 1])
-        o.copy_(add_product(torch.bmm(q_, before, out=self.o_), inner, y_).view_as(y))
+        left, begun = states.each()
+        torch.bmm(w_.mT, y_, out=states.after())
+        for chunk, keep in enumerate(gates.keeps(states.left)):
+            states.cross(chunk, begun[chunk])
+            add_kept(keep, begun[chunk], left[chunk + 1])
+        o.copy_(add_product(torch.bmm(q_, states.before(), out=self.o_), inner, y_).view_as(y))
         return (inner,)
 
 
 class AddAdjoint(Adjoint):
     """The adjoint of the rule add."""
 
-    def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
+    def __init__(self, gates: Gates, q: Tensor, v: Tensor) -> None:
         of_keys = columns if q.shape[-1] < NARROW else space
         self.q, self.w, self.y, self.do = of_keys(q), of_keys(q), space(v), space(v)
         self.dq, self.dw, self.dv = of_keys(q), of_keys(q), space(v)
-        self.dstates = dstate.new_empty(len(q) + 1, *dstate.shape)
 
     def run(
         self,
         gates: Gates,
-        states: Tensor,
+        states: States,
         made: tuple[Tensor, ...],
         inputs: Inputs,
         units: Units | None,
         do: Tensor,
-        dstate: Tensor,
+        dstates: States,
         grads: Inputs,
-    ) -> Tensor:
+    ) -> None:
         (inner,) = made
         q, k, v, _, beta = inputs
         into_q, into_k, into_v, into_log, into_beta = grads
@@ -141,15 +172,14 @@ class AddAdjoint(Adjoint):
         dinner = gates.mask_(torch.bmm(do_, y_.mT))
         torch.bmm(inner.mT, do_, out=dv_)
         gates.reading(do, do)
-        dbefore, dafter = neighbours(self.dstates)
-        each, keeps = each_state(self.dstates), gates.keeps(states)
-        each[-1].copy_(dstate.flatten(0, 1))
-        torch.bmm(q_.mT, do_, out=dbefore)
+        (left, begun), keeps = dstates.each(), gates.keeps(states.left)
+        torch.bmm(q_.mT, do_, out=dstates.before())
         for chunk in reversed(range(len(q))):
-            add_kept(keeps[chunk], each[chunk + 1], each[chunk])
+            add_kept(keeps[chunk], left[chunk + 1], begun[chunk])
+            dstates.cross(chunk, left[chunk])
+        dafter = dstates.after()
         add_product(dv_, matrices(gates.writing(w, self.dw)), dafter)
-        before, _ = neighbours(states)
-        fill_product(dq_, do_, before.mT)
+        fill_product(dq_, do_, states.before().mT)
         fill_product(dw_, y_, dafter.mT)
         dv = self.dv[..., : v.shape[-1]]
         if beta is None:
@@ -164,10 +194,10 @@ class AddAdjoint(Adjoint):
         add_product(dq_, dinner, w_)
         add_product(dw_, dinner.mT, q_)
         if into_log is not None:
-            gates.log_grad(q.mul_(self.dq).sub_(w.mul_(self.dw)), states, self.dstates, into_log)
+            along = q.mul_(self.dq).sub_(w.mul_(self.dw))
+            gates.log_grad(along, states.left, dstates.left, into_log)
         gates.rows(self.dq, into_q)
         gates.columns(self.dw, into_k)
-        return self.dstates[0]
 
 
 class DeltaForward(Forward):
@@ -182,7 +212,7 @@ class DeltaForward(Forward):
         self.keys = q.new_empty(len(self.w_), *self.unit.shape)
 
     def run(
-        self, gates: Gates, inputs: Inputs, units: Units | None, states: Tensor, o: Tensor
+        self, gates: Gates, inputs: Inputs, units: Units | None, states: States, o: Tensor
     ) -> tuple[Tensor, ...]:
         q, k, v, _, beta = inputs
         assert beta is not None
@@ -200,17 +230,17 @@ class DeltaForward(Forward):
         gates.reading(k, k)
         gates.writing(w, w)
         y_ = torch.empty_like(x_)
-        each, keeps = each_state(states), gates.keeps(states)
+        (left, begun), keeps = states.each(), gates.keeps(states.left)
         made = by_chunk(len(q), inverse, y_)
         for chunk, (read, write, x_c) in enumerate(self.chunks):
             solve, y_c = made[chunk]
-            torch.baddbmm(x_c, read, each[chunk], alpha=-1, out=x_c)
+            states.cross(chunk, begun[chunk])
+            torch.baddbmm(x_c, read, begun[chunk], alpha=-1, out=x_c)
             torch.bmm(solve, x_c, out=y_c)
-            keep_state(keeps[chunk], each[chunk], each[chunk + 1])
-            add_product(each[chunk + 1], write, y_c)
-        before, _ = neighbours(states)
+            keep_state(keeps[chunk], begun[chunk], left[chunk + 1])
+            add_product(left[chunk + 1], write, y_c)
         # What was solved is not needed any more.
-        add_product(torch.bmm(q_, before, out=x_), inner, y_)
+        add_product(torch.bmm(q_, states.before(), out=x_), inner, y_)
         o.copy_(x)
         return y_, inner, inverse
 
@@ -222,13 +252,11 @@ class DeltaAdjoint(Adjoint):
     the right hand side of the system, whose adjoint stands below that of the output.
     """
 
-    def __init__(self, gates: Gates, q: Tensor, v: Tensor, dstate: Tensor) -> None:
+    def __init__(self, gates: Gates, q: Tensor, v: Tensor) -> None:
         of_keys = columns if q.shape[-1] < NARROW else space
         self.rows, self.w = of_keys(q, 2), of_keys(q)
         self.down, self.dy, self.dv = space(v, 2), space(v), space(v)
         self.drows, self.dw = of_keys(q, 2), of_keys(q)
-        self.dstates = dstate.new_empty(len(q) + 1, *dstate.shape)
-        self.each = each_state(self.dstates)
         # What reads the states has its room where the gradient of rows comes later.
         reading = matrices(self.rows if gates.read is None else self.drows).mT
         down, size = matrices(self.down), q.shape[4]
@@ -237,14 +265,14 @@ class DeltaAdjoint(Adjoint):
     def run(
         self,
         gates: Gates,
-        states: Tensor,
+        states: States,
         made: tuple[Tensor, ...],
         inputs: Inputs,
         units: Units | None,
         do: Tensor,
-        dstate: Tensor,
+        dstates: States,
         grads: Inputs,
-    ) -> Tensor:
+    ) -> None:
         y_, inner, inverse = made
         q, k, _, _, beta = inputs
         assert beta is not None
@@ -265,36 +293,41 @@ class DeltaAdjoint(Adjoint):
         rows_, w_, down_, drows_, dw_ = (matrices(z) for z in (rows, w, self.down, drows, dw))
         do_ = down_[:, : inner.shape[1]]
         torch.bmm(inner.mT, do_, out=matrices(self.dy))
-        each, keeps = self.each, gates.keeps(states)
-        each[-1].copy_(dstate.flatten(0, 1))
+        (left, begun), keeps = dstates.each(), gates.keeps(states.left)
         gates.reading(rows, drows)
         # What is written has its room where the gradient of w comes later.
         written = by_chunk(len(q), matrices(gates.writing(w, dw)), inverse.mT)
         for chunk in reversed(range(len(q))):
             read, down_c, of_k_c, dy_c, dv_c = self.chunks[chunk]
             write, solve = written[chunk]
-            torch.baddbmm(dy_c, write, each[chunk + 1], out=dy_c)
+            torch.baddbmm(dy_c, write, left[chunk + 1], out=dy_c)
             torch.bmm(solve, dy_c, out=dv_c)
             of_k_c.copy_(dv_c)
-            keep_state(keeps[chunk], each[chunk + 1], each[chunk])
-            add_product(each[chunk], read, down_c)
+            keep_state(keeps[chunk], left[chunk + 1], begun[chunk])
+            add_product(begun[chunk], read, down_c)
+            dstates.cross(chunk, left[chunk])
         grads[2].copy_(dv)
         dgrams = gates.mask_(torch.bmm(down_, y_.mT))
         dgrams[:, inner.shape[1] :].diagonal(dim1=-2, dim2=-1).zero_()
-        before, _ = neighbours(states)
-        _, dafter = neighbours(self.dstates)
-        fill_product(drows_, down_, before.mT)
-        fill_product(dw_, y_, dafter.mT)
+        fill_product(drows_, down_, states.before().mT)
+        fill_product(dw_, y_, dstates.after().mT)
         gates.reading(drows, drows)
         gates.writing(dw, dw)
         add_product(drows_, dgrams, w_)
         add_product(dw_, dgrams.mT, rows_)
         # Room for what follows.
         del dgrams
-        self.pass_on(gates, units, beta, states, grads)
-        return self.dstates[0]
+        self.pass_on(gates, units, beta, states, dstates, grads)
 
-    def pass_on(self, gates: Gates, units: Units | None, beta: Tensor, states: Tensor, grads: Inputs) -> None:
+    def pass_on(
+        self,
+        gates: Gates,
+        units: Units | None,
+        beta: Tensor,
+        states: States,
+        dstates: States,
+        grads: Inputs,
+    ) -> None:
         """Fill the gradients but for that of the values, from those of rows and of w."""
         into_q, into_k, _, into_log, into_beta = grads
         assert into_beta is not None
@@ -317,7 +350,7 @@ class DeltaAdjoint(Adjoint):
         if into_log is not None:
             assert along is not None
             along.addcmul_(along_w if is_one else w, beta)
-            gates.log_grad(along, states, self.dstates, into_log)
+            gates.log_grad(along, states.left, dstates.left, into_log)
         gates.rows(drows, drows)
         fill(dof_k, torch.addcmul, dof_k, dw, -beta)
         if units is None:
@@ -348,7 +381,8 @@ DELTA = Rule(forward=DeltaForward, adjoint=DeltaAdjoint)
 class Chunks(torch.autograd.Function):
     """A rule over a whole sequence of [B, T, G, *], T a multiple of `size`, `count` chunks at a time.
 
-    Gives o [B, T, G, V] and the final state [B, G, K, V].
+    Gives o [B, T, G, V] and the final state [B, G, K, V]. Of N packed sequences states are [N, G, K, V]; `edges` [N + 1]
+    are their first chunks, whose first rows are empty, and the chunk behind the last.
 
     For a `unit` see `Units`. Powers that are made already stand for log decays. Where it `is_summed`, V is one more
     than values have, for a column of ones beside them.
@@ -370,17 +404,26 @@ class Chunks(torch.autograd.Function):
         unit: float | None,
         is_summed: bool,
         made_powers: tuple[Tensor, ...] | None,
+        edges_N1: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         o = v.new_empty(*v.shape[:-1], v.shape[-1] + int(is_summed))
         lengths = () if unit is None else (inverse_lengths(q).mul_(unit), inverse_lengths(k))
-        # Without gradients a slab's states and powers take the place of those of the slab before.
-        is_kept = any(ctx.needs_input_grad)
+        # Without gradients a slab's states and powers take the place of those of the slab before, but where states of
+        # sequences that end in any slab are asked for.
+        is_kept = any(ctx.needs_input_grad) or edges_N1 is not None
         whole = [cut(x, size) for x in (q, k, v, log, beta, o, *lengths)]
         powers = made_powers
         if powers is None:
             powers = gates_of.powers(whole[3]) if is_kept else ()
         chunks = q.shape[1] // size
-        states = state.new_empty((chunks if is_kept else min(count, chunks)) + 1, *state.shape)
+        table: Tensor | None = None
+        sources: tuple[Tensor, ...] = ()
+        if edges_N1 is None:
+            states = begun = state.new_empty((chunks if is_kept else min(count, chunks)) + 1, *state.shape)
+        else:
+            table, sources = table_of(chunks, state, edges_N1[:-1])
+            states, state = table[: chunks + 1, None], state[:1]
+            begun = torch.empty_like(states)
         kept: list[Tensor] = []
         passes: dict[int, Forward] = {}
         for slab, (q_, k_, v_, log_, beta_, o_, *others) in enumerate(slabs((*whole, *powers), count)):
@@ -391,22 +434,24 @@ class Chunks(torch.autograd.Function):
             if len(o_) not in passes:
                 passes[len(o_)] = rule.forward(q_, o_)
             first = slab * count if is_kept else 0
-            here = states[first : first + len(o_) + 1]
+            span = slice(first, first + len(o_) + 1)
+            here = States(states[span], begun[span], table, sources[span])
             if slab == 0 or not is_kept:
-                here[0] = gates.enter(state)
+                here.left[0] = gates.enter(state)
             made = passes[len(o_)].run(gates, inputs, units, here, o_)
-            state = here[-1]
+            state = here.left[-1]
             if is_kept:
                 kept.extend(made)
-        ctx.save_for_backward(q, k, v, log, beta, states, *lengths, *powers, *kept)
+        ctx.save_for_backward(q, k, v, log, beta, states, begun, edges_N1, *lengths, *powers, *kept)
         ctx.how = rule, gates_of, size, count, unit, len(powers)
-        return o, state.clone()
+        return o, state.clone() if edges_N1 is None else states[:, 0].index_select(0, edges_N1[1:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         rule, gates_of, size, count, unit, of_gates = ctx.how
-        inputs, states, made = ctx.saved_tensors[:5], ctx.saved_tensors[5], ctx.saved_tensors[6:]
+        inputs, made = ctx.saved_tensors[:5], ctx.saved_tensors[8:]
+        states, begun, edges_N1 = ctx.saved_tensors[5:8]
         of_units = 0 if unit is None else 2
         lengths, kept = made[:of_units], made[of_units + of_gates :]
         powers = made[of_units : of_units + of_gates]
@@ -414,17 +459,39 @@ class Chunks(torch.autograd.Function):
         grads = [None if x is None or (x is inputs[3] and not decays) else space(x) for x in inputs]
         parts = slabs((*(cut(x, size) for x in (do, *inputs, *grads, *lengths)), *powers), count)
         each = len(kept) // len(parts)
+        room = states.new_empty(len(parts[0][0]) + 1, *states.shape[1:])
+        dbegun, table = room, None
+        sources: tuple[Tensor, ...] = ()
+        if edges_N1 is not None:
+            table, sources = table_of(len(states) - 1, dstate, edges_N1[1:])
+            dbegun, dstate = table[: len(states), None], table.index_select(0, sources[-1])
         passes: dict[int, Adjoint] = {}
         for slab, (do_, *others) in reversed(list(enumerate(parts))):
             tokens, into, units = others[:5], others[5:10], units_of(others[10:], unit)
             gates = gates_of(*others[10 + of_units :])
             if len(do_) not in passes:
-                passes[len(do_)] = rule.adjoint(gates, tokens[0], do_, dstate)
-            here = states[slab * count :][: len(do_) + 1]
+                passes[len(do_)] = rule.adjoint(gates, tokens[0], do_)
+            span = slice(slab * count, slab * count + len(do_) + 1)
+            here, dleft = States(states[span], begun[span]), room[: len(do_) + 1]
+            dleft[-1] = dstate
+            dhere = States(dleft, dleft if table is None else dbegun[span], table, sources[span])
             made = kept[each * slab : each * (slab + 1)]
-            dstate = passes[len(do_)].run(gates, here, made, tokens, units, do_, dstate, into)
+            passes[len(do_)].run(gates, here, made, tokens, units, do_, dhere, into)
+            dstate = room[0]
         # The gates of the first slab.
-        return *grads, gates.enter(dstate), None, None, None, None, None, None, None
+        dstate = gates.enter(dstate) if edges_N1 is None else dbegun[:, 0].index_select(0, edges_N1[:-1])
+        return *grads, dstate, None, None, None, None, None, None, None, None
+
+
+def table_of(chunks: int, given_NGKV: Tensor, places_N: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The `table` and `sources` of `States`, with room for what is around chunks."""
+    count = chunks + 1
+    table = given_NGKV.new_empty(count + len(given_NGKV), *given_NGKV.shape[1:])
+    # Nothing comes from behind the last chunk.
+    table[chunks] = 0
+    table[count:] = given_NGKV
+    numbers = torch.arange(len(table), device=table.device)
+    return table, numbers[:count].index_copy(0, places_N, numbers[count:])[:, None].unbind()
 
 
 def inverse_lengths(x: Tensor) -> Tensor:
@@ -495,11 +562,6 @@ def keep_state(keep: Tensor | None, state: Tensor, kept: Tensor) -> None:
 def matrices(x: Tensor) -> Tensor:
     """[C, B, G, R, L, *] as matrices with the rows of all roles below one another, [C * B * G, R * L, *]."""
     return x.view(-1, x.shape[3] * x.shape[4], x.shape[5])
-
-
-def neighbours(states: Tensor) -> tuple[Tensor, Tensor]:
-    """The states [C + 1, B, G, K, V] before the chunks and after them, each [C * B * G, K, V]."""
-    return states[:-1].flatten(0, 2), states[1:].flatten(0, 2)
 
 
 def fill_product(out: Tensor, x: Tensor, y: Tensor) -> None:

@@ -40,6 +40,7 @@ from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import ChannelGates, Gates, PlainGates, ScalarGates
 from mixforge.kernels.chunk_rules import ADD, DELTA, Chunks, Rule
+from mixforge.kernels.packed import chunk_places
 
 # Fifteen steps of this size from a chunk's first row to its last stay inside the range of float32.
 CHANNEL_FLOOR = -5.0
@@ -193,13 +194,53 @@ def chunked_linear_torch(
 ) -> tuple[Tensor, Tensor]:
     """In chunks, as matrix products."""
     check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
-    if cu_seqlens is not None:
-        return one_by_one(
-            chunked_linear_torch, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens
-        )
-    kind = "none" if decay is None else "channel" if decay.dim() == 4 else "scalar"
-    run = form("torch", "add" if beta_BTG is None else "delta", kind)
-    return run(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    rule = ADD if beta_BTG is None else DELTA
+    gates = PlainGates if decay is None else ChannelGates if decay.dim() == 4 else ScalarGates
+    if cu_seqlens is None:
+        return in_chunks(rule, gates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    return packed_in_chunks(rule, gates, q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
+
+
+def packed_in_chunks(
+    rule: Rule,
+    gates: type[Gates],
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTGV: Tensor,
+    decay: Tensor | None,
+    beta_BTG: Tensor | None,
+    state_NGKV: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences in chunks of their own, of which there are as many for any bounds, so that it is one graph."""
+    _, length, heads, value_dim = v_BTGV.shape
+    sequences = len(cu_seqlens) - 1
+    size = chunk_size(
+        -(-length // sequences),
+        "add" if rule is ADD else "delta",
+        q_BTHK.shape[3] + value_dim,
+        is_channel=gates is ChannelGates,
+    )
+    place_T, edges_N1, chunks = chunk_places(cu_seqlens, length, size)
+    if decay is not None and decay.dim() == 1:
+        decay = decay.expand(1, length, heads)
+
+    def move(x: Tensor) -> Tensor:
+        return x.new_zeros(1, chunks * size, *x.shape[2:]).index_copy_(1, place_T, x)
+
+    o_BTGV, state_NGKV = in_chunks(
+        rule,
+        gates,
+        move(q_BTHK),
+        move(k_BTHK),
+        move(v_BTGV),
+        None if decay is None else move(decay),
+        None if beta_BTG is None else move(beta_BTG),
+        first_state(q_BTHK, v_BTGV, state_NGKV).expand(sequences, -1, -1, -1),
+        size=size,
+        edges_N1=edges_N1,
+    )
+    return o_BTGV.index_select(1, place_T), state_NGKV
 
 
 def add_plain(
@@ -298,12 +339,14 @@ def in_chunks(
     *,
     unit: float | None = None,
     is_summed: bool = False,
+    size: int | None = None,
+    edges_N1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a rule over the chunks, some at a time."""
+    """Run a rule over the chunks, some at a time; with the `size` and `edges` of `Chunks` where sequences are packed."""
     check_inputs(q_BTHK, v_BTGV, decay)
     batch, length, heads, value_dim = v_BTGV.shape
     columns = value_dim + int(is_summed)
-    size = chunk_size(
+    size = size or chunk_size(
         length,
         "add" if rule is ADD else "delta",
         q_BTHK.shape[3] + columns,
@@ -323,7 +366,7 @@ def in_chunks(
     padded = [None if x is None else pad(x.to(dtype), size, heads) for x in inputs]
     count = max(1, SLAB // (batch * heads * size))
     state = first_state(q_BTHK, v_BTGV, state_BGKV, columns)
-    given = (rule, gates, size, count, unit, is_summed, powers)
+    given = (rule, gates, size, count, unit, is_summed, powers, edges_N1)
     o, state = Chunks.apply(*padded, state, *given)  # type: ignore[no-untyped-call]
     return o[:, :length].to(v_BTGV.dtype), state
 

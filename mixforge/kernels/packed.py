@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,3 +41,17 @@ def sequence_edges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     first_T = torch.where(cu_seqlens[owner_T] == time_T, owner_T, -1)
     last_T = torch.where(cu_seqlens[owner_T + 1] == time_T + 1, owner_T, -1)
     return first_T.int(), last_T.int()
+
+
+def chunk_places(cu_seqlens: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, int]:
+    """Sequences moved apart to chunks of `size` rows, each to a first row that is left empty.
+
+    Gives the row of each token [T], the chunk that each sequence begins at and the one behind the last [N+1], and how
+    many chunks hold them wherever they begin.
+    """
+    bounds_N1 = cu_seqlens.long()
+    edges_N1 = F.pad((bounds_N1.diff() // size + 1).cumsum(0), (1, 0))
+    time_T = torch.arange(length, device=cu_seqlens.device)
+    owner_T = torch.searchsorted(bounds_N1, time_T, right=True) - 1
+    place_T = time_T + 1 + (edges_N1 * size - bounds_N1)[owner_T]
+    return place_T, edges_N1, length // size + cu_seqlens.shape[0] - 1

@@ -414,3 +414,74 @@ def test_inputs_need_not_be_contiguous(decay: str, rule: str) -> None:
     expected = results(lambda x: run(FORMS["torch"], x), inputs)
     strided = [None if x is None else x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
     assert_near(results(lambda x: run(FORMS["torch"], x), strided), expected, 1e-12)
+
+
+def draw_packed(decay: str, rule: str, lengths: Sequence[int], *, key_dim: int = 5) -> tuple[Inputs, Tensor]:
+    """Random inputs with a first state for each sequence, and where the sequences begin."""
+    inputs = draw(decay, rule, sum(lengths), batch=1, key_dim=key_dim)
+    inputs[5] = draw("none", "add", 1, batch=len(lengths), key_dim=key_dim, seed=1)[5]
+    return inputs, torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+@pytest.mark.parametrize("slab", [200, 4096])
+@pytest.mark.parametrize(("decay", "rule", "key_dim"), SIZES)
+def test_packed_sequences(
+    decay: str, rule: str, key_dim: int, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shorter than a chunk, as long, longer, and longer than a slab; with first states and without."""
+    monkeypatch.setattr(chunked_linear, "SLAB", slab)
+    inputs, bounds = draw_packed(decay, rule, (1, 31, 16, 90, 32, 5), key_dim=key_dim)
+    expected = results(lambda x: run(FORMS["reference"], [*x, bounds]), inputs)
+    assert_near(results(lambda x: run(FORMS["torch"], [*x, bounds]), inputs), expected, 1e-11)
+    torch.testing.assert_close(
+        run(FORMS["torch"], [*inputs, bounds.int()]), expected["o and state"], rtol=1e-10, atol=1e-10
+    )
+    inputs[5] = None
+    expected = results(lambda x: run(FORMS["reference"], [*x, bounds]), inputs)
+    assert_near(results(lambda x: run(FORMS["torch"], [*x, bounds]), inputs), expected, 1e-11)
+
+
+@pytest.mark.parametrize(("decay", "rule"), MEMBERS)
+def test_packed_sequences_do_not_see_one_another(decay: str, rule: str) -> None:
+    """What is not a number in one of them, its first state included, leaves those beside it as they were."""
+    inputs, bounds = draw_packed(decay, rule, (20, 33, 40))
+    *_, v, _, _, state = inputs
+    assert v is not None
+    assert state is not None
+
+    def outer(x: Inputs) -> Tensor:
+        o, final = FORMS["torch"](*x, bounds)
+        return torch.cat([o[:, :20].flatten(), o[:, 53:].flatten(), final[::2].flatten()])
+
+    expected = results(outer, inputs)
+    v[:, 20:53] = torch.nan
+    state[1] = torch.nan
+    actual = results(outer, inputs)
+    torch.testing.assert_close(actual["o and state"], expected["o and state"], rtol=0, atol=0)
+    for name in set(actual) - {"o and state"}:
+        one, other = actual[name], expected[name]
+        if name == "state":
+            one, other = one[::2], other[::2]
+        elif one.dim() > 1:
+            one, other = (torch.cat([x[:, :20], x[:, 53:]], 1) for x in (one, other))
+        elif name == "decay":
+            continue
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+# Dynamo makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("decay", "rule", "backend"),
+    [*((*member, "aot_eager") for member in MEMBERS), ("channel", "delta", "eager")],
+)
+def test_packed_sequences_are_one_graph(decay: str, rule: str, backend: str) -> None:
+    """The same for other bounds."""
+    torch._dynamo.reset()
+    compiled = torch.compile(FORMS["torch"], fullgraph=True, backend=backend)
+    for lengths in ((3, 17, 1), (16, 1, 4)):
+        inputs, bounds = draw_packed(decay, rule, lengths)
+        expected = results(lambda x, bounds=bounds: run(FORMS["reference"], [*x, bounds]), inputs)  # type: ignore[misc]
+        with torch.compiler.set_stance("fail_on_recompile" if lengths[0] == 16 else "default"):
+            found = results(lambda x, bounds=bounds: run(compiled, [*x, bounds]), inputs)  # type: ignore[misc]
+        assert_near(found, expected, 1e-11)
