@@ -60,12 +60,14 @@ def _onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | Non
 
 
 def is_plain(x: Tensor, weight_FD: Tensor) -> bool:
-    """Whether both are float32 on a CPU, with nothing that looks on: a tracer, a counter of FLOPs, autocast."""
+    """Whether both are float32 on a CPU, with nothing that looks on: a tracer, a counter of FLOPs,
+    autocast, a transform of `torch.func`."""
     is_float = x.dtype == weight_FD.dtype == torch.float32 and x.device.type == weight_FD.device.type == "cpu"
     is_watched = (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
     return is_float and not is_watched and type(x) in _PLAIN and type(weight_FD) in _PLAIN

@@ -103,6 +103,12 @@ def test_elsewhere_it_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not onednn_runs(x, weight_FD)
 
 
+def test_transforms_of_torch_func() -> None:
+    x, weight_FD = draw(5, 20, 40), draw(24, 40)
+    each = torch.func.vmap(torch.func.grad(lambda x, w: dense(x, w).square().sum()), (0, None))(x, weight_FD)
+    torch.testing.assert_close(each, 2 * (x @ weight_FD.mT) @ weight_FD)
+
+
 def test_compiled_it_is_the_compiler_s_linear() -> None:
     torch._dynamo.reset()
     x, weight_FD = draw(20, 40).requires_grad_(), draw(24, 40).requires_grad_()
