@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.evaluator.environment import environment
 from mixforge.kernels import dense as module
 from mixforge.kernels.dense import dense, onednn_product
 from mixforge.search_space.presets import preset
@@ -164,7 +164,8 @@ def main() -> int:
     if onednn_product() is None:
         print("on this processor products stay with torch: nothing to compare", file=sys.stderr)
         return 2
-    print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, float32")
+    here = environment("cpu")
+    print(f"{here.device}, one thread, torch {torch.__version__}, float32")
     print("                             forward, ms                  forward + backward, ms")
     print("                             torch    oneDNN  ratio       torch    oneDNN  ratio  quartiles")
     found = []
@@ -176,9 +177,7 @@ def main() -> int:
         show(found[-1])
     if asked.json is not None:
         record = {
-            "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-            "threads": 1,
+            "environment": asdict(here),
             "rows": [asdict(each) for each in found],
         }
         asked.json.write_text(json.dumps(record, indent=1) + "\n")

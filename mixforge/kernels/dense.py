@@ -18,8 +18,10 @@ from torch import Tensor
 # Multiply-adds, and rows, from which on oneDNN's preparations, 10 microseconds, are paid for.
 LEAST = 2**21
 LEAST_ROWS = 16
-# Inputs and outputs from which on it is not slower than MKL for the gradient of W.
+# Inputs and outputs from which on it is hardly ever slower than MKL for the gradient of W.
 LEAST_DIM = 64
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def dense(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -60,8 +62,10 @@ def _onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | Non
 
 
 def is_plain(x: Tensor, weight_FD: Tensor) -> bool:
-    """Whether both are float32 on a CPU, with nothing that looks on: a tracer, a counter of FLOPs,
-    autocast, a transform of `torch.func`."""
+    """Whether both are float32 on a CPU with nothing that looks on.
+
+    That is a tracer, a counter of FLOPs, autocast or a transform of `torch.func`.
+    """
     is_float = x.dtype == weight_FD.dtype == torch.float32 and x.device.type == weight_FD.device.type == "cpu"
     is_watched = (
         torch.compiler.is_compiling()
@@ -71,9 +75,6 @@ def is_plain(x: Tensor, weight_FD: Tensor) -> bool:
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
     return is_float and not is_watched and type(x) in _PLAIN and type(weight_FD) in _PLAIN
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class OneDnn(torch.autograd.Function):
