@@ -1,7 +1,7 @@
 """y = W x + b of float32 on a CPU, by the library that is fastest on it.
 
 torch takes products of float32 to MKL, which has no AVX-512 code for AMD's processors. oneDNN has, and comes with torch:
-2.1 to 2.3 times as many products a second, 1.2 to 1.5 times for the gradient of W (docs/benchmarks.md).
+forward 1.5 to 2.3 times as fast, with backward 1.3 to 2.0 times (docs/benchmarks.md).
 """
 
 from __future__ import annotations
