@@ -79,7 +79,8 @@ transformers: $(VENV)/.ready-dev $(HF)/.ready
 bench: $(VENV)/.ready-dev
 	# Status 2: what it measures is not here, such as a GPU.
 	for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || [ $$? -eq 2 ] || exit 1; done
-	# Once more where `make oracle` has brought transformers.
+	# Once more where `make oracle` has brought transformers and fla-core.
+	[ ! -x $(ORACLE)/bin/python ] || $(ORACLE)/bin/python benchmarks/traffic.py
 	[ ! -x $(HF)/bin/python ] || OMP_NUM_THREADS=1 $(HF)/bin/python benchmarks/presets.py
 
 setup: $(VENV)/.ready
