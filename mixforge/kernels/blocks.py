@@ -20,6 +20,10 @@ import torch
 import triton
 
 ANY = 1 << 30
+# Where each warp multiplies by itself, as on an A100; consumer parts of the Blackwell generation do.
+AMPERE = ("sm_8", "sm_12")
+# Consumer parts, with 99 KiB of shared memory for a program, where the A100 has 163 and the H100 227.
+CONSUMER = ("sm_86", "sm_89", "sm_12")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,8 @@ class Row:
 
     kernel: str
     config: Config
-    generation: str = ""
-    """The beginning of the generations that it is for, such as `sm_9` or `gfx`; empty for all."""
+    generation: str | tuple[str, ...] = ""
+    """The beginning of the generations that it is for, such as `sm_9` or `gfx`, or several; empty for all."""
     itemsize: int = 8
     """Bytes of the operands' dtype, at most."""
     key: int = ANY
@@ -99,7 +103,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gram", Config({"BK": 16}, warps=8, stages=1), variant="channel"),
     Row("linear_gram", Config({"BK": 64}), itemsize=2),
     Row("linear_gram", Config({"BK": 32}, warps=8)),
-    Row("linear_solve", Config(warps=2, stages=1), generation="sm_10"),
+    Row("linear_solve", Config(warps=2, stages=1), generation="sm_1"),
     Row("linear_solve", Config(warps=1, stages=1)),
     # With the output; where there is no such row, a kernel of its own makes that.
     Row("linear_scan", Config({"BV": 16}), generation="cpu", variant="output"),
@@ -126,7 +130,7 @@ TABLE: tuple[Row, ...] = (
         for decay in ("none", "head", "scalar")
         for rule in ("add", "delta")
     ),
-    Row("linear_scan", Config({"BV": 32}), generation="sm_8", itemsize=2, key=128, variant="channel"),
+    Row("linear_scan", Config({"BV": 32}), generation=AMPERE, itemsize=2, key=128, variant="channel"),
     Row("linear_scan", Config({"BV": 32}, warps=8), generation="sm_10", itemsize=2, key=64),
     Row("linear_scan", Config({"BV": 32}), generation="sm_10", itemsize=2, key=128),
     Row("linear_scan", Config({"BV": 64}), itemsize=2, key=128),
@@ -135,6 +139,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_scan", Config({"BV": 16}, stages=1), generation="gfx"),
     # Of Hopper's TF32, more warps multiply eight columns at a time and read beyond their operands (triton 10629).
     Row("linear_scan", Config({"BV": 16}, stages=1), generation="sm_9"),
+    Row("linear_scan", Config({"BV": 16}, warps=8, stages=1), generation=CONSUMER),
     Row("linear_scan", Config({"BV": 16}, warps=8)),
     Row("linear_output", Config({"BK": 64, "BV": 64}), itemsize=2, value=64),
     # Eight warps over 32 key channels and 128 of the values, with P made beside, were wrong there (Triton 3.6).
@@ -145,10 +150,11 @@ TABLE: tuple[Row, ...] = (
     Row("linear_output", Config({"BK": 32, "BV": 32}, warps=8)),
     Row("linear_scan_backward", Config({"BV": 32}, stages=1), generation="gfx", itemsize=2, key=128),
     Row("linear_scan_backward", Config({"BV": 16}, stages=1), generation="gfx"),
-    Row("linear_scan_backward", Config({"BV": 16}), generation="sm_8", itemsize=2, key=128),
+    Row("linear_scan_backward", Config({"BV": 16}), generation=AMPERE, itemsize=2, key=128),
     Row("linear_scan_backward", Config({"BV": 32}), itemsize=2, key=128),
     Row("linear_scan_backward", Config({"BV": 16}, warps=8, stages=1), itemsize=2),
     Row("linear_scan_backward", Config({"BV": 16}, stages=1), generation="sm_9"),
+    Row("linear_scan_backward", Config({"BV": 16}, warps=8, stages=1), generation=CONSUMER),
     Row("linear_scan_backward", Config({"BV": 16}, warps=8)),
     # In the loops of the next two, products and sums share operands. Triton gives these one buffer, and in two stages
     # fills it again on Hopper while a product still reads it.
@@ -164,7 +170,7 @@ TABLE: tuple[Row, ...] = (
         variant="channel, delta",
     ),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, warps=8, stages=1), itemsize=2, variant="channel"),
-    Row("linear_gradients", Config({"BK": 32, "BV": 64}, stages=1), generation="sm_8", itemsize=2),
+    Row("linear_gradients", Config({"BK": 32, "BV": 64}, stages=1), generation=AMPERE, itemsize=2),
     Row("linear_gradients", Config({"BK": 64, "BV": 128}, stages=1), generation="sm_9", itemsize=2, key=128),
     Row("linear_gradients", Config({"BK": 64, "BV": 64}, stages=1), itemsize=2),
     Row("linear_gradients", Config({"BK": 16, "BV": 16}, warps=4), generation="gfx"),
@@ -176,7 +182,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_scan_wide", Config({"BK": 16, "BV": 32}), generation="sm_9"),
     Row("linear_scan_wide", Config({"BK": 16, "BV": 32}, warps=8)),
     Row("linear_scan_backward_wide", Config({"BK": 64, "BV": 16}), generation="cpu"),
-    Row("linear_scan_backward_wide", Config({"BK": 32, "BV": 64}), generation="sm_8", itemsize=2),
+    Row("linear_scan_backward_wide", Config({"BK": 32, "BV": 64}), generation=AMPERE, itemsize=2),
     Row("linear_scan_backward_wide", Config({"BK": 64, "BV": 64}), itemsize=2),
     Row("linear_scan_backward_wide", Config({"BK": 16, "BV": 32}), generation="sm_9"),
     Row("linear_scan_backward_wide", Config({"BK": 16, "BV": 32}, warps=8)),
@@ -200,7 +206,7 @@ TABLE: tuple[Row, ...] = (
     Row("dplr_scan", Config({"BV": 16})),
     Row("dplr_scan_backward", Config({"BV": 32}), generation="cpu"),
     Row("dplr_scan_backward", Config({"BV": 64}, stages=3), itemsize=2, key=64),
-    Row("dplr_scan_backward", Config({"BV": 32}), generation="sm_8", itemsize=2, key=128),
+    Row("dplr_scan_backward", Config({"BV": 32}), generation=AMPERE, itemsize=2, key=128),
     Row("dplr_scan_backward", Config({"BV": 64}), itemsize=2, key=128),
     Row("dplr_scan_backward", Config({"BV": 16})),
     Row("dplr_pairs_backward", Config({"BK": 16, "BV": 32}), generation="cpu", key=32),
@@ -267,7 +273,7 @@ TABLE: tuple[Row, ...] = (
     Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 4}), generation="cpu", value=16),
     # One warp, whose sums need no other. A tile's states stay in registers, so that it has few rows: any number. Few
     # channels are many programs; backward, sums over channels are fewer for more of them.
-    Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 8}, warps=1), generation="sm_8", key=16),
+    Row("selective_scan", Config({"BLOCK_T": 6, "BLOCK_D": 8}, warps=1), generation=AMPERE, key=16),
     Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 8}, warps=1), key=16),
     Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 4}, warps=1), key=32),
     Row("selective_scan", Config({"BLOCK_T": 8, "BLOCK_D": 2}, warps=1), key=64),
@@ -286,7 +292,7 @@ TABLE: tuple[Row, ...] = (
     Row("cell_backward", Config({"BLOCK_B": 16}, warps=4), generation="gfx", key=64),
     Row("cell_backward", Config({"BLOCK_B": 16}, warps=4), key=32),
     Row("cell_backward", Config({"BLOCK_B": 16}, warps=8), itemsize=2, key=64),
-    Row("cell_backward", Config({"BLOCK_B": 16}, warps=8, stages=1), generation="sm_8"),
+    Row("cell_backward", Config({"BLOCK_B": 16}, warps=8, stages=1), generation=AMPERE),
     Row("cell_backward", Config({"BLOCK_B": 16}, warps=8)),
     Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 16}), generation="cpu", key=64),
     Row("cell_forward_wide", Config({"BLOCK_B": 16, "BLOCK_K": 64}), generation="gfx", itemsize=2),

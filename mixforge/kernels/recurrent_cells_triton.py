@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mixforge.kernels.blocks import choose
+from mixforge.kernels.blocks import CONSUMER, choose
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device
 from mixforge.kernels.recurrent_cells import CELLS, check_cell, first_state
@@ -90,8 +90,8 @@ def launch_forward(
 
 
 def is_held(dtype: torch.dtype, dim: int) -> bool:
-    """Whether the matrices of a head are held for all tokens."""
-    return dim <= HELD[dtype.itemsize]
+    """Whether the matrices of a head are held for all tokens: half as wide ones where shared memory is half."""
+    return dim <= HELD[dtype.itemsize] // (2 if generation().startswith(CONSUMER) else 1)
 
 
 def constants(cell: str, recurrent: Tensor) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mixforge.kernels.ahead_of_time.recording import record  # noqa: E402
 from mixforge.kernels.ahead_of_time.tables import figures_page, terminal, write_between  # noqa: E402
 from mixforge.kernels.blocks import Config  # noqa: E402
 from mixforge.kernels.launch import launch, recording  # noqa: E402
+from mixforge.kernels.recurrent_cells_triton import is_held  # noqa: E402
 
 FINE = Figures(
     registers=128,
@@ -103,6 +104,7 @@ def written(target: str, kernel, *args: object, config: Config, **constants: obj
     ("target", "figures", "said"),
     [
         ("sm_80", {"shared_bytes": 166_913}, "uses 166913 bytes of shared memory, and its budget is 166912"),
+        ("sm_89", {"shared_bytes": 101_377}, "uses 101377 bytes of shared memory, and its budget is 101376"),
         ("sm_90", {"shared_bytes": 232_449}, "uses 232449 bytes of shared memory, and its budget is 232448"),
         ("gfx942", {"shared_bytes": 65_537}, "uses 65537 bytes of shared memory, and its budget is 65536"),
         ("sm_100", {"tensor_columns": 513}, "uses 513 columns of tensor memory, and its budget is 512"),
@@ -255,6 +257,15 @@ def test_every_case_launches_and_no_length_is_compiled_for() -> None:
     assert not new
 
 
+@pytest.mark.parametrize(
+    ("target", "most"), [("sm_80", 128), ("sm_86", 64), ("sm_89", 64), ("sm_90", 128), ("sm_121", 64)]
+)
+def test_a_cell_is_held_where_shared_memory_has_room(target: str, most: int) -> None:
+    with recording(target):
+        assert is_held(torch.bfloat16, most)
+        assert not is_held(torch.bfloat16, most + 1)
+
+
 def test_the_tables_stand_between_their_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nafter\n")
@@ -268,7 +279,7 @@ def test_a_wrong_request_is_told_what_is_legal(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as end:
         main(["--targets", "sm_90,sm_9"])
     assert end.value.code == 2
-    assert "sm_9; legal targets: sm_80, sm_90, sm_100, gfx942" in capsys.readouterr().err
+    assert "sm_9; legal targets: sm_80, sm_89, sm_90, sm_100, sm_120, gfx942" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

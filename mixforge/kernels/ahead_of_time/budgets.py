@@ -49,8 +49,11 @@ class Limits:
 
 LIMITS = {
     "sm_80": Limits(255, 166_912),
+    # As sm_86, whose kernels it runs.
+    "sm_89": Limits(255, 101_376),
     "sm_90": Limits(255, 232_448),
     "sm_100": Limits(255, 232_448, 512),
+    "sm_120": Limits(255, 101_376),
     "gfx942": Limits(512, 65_536),
 }
 
@@ -72,6 +75,7 @@ _FEW = (
     "a handful of registers in one of its variants; smaller blocks would read more from memory than they save"
 )
 _TF32 = "float16 with channel decays multiplies in TF32, of twice the size"
+_STATES = "states of keys that are wide are float32"
 _OLDER = "Triton 3.6 holds less in registers than 3.7, as of a state of 128 by 256"
 _THREE = "a product of float32 is three of TF32, whose parts are in registers too; long runs are in bfloat16"
 
@@ -79,11 +83,23 @@ _THREE = "a product of float32 is three of TF32, whose parts are in registers to
 STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_gram", "sm_80", 64, _TF32),
     StackBudget("linear_scan", "sm_", 64, _FEW),
+    StackBudget("linear_gram", "sm_89", 40, _FEW),
+    StackBudget("linear_gram", "sm_89", 32, _FEW, is_wide=True),
+    StackBudget("linear_gram", "sm_120", 48, _THREE, is_wide=True),
     StackBudget("linear_scan_backward", "sm_80", 8, _OLDER),
+    StackBudget("linear_scan_backward", "sm_89", 16, _FEW),
+    StackBudget("linear_scan_backward", "sm_120", 16, _FEW),
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
+    StackBudget("linear_pairs_backward", "sm_120", 32, _FEW),
+    StackBudget("dplr_pairs", "sm_120", 8, _OLDER),
+    StackBudget("dplr_pairs_backward", "sm_89", 16, _FEW),
     StackBudget("dplr_pairs_backward", "sm_100", 8, _OLDER),
     StackBudget("dplr_gradients", "sm_", 48, _FEW),
-    StackBudget("linear_gradients", "sm_80", 64, "states of keys that are wide are float32"),
+    StackBudget("cell_forward_wide", "sm_120", 8, _OLDER),
+    StackBudget("cell_backward_wide", "sm_120", 40, _OLDER),
+    StackBudget("linear_gradients", "sm_80", 64, _STATES),
+    StackBudget("linear_gradients", "sm_89", 80, _STATES),
+    StackBudget("linear_gradients", "sm_120", 96, _STATES),
     StackBudget("linear_gradients", "sm_", 16, _FEW),
     StackBudget("linear_decode", "sm_", 96, _OLDER),
     StackBudget("selective_backward", "sm_", 32, _OLDER),
@@ -94,6 +110,7 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan_backward_wide", "sm_", 256, _THREE, is_wide=True),
     StackBudget("dplr_pairs_backward", "sm_100", 16, _THREE, is_wide=True),
     StackBudget("dplr_gradients", "sm_100", 40, _THREE, is_wide=True),
+    StackBudget("dplr_gradients", "sm_120", 32, _THREE, is_wide=True),
     StackBudget("dplr_pairs", "sm_", 16, _OLDER, is_wide=True),
 )
 
