@@ -222,3 +222,15 @@ def test_what_was_found_is_kept_where_the_next_class_is_interrupted(
     with pytest.raises(KeyboardInterrupt):
         tuning.tune(lambda line: None, jobs=2)
     assert set(read_tuned(DEVICE)) == {SHAPE.name}
+
+
+@pytest.mark.parametrize("on", tuning.TARGETS)
+def test_what_is_checked_is_what_was_asked_for(on: str) -> None:
+    """At fewer sequences and another length, each shape class is still launched."""
+    for shape, cases in tuning.shape_classes(on).items():
+        for number in cases:
+            made = tuning.shorter(tuning.CASES[number], shape, on)
+            assert made.sizes["T"] == tuning.CHECKED_LENGTH
+            with trying({}) as trial:
+                tuning.record(made, on)
+            assert shape in trial.asked, f"{shape.name} of {made.label}"

@@ -128,7 +128,7 @@ def whole_lstm(block: Recurrence, x_BTD: Tensor, state_BSHK: Tensor) -> tuple[Te
     )
     # Traced by torch 2.11, the last states have one axis too many.
     last_SHBK = torch.stack([each.view_as(first[0]) for each in last])
-    return h_BTD[:, :, None], last_SHBK.permute(2, 0, 1, 3)
+    return h_BTD[:, :, None], last_SHBK.permute(2, 0, 1, 3).contiguous()
 
 
 def whole_gru(block: Recurrence, x_BTD: Tensor, state_BSHK: Tensor) -> tuple[Tensor, Tensor]:
