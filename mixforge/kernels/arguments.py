@@ -28,8 +28,9 @@ def check_arguments(
             raise ValueError(f"{name} is {tensor.dtype} and v is {v.dtype}; they must have one dtype")
     batch, length, key_heads, keys = q.shape
     heads, values = v.shape[2:]
-    if length == 0:
-        raise ValueError("q has a length of 0; there must be at least one token")
+    if 0 in (batch, length, key_heads):
+        name = "batch" if batch == 0 else "length" if length == 0 else "number of heads"
+        raise ValueError(f"q has a {name} of 0 (shape {list(q.shape)}); it must be at least 1")
     if k.shape != q.shape:
         raise ValueError(f"k has shape {list(k.shape)}; it must be that of q, {list(q.shape)}")
     if v.shape[:2] != q.shape[:2]:
@@ -53,7 +54,7 @@ def check_arguments(
         raise ValueError(
             f"state has shape {list(state.shape)}; it must be {[sequences, heads, keys, values]}"
         )
-    others = {"k": k, "v": v, "decay": decay, "beta": beta, "state": state}
+    others = {"k": k, "v": v, "decay": decay, "beta": beta, "state": state, "cu_seqlens": cu_seqlens}
     for name, given in others.items():
         if given is not None and given.device != q.device:
             raise ValueError(f"{name} is on {given.device} and q on {q.device}; put both on one device")

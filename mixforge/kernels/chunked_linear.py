@@ -18,8 +18,8 @@ All forms take the same arguments:
         states are then [N, G, K, V].
 
 They return o_BTGV in the dtype of v and the final state_BGKV. States and everything between are float32, or
-float64 where v is. They raise ValueError where the heads do not divide or, on a CPU, a decay per channel
-leaves its range.
+float64 where v is. They raise ValueError where a shape, dtype or device does not fit or, on a CPU, a decay leaves
+its range.
 
 Source: Katharopoulos et al. 2020 (arXiv 2006.16236, equations 18 to 20); Schlag, Irie and Schmidhuber 2021
 (arXiv 2102.11174, equation 24) for the delta rule; Yang et al. 2023 (arXiv 2312.06635) for decays per
@@ -151,6 +151,12 @@ def first_state(
     return v_BTGV.new_zeros(batch, heads, q_BTHK.shape[3], columns or value_dim, dtype=dtype)
 
 
+def check_state(state: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where a state has another shape."""
+    if tuple(state.shape) != shape:
+        raise ValueError(f"state has shape {list(state.shape)}; it must be {list(shape)}")
+
+
 def linear_step(
     q_BHK: Tensor,
     k_BHK: Tensor,
@@ -162,8 +168,10 @@ def linear_step(
     """One token of the recurrence: (o_BGV, state_BGKV).
 
     `decay_now` is None, or log decays [G], [B, G] or [B, G, K], these without a lower bound.
-    Where gradients are off, the state that was given is updated in place and returned.
+    Where gradients are off, the state that was given is updated in place and returned. Raises ValueError where it has
+    another shape.
     """
+    check_state(state_BGKV, (*v_BGV.shape[:2], k_BHK.shape[2], v_BGV.shape[2]))
     dtype = state_BGKV.dtype
     group = v_BGV.shape[1] // q_BHK.shape[1]
     q_BGK, k_BGK = q_BHK.to(dtype), k_BHK.to(dtype)
@@ -407,9 +415,10 @@ def chunk_size(length: int, rule: str, dims: int, *, is_channel: bool) -> int:
 
 
 def form(backend: str, rule: str, decay: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The narrowest form that runs one rule (add, delta) and decay (none, head, scalar, channel).
+    """The narrowest form that runs one rule (add, delta) and decay (none, head, scalar, channel), for a mixer.
 
-    That of Triton runs them all, and is imported when it is asked for.
+    That of Triton runs them all, and is imported when it is asked for. That of torch has a switch where others
+    have `cu_seqlens`, and takes shapes and dtypes as they come, for a mixer makes them fit; `FORMS` look at them.
     """
     if backend == "triton":
         found: Callable[..., tuple[Tensor, Tensor]] = triton_form("chunked_linear", "chunked_linear_triton")

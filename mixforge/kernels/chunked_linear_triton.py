@@ -48,6 +48,7 @@ from torch import Tensor
 from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import ANY, Config, ShapeClass, choose, rows_for
+from mixforge.kernels.chunked_linear import check_inputs
 from mixforge.kernels.chunked_linear_backward_triton import (
     linear_gradients,
     linear_pairs_backward,
@@ -92,6 +93,7 @@ def chunked_linear_triton(
     then [N, G, K, V]. Raises ValueError where a shape, dtype or device does not fit.
     """
     check_arguments(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV, cu_seqlens)
+    check_inputs(q_BTHK, v_BTGV, decay)
     check_limits(q_BTHK, ANY)
     if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype] and beta_BTG is None:
         return by_groups_of_keys(q_BTHK, k_BTHK, v_BTGV, decay, state_BGKV, cu_seqlens)

@@ -17,7 +17,8 @@ of the lower bits, of buckets within the chunk, are read with a weight for each 
 All forms take q_BTHK (scaled), k_BTHK, v_BTGV with a multiple of their heads, log decays [G], [B, T, G] or None, beta_BTG
 or None for the rule add, weight_BTGE for levels 0 to E - 1 (that of the last also for all above), the state_BGNKV of N
 bits or None at the start of a sequence, and the number of tokens before. They return o_BTGV and the state, which is None
-where none was given. A state with N bits holds 2^N - 1 tokens.
+where none was given. A state with N bits holds 2^N - 1 tokens. They raise ValueError where a shape, dtype or device does
+not fit.
 
 Source: Guo et al. 2025 (arXiv 2506.04761), sections 3.1 to 3.4; fla's naive_log_linear_attn for the levels.
 """
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import FLOOR
 from mixforge.kernels.twofold_linear import cut
@@ -50,6 +52,7 @@ def log_linear_reference(
     start: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """One token after the other."""
+    check_levels(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE)
     batch, length, heads, value_dim = v_BTGV.shape
     state = state_BGNKV
     if state is None:
@@ -66,6 +69,31 @@ def log_linear_reference(
         )
         outputs.append(o_BGV)
     return torch.stack(outputs, 1), None if state_BGNKV is None else state
+
+
+def check_levels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    weight: Tensor,
+) -> None:
+    """Raise ValueError as `check_arguments` does, and for decays per channel, a state or weights of another shape."""
+    if decay is not None and decay.dim() == 4:
+        raise ValueError(
+            f"decay has shape {list(decay.shape)}; levels take one per head, or per token and head"
+        )
+    if state is not None and state.dim() != 5:
+        raise ValueError(
+            f"state has shape {list(state.shape)}; it must be [batch, heads, bits, key dim, value dim]"
+        )
+    check_arguments(q, k, v, decay, beta, None if state is None else state[:, :, 0], None)
+    if weight.dim() != 4 or weight.shape[:3] != v.shape[:3] or weight.shape[3] == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be {[*v.shape[:3], 'levels']}")
+    if weight.device != q.device:
+        raise ValueError(f"weight is on {weight.device} and q on {q.device}; put both on one device")
 
 
 def log_linear_step(
@@ -119,6 +147,7 @@ def log_linear_torch(
     start: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """In chunks, as matrix products."""
+    check_levels(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE)
     batch, length = v_BTGV.shape[:2]
     inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE, start)
     passing = passed(pairs)

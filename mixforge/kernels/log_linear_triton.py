@@ -15,10 +15,12 @@ from torch import Tensor
 
 from mixforge.kernels.blocks import ANY
 from mixforge.kernels.chunked_linear_triton import check_limits, chunked_linear_triton
+from mixforge.kernels.launch import check_device
 from mixforge.kernels.log_linear import (
     CHUNK,
     CHUNK_BITS,
     Pairs,
+    check_levels,
     crossed,
     held,
     inside,
@@ -42,8 +44,10 @@ def log_linear_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """As `log_linear_reference`, on a GPU.
 
-    Raises ValueError for a dtype that the kernels do not take.
+    Raises ValueError where a shape, dtype or device does not fit.
     """
+    check_levels(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE)
+    check_device(q=q_BTHK)
     check_limits(q_BTHK, ANY)
     batch, length = v_BTGV.shape[:2]
     inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE, start)

@@ -419,12 +419,13 @@ def build(
     the residual stream of a deep stack starts as small as that of a shallow one (Radford et al. 2019, GPT-2,
     section 2.3). The model is in evaluation mode; call `train()` before training
     it. On the device `meta` it has shapes alone: nothing is drawn, and no memory is taken. Raises ValueError where the
-    architecture is illegal or the backend cannot run it.
+    architecture is illegal, the backend cannot run it, or the device is not here.
     """
+    where = _device(device)
     part = language_model(architecture, backend)
     factors = _rate_factors(architecture) if architecture.scale == "mup" else {}
     # Weights are drawn where every device draws the same.
-    place = on_meta() if torch.device(device).type == "meta" else torch.device("cpu")
+    place = on_meta() if where.type == "meta" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]), torch.no_grad(), place:
         torch.manual_seed(seed)
         model: LanguageModel = part.build()
@@ -437,7 +438,23 @@ def build(
             if name.endswith(_LAST) or ".fuse.norms." in name:
                 weight.mul_(shrink)
     model.rate_factors = factors
-    return model.to(device=torch.device(device), dtype=dtype).eval()
+    return model.to(device=where, dtype=dtype).eval()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """Raises ValueError for one that torch does not know or see."""
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device {device!r} is none that torch knows; give cpu, cuda, cuda:1 or the like"
+        ) from error
+    count = torch.cuda.device_count() if where.type == "cuda" else 0
+    if where.type == "cuda" and (where.index or 0) >= count:
+        raise ValueError(
+            f"device {str(where)!r} is not here: torch {torch.__version__} sees {count} GPUs; build with device='cpu'"
+        )
+    return where
 
 
 def _rate_factors(architecture: Architecture) -> dict[str, float]:

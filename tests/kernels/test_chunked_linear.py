@@ -386,6 +386,21 @@ def test_refuses_what_it_cannot_run(operation: Callable[..., tuple[Tensor, Tenso
         operation(*inputs[:3], inputs[3].index_fill(1, torch.tensor([3]), 0.25), None, None)
     with pytest.raises(ValueError, match="4 value heads are no multiple of 3 key heads"):
         operation(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4, 4), None, None, None)
+    for shape, name in (((0, 2, 1, 4), "batch"), ((1, 0, 1, 4), "length"), ((1, 2, 0, 4), "number of heads")):
+        none = torch.ones(shape)
+        with pytest.raises(ValueError, match=rf"q has a {name} of 0 \(shape .*\); it must be at least 1"):
+            operation(none, none, none, None, None, None)
+    one = torch.ones(1, 2, 1, 4)
+    bounds = torch.empty(2, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="cu_seqlens is on meta and q on cpu; put both on one device"):
+        operation(one, one, one, None, None, None, bounds)
+
+
+def test_a_step_refuses_a_state_of_another_shape() -> None:
+    token = torch.ones(1, 2, 4)
+    for state in (torch.zeros(2, 2, 4, 4), torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 4, 5)):
+        with pytest.raises(ValueError, match=r"state has shape .*; it must be \[1, 2, 4, 4\]"):
+            chunked_linear.linear_step(token, token, token, None, None, state)
 
 
 # Dynamo makes an instance of every autograd function that it traces.

@@ -218,6 +218,12 @@ def test_illegal_architectures_and_backends_are_refused() -> None:
         parse("lm(attn(heads=5), width=16)").build()
     with pytest.raises(ValueError, match="'cuda' is not one of reference, torch"):
         parse(TEXTS[0]).build(backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device 'gpu' is none that torch knows; give cpu, cuda"):
+        parse(TEXTS[0]).build(device="gpu")
+    with pytest.raises(
+        ValueError, match=r"device 'cuda:99' is not here: torch .* sees .* GPUs; build with device='cpu'"
+    ):
+        parse(TEXTS[0]).build("triton", device="cuda:99")
 
 
 @torch.no_grad()

@@ -308,6 +308,9 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             run(*given)
+    below = torch.full((*v.shape[:3], q.shape[3]), -6.0)
+    with pytest.raises(ValueError, match=r"log decays per channel must lie in \[-5, 0\], got -6 to -6"):
+        run(q, k, v, below, beta)
     with pytest.raises(ValueError, match=r"q is torch\.float64; backend='triton' takes float32"):
         run(q.double(), k.double(), v.double())
     three = torch.cat([q, q, q], 2)

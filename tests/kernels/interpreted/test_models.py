@@ -41,7 +41,9 @@ MIXERS = [
     "ssm(state=4, expand=1, fixed_point=householder(2))",
     "hgrn",
     "slstm",
+    "lstm",
     "lstm(heads=2)",
+    "rnn(cell=gru)",
     "rnn(cell=gru, heads=1, conv=4)",
 ]
 
