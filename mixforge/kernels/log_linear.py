@@ -17,8 +17,7 @@ of the lower bits, of buckets within the chunk, are read with a weight for each 
 All forms take q_BTHK (scaled), k_BTHK, v_BTGV with a multiple of their heads, log decays [G], [B, T, G] or None, beta_BTG
 or None for the rule add, weight_BTGE for levels 0 to E - 1 (that of the last also for all above), the state_BGNKV of N
 bits or None at the start of a sequence, and the number of tokens before. They return o_BTGV and the state, which is None
-where none was given. A state with N bits holds 2^N - 1 tokens. They raise ValueError where a shape, dtype or device does
-not fit.
+where none was given. A state with N bits holds 2^N - 1 tokens. They raise ValueError where a shape does not fit.
 
 Source: Guo et al. 2025 (arXiv 2506.04761), sections 3.1 to 3.4; fla's naive_log_linear_attn for the levels.
 """
@@ -32,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixforge.kernels.arguments import check_arguments
+from mixforge.kernels.arguments import check_heads, check_shape
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import FLOOR
 from mixforge.kernels.twofold_linear import cut
@@ -80,20 +79,15 @@ def check_levels(
     state: Tensor | None,
     weight: Tensor,
 ) -> None:
-    """Raise ValueError as `check_arguments` does, and for decays per channel, a state or weights of another shape."""
-    if decay is not None and decay.dim() == 4:
-        raise ValueError(
-            f"decay has shape {list(decay.shape)}; levels take one per head, or per token and head"
-        )
-    if state is not None and state.dim() != 5:
-        raise ValueError(
-            f"state has shape {list(state.shape)}; it must be [batch, heads, bits, key dim, value dim]"
-        )
-    check_arguments(q, k, v, decay, beta, None if state is None else state[:, :, 0], None)
-    if weight.dim() != 4 or weight.shape[:3] != v.shape[:3] or weight.shape[3] == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}; it must be {[*v.shape[:3], 'levels']}")
-    if weight.device != q.device:
-        raise ValueError(f"weight is on {weight.device} and q on {q.device}; put both on one device")
+    """Raise ValueError where a shape does not fit."""
+    check_heads(q, k, v)
+    tokens, heads = v.shape[:3], v.shape[2]
+    check_shape("decay", decay, (heads,), tokens)
+    check_shape("beta", beta, tokens)
+    check_shape("weight", weight, (*tokens, max(1, weight.shape[-1])))
+    if state is not None:
+        bits = state.shape[2] if state.dim() == 5 else 1
+        check_shape("state", state, (len(v), heads, bits, k.shape[3], v.shape[3]))
 
 
 def log_linear_step(

@@ -47,7 +47,8 @@ def log_linear_triton(
     Raises ValueError where a shape, dtype or device does not fit.
     """
     check_levels(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE)
-    check_device(q=q_BTHK)
+    state = state_BGNKV
+    check_device(q=q_BTHK, k=k_BTHK, v=v_BTGV, decay=decay, beta=beta_BTG, state=state, weight=weight_BTGE)
     check_limits(q_BTHK, ANY)
     batch, length = v_BTGV.shape[:2]
     inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE, start)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels import chunked_linear
+from mixforge.kernels.arguments import check_heads, check_shape
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import (
     add_channel,
@@ -79,7 +80,10 @@ def _twice(
     decay: Tensor | None,
     state_BGKF: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    check_heads(q_BTHK, k_BTHK, v_BTGV)
     value_dim, group = v_BTGV.shape[3], v_BTGV.shape[2] // q_BTHK.shape[2]
+    keys_and_values = q_BTHK.shape[3] + value_dim
+    check_shape("state", state_BGKF, (len(v_BTGV), v_BTGV.shape[2], q_BTHK.shape[3], keys_and_values))
     dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
     q, k = (x.to(dtype).repeat_interleave(group, 2) for x in (q_BTHK, k_BTHK))
     values, keys = (None, None) if state_BGKF is None else state_BGKF.tensor_split((value_dim,), -1)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels import chunked_linear, twofold_linear
+from mixforge.kernels.arguments import check_heads, check_shape
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import add_channel
 from mixforge.kernels.twofold_linear import twofold_linear_torch
@@ -38,7 +39,7 @@ def slot_attention_reference(
     state_BGMF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one token after the other."""
-    check_slots(q_BTHK, k_BTHK, v_BTGV, decay_BTGM)
+    check_slots(q_BTHK, k_BTHK, v_BTGV, decay_BTGM, state_BGMF)
     state = first_slots(k_BTHK, v_BTGV, decay_BTGM, state_BGMF)
     outputs = []
     inputs = (x.unbind(1) for x in (q_BTHK, k_BTHK, v_BTGV, decay_BTGM))
@@ -118,7 +119,7 @@ def _twice(
     state_BGMF: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """q . k of the slots by a recurrence that decays along values, and their values by one along keys."""
-    check_slots(q_BTHK, k_BTHK, v_BTGV, decay_BTGM)
+    check_slots(q_BTHK, k_BTHK, v_BTGV, decay_BTGM, state_BGMF)
     heads, value_dim = v_BTGV.shape[2:]
     state = first_slots(k_BTHK, v_BTGV, decay_BTGM, state_BGMF)
     group = heads // q_BTHK.shape[2]
@@ -140,16 +141,12 @@ def first_slots(k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None) -> Te
     return v.new_zeros(batch, heads, slots, v.shape[3] + k.shape[3], dtype=dtype)
 
 
-def check_slots(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> None:
+def check_slots(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None) -> None:
     """Raise ValueError where shapes do not fit."""
-    if k.shape != q.shape:
-        raise ValueError(f"k has shape {list(k.shape)}; it must be that of q, {list(q.shape)}")
-    if v.shape[:2] != q.shape[:2] or v.shape[2] % q.shape[2] != 0:
-        raise ValueError(
-            f"v has shape {list(v.shape)}; it must begin as q, {list(q.shape)}, with a multiple of its heads"
-        )
-    if decay.shape[:3] != v.shape[:3]:
-        raise ValueError(f"decay has shape {list(decay.shape)}; it must begin as v does, {list(v.shape)}")
+    check_heads(q, k, v)
+    slots = decay.shape[-1]
+    check_shape("decay", decay, (*v.shape[:3], slots))
+    check_shape("state", state, (len(v), v.shape[2], slots, v.shape[3] + k.shape[3]))
 
 
 def matmul_flops(length: int, *, heads: int, key_dim: int, value_dim: int, slots: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,3 +83,16 @@ def test_flops_are_exact() -> None:
         second_order_torch(q, k, v)
     sizes = {"heads": 4, "key_dim": KEYS, "value_dim": VALUES, "decay": "none"}
     assert counter.get_total_flops() == 2 * matmul_flops(37, **sizes)
+
+
+@pytest.mark.parametrize("run", [second_order_reference, second_order_torch])
+def test_what_does_not_fit_is_named(run: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    q, k, v, state = inputs(3, torch.float32)
+    for given, message in [
+        ((q, k[:, :2], v), "k has shape"),
+        ((q, k, v[:, :, :3]), "3 value heads are no multiple of 2 key heads"),
+        ((q[:, :0], k[:, :0], v[:, :0]), "q has a length of 0"),
+        ((q, k, v, None, None, state[:, :1]), r"state has shape .*; it must be \[2, 4, 5, 12\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(*given)

@@ -71,7 +71,12 @@ def test_what_does_not_fit_is_named() -> None:
     q, k, v, g, _ = inputs(3, torch.float32)
     with pytest.raises(ValueError, match="k has shape"):
         slot_attention_torch(q, k[:, :2], v, g)
-    with pytest.raises(ValueError, match="v has shape"):
+    with pytest.raises(ValueError, match="3 value heads are no multiple of 2 key heads"):
         slot_attention_torch(q, k, v[:, :, :3], g)
     with pytest.raises(ValueError, match="decay has shape"):
         slot_attention_reference(q, k, v, g[:, :2])
+    for run in (slot_attention_torch, slot_attention_reference):
+        with pytest.raises(ValueError, match="q has a length of 0"):
+            run(*(x[:, :0] for x in (q, k, v, g)))
+        with pytest.raises(ValueError, match="state has shape"):
+            run(q, k, v, g, None, torch.zeros(2, 2, SLOTS, KEYS + VALUES))
