@@ -103,7 +103,7 @@ def linear_step_triton(
     beta_BG: Tensor | None,
     state_BGKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_step`, in one kernel. Where gradients are wanted, a sequence of one token, which has them.
+    """As `linear_step`, in one kernel, in place where gradients are off. Where some are wanted, a sequence of one token.
 
     Raises ValueError where a shape, dtype or device does not fit.
     """
@@ -119,7 +119,8 @@ def linear_step_triton(
         o, state = chunked_linear_triton(q, k, v, decay, beta, state_BGKV)
         return o[:, 0], state
     check_rows(state_BGKV)
-    return one_step(q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGKV), state_BGKV
+    state = state_BGKV.clone() if torch.is_grad_enabled() else state_BGKV
+    return one_step(q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state), state
 
 
 def check_rows(state: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tolerance import assert_as_good
@@ -43,7 +45,7 @@ def draw(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", ["add", "delta"])
-@pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 16), (200, 128), (1000, 100)])
+@pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 16), (200, 128), (1000, 100), (130, 256)])
 def test_as_good_as_torch(rule: str, decay: str, length: int, dim: int, dtype: torch.dtype) -> None:
     from mixforge.kernels.chunked_linear_triton import chunked_linear_triton
 
@@ -85,6 +87,27 @@ def test_as_good_as_torch_where_heads_fill_the_device(
     with torch.no_grad():
         for alone, beside in zip(chunked_linear_triton(*inputs), kept, strict=True):
             torch.testing.assert_close(alone, beside, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", ["add", "delta"])
+@pytest.mark.parametrize("programs", [1, 1000])
+def test_as_good_as_torch_over_packed_sequences(
+    programs: int, rule: str, decay: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with a state of its own before it; with the output made by the scan and by a kernel of its own."""
+    from mixforge.kernels import chunked_linear_triton
+
+    monkeypatch.setattr(chunked_linear_triton, "ENOUGH", programs)
+    bounds = torch.tensor([0, 1, 15, 80, 145, 300], device="cuda")
+    q, k, v, g, beta, _ = draw(decay, rule, 300, 64, dtype, batch=1)
+    state = draw(decay, rule, 1, 64, dtype, batch=len(bounds) - 1)[5]
+    forms = (chunked_linear_triton.chunked_linear_triton, chunked_linear_torch, chunked_linear_reference)
+    # The gradient of a fixed decay sums over all sequences what nearly cancels.
+    least = max(1e-5, torch.finfo(dtype).eps) if decay == "head" else None
+    packed = [partial(form, cu_seqlens=bounds) for form in forms]
+    assert_as_good(*packed, [q, k, v, g, beta, state], least)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,10 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tolerance import assert_close
+from tolerance import assert_close, assert_steps_as_good
 from torch import Tensor
 
-from mixforge.kernels import diagonal_ssm, log_linear, second_order, slot_attention, softmax_scan
+from mixforge.kernels import (
+    chunked_linear,
+    diagonal_ssm,
+    log_linear,
+    second_order,
+    slot_attention,
+    softmax_scan,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,6 +66,33 @@ def check(
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_delta", [False, True])
+@pytest.mark.parametrize("decay", ["none", "head", "scalar", "channel"])
+def test_linear(decay: str, is_delta: bool, dtype: torch.dtype) -> None:
+    q, k, v = of_keys()
+    log, beta = scalars()
+    by_token = {"scalar": log, "channel": -uniform(BATCH, TOKENS, HEADS, KEYS)}.get(decay)
+    fixed = -uniform(HEADS).to("cuda", dtype) if decay == "head" else None
+
+    def step(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(q: Tensor, k: Tensor, v: Tensor, now: Tensor | None, beta: Tensor | None, state: Tensor):
+            now = fixed.to(q.dtype) if fixed is not None else now
+            return chunked_linear.step_form(name)(q, k, v, now, beta, state)
+
+        return run
+
+    given = [q, k, v, by_token, beta if is_delta else None]
+    check([step(name) for name in ("triton", "torch")], given, dtype, normal(BATCH, HEADS, KEYS, VALUES))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("mixer", ["gdn", "kda", "mamba2(heads=4)", "gla", "retnet"])
+def test_a_mixers_step_is_as_good_as_torchs(mixer: str, dtype: torch.dtype) -> None:
+    assert_steps_as_good(f"lm({mixer} + swiglu, width=128)", dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

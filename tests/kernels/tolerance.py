@@ -10,6 +10,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from mixforge.search_space.mixer import Backend
+from mixforge.search_space.notation import parse
+
 # A few roundings of the accumulators, for sums of a few hundred terms.
 FLOAT32 = 3e-6
 
@@ -140,3 +143,23 @@ def assert_as_good(
     least = least or max(FLOAT32, torch.finfo(dtype).eps / 2)
     for name, value in results(actual, inputs).items():
         assert_close(name, value, wanted[name], 2 * max(error_ratio(allowed[name], wanted[name]), least))
+
+
+def assert_steps_as_good(text: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Logits of single tokens after a prefill, in Triton's kernels: as `assert_as_good`, whole models in a dtype."""
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def logits(backend: Backend, dtype: torch.dtype) -> Tensor:
+        model = parse(text).build(backend, device=device, dtype=dtype)
+        _, state = model.prefill(tokens[:, :3], capacity=9)
+        made = []
+        for position in range(3, 9):
+            now, state = model.step(tokens[:, position], state)
+            made.append(now)
+        return torch.stack(made, 1)
+
+    with torch.no_grad():
+        exact = logits("torch", torch.float64)
+        allowed = error_ratio(logits("torch", dtype), exact)
+        assert allowed <= 20 * torch.finfo(dtype).eps
+        assert_close("logits", logits("triton", dtype), exact, 2 * allowed)

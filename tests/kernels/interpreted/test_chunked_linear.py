@@ -187,7 +187,7 @@ def test_channel_decays_at_their_floor_with_large_gradients(rule: str) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("decay", ["none", "channel"])
+@pytest.mark.parametrize("decay", DECAYS)
 def test_keys_that_resemble_one_another(decay: str) -> None:
     """With beta up to 2: where a Neumann series for the triangular system is off by 1e10."""
     inputs = draw(decay, "delta", 64, alike=5.0, reach=0.1)
@@ -218,6 +218,17 @@ def test_step(decay: str, rule: str) -> None:
     assert same is state
     assert_close("o", actual, expected)
     assert_close("state", state, after)
+
+
+def test_a_step_leaves_the_state_as_it_was_where_gradients_are_on() -> None:
+    q, k, v, g, beta, state = draw("scalar", "delta", 1, batch=2, value_heads=2, key_dim=24, value_dim=33)
+    given = [x[:, 0] for x in (q, k, v, g, beta)]
+    before = state.clone()
+    o, after = linear_step_triton(*given, state)
+    assert torch.equal(state, before)
+    expected, right = linear_step(*given, state)
+    assert_close("o", o, expected)
+    assert_close("state", after, right)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from functools import partial
 import interpreting
 import pytest
 import torch
-from tolerance import assert_as_good
+from tolerance import assert_as_good, assert_steps_as_good
 from torch import Tensor
 from triton import language as tl
 
@@ -149,3 +149,9 @@ def test_recurrent_cells(cell: str, dtype: torch.dtype) -> None:
     inputs = [normal(3, 12, 2, width), normal(2, 16, width) / 4, bias, normal(3, states, 2, 16).abs() + 0.1]
     forms = [recurrent_cells.form(name, cell) for name in BACKENDS]
     assert_as_good(*forms, [None if x is None else x.to(dtype) for x in inputs])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mixer", ["gdn", "kda", "mamba2(heads=4)", "gla", "retnet"])
+def test_a_mixers_step_is_as_good_as_torchs(mixer: str, dtype: torch.dtype) -> None:
+    assert_steps_as_good(f"lm({mixer} + swiglu, width=32)", dtype)
