@@ -26,6 +26,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def dense(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """As `F.linear`: [..., D] -> [..., F]."""
+    # First, for a compiler would trace what follows, and guard against the sizes.
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight_FD, bias_F)
     is_large = x.numel() * len(weight_FD) >= LEAST and x.numel() >= LEAST_ROWS * x.shape[-1]
     product = onednn_product() if is_large else None
     if product is None or not is_plain(x, weight_FD):
@@ -68,8 +71,7 @@ def is_plain(x: Tensor, weight_FD: Tensor) -> bool:
     """
     is_float = x.dtype == weight_FD.dtype == torch.float32 and x.device.type == weight_FD.device.type == "cpu"
     is_watched = (
-        torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
+        torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -110,8 +110,14 @@ def test_transforms_of_torch_func() -> None:
     torch.testing.assert_close(each, 2 * (x @ weight_FD.mT) @ weight_FD)
 
 
-def test_compiled_it_is_the_compiler_s_linear() -> None:
+def test_compiled_it_is_the_compiler_s_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, whatever the processor and however large: two lengths, the second with a symbol for it."""
+    monkeypatch.undo()
     torch._dynamo.reset()
-    x, weight_FD = draw(20, 40).requires_grad_(), draw(24, 40).requires_grad_()
+    weight_FD = draw(256, 256).requires_grad_()
     compiled = torch.compile(dense, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight_FD), F.linear(x, weight_FD))
+    for rows in (64, 100, 200):
+        x = draw(rows, 256).requires_grad_()
+        assert x.numel() * len(weight_FD) >= module.LEAST
+        torch.testing.assert_close(compiled(x, weight_FD), F.linear(x, weight_FD))
+    torch._dynamo.reset()
