@@ -41,6 +41,7 @@ from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import ChannelGates, Gates, PlainGates, ScalarGates
 from mixforge.kernels.chunk_rules import ADD, DELTA, Chunks, Rule
 from mixforge.kernels.packed import chunk_places
+from mixforge.kernels.tracing import fixed
 
 # Fifteen steps of this size from a chunk's first row to its last stay inside the range of float32.
 CHANNEL_FLOOR = -5.0
@@ -353,6 +354,7 @@ def in_chunks(
     """Run a rule over the chunks, some at a time; with the `size` and `edges` of `Chunks` where sequences are packed."""
     check_inputs(q_BTHK, v_BTGV, decay)
     batch, length, heads, value_dim = v_BTGV.shape
+    length = fixed(length)
     columns = value_dim + int(is_summed)
     size = size or chunk_size(
         length,

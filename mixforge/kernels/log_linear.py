@@ -34,6 +34,7 @@ from torch import Tensor
 from mixforge.kernels.arguments import check_heads, check_shape
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import FLOOR
+from mixforge.kernels.tracing import fixed
 from mixforge.kernels.twofold_linear import cut
 
 CHUNK_BITS = 5
@@ -142,7 +143,7 @@ def log_linear_torch(
 ) -> tuple[Tensor, Tensor | None]:
     """In chunks, as matrix products."""
     check_levels(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGNKV, weight_BTGE)
-    batch, length = v_BTGV.shape[:2]
+    batch, length = len(v_BTGV), fixed(v_BTGV.shape[1])
     inner, pairs = inside(q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, weight_BTGE, start)
     passing = passed(pairs)
     added = passing.leaving.mT @ pairs.write

@@ -31,6 +31,7 @@ from mixforge.kernels.chunked_linear import (
     chunked_linear_reference,
     linear_step,
 )
+from mixforge.kernels.tracing import unaliased
 
 
 def second_order_reference(
@@ -87,7 +88,7 @@ def _twice(
     dtype = torch.float64 if v_BTGV.dtype == torch.float64 else torch.float32
     q, k = (x.to(dtype).repeat_interleave(group, 2) for x in (q_BTHK, k_BTHK))
     values, keys = (None, None) if state_BGKF is None else state_BGKF.tensor_split((value_dim,), -1)
-    read, keys = run(q, k, k, decay, None, keys)
+    read, keys = run(q, k, unaliased(k), decay, None, keys)
     o, values = run(q, read, v_BTGV.to(dtype), decay, None, values)
     return o.to(v_BTGV.dtype), torch.cat([values, keys], -1)
 

@@ -1,9 +1,19 @@
-"""What `torch.compile` asks of an autograd function that it traces."""
+"""What `torch.compile` asks of what it traces."""
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
+
+
+def fixed(size: int) -> int:
+    """A size, for which a compiler then traces anew, where it would take a symbol for the second size that it sees.
+
+    For what makes as many steps as a length asks for: each length is another graph in any case, and symbols are slow.
+    """
+    return operator.index(size)
 
 
 def unaliased(x: Tensor) -> Tensor:

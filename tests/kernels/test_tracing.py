@@ -1,4 +1,4 @@
-"""Every autograd function that `torch.compile` traces, where its result and a view of it leave the graph."""
+"""Every autograd function that `torch.compile` traces, where its result and a view of it leave the graph; and sizes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from mixforge.kernels import chunked_linear, gated_scan, gated_scan_complex, short_conv
 from mixforge.kernels.norm import quotient_norm, rms_norm_torch, unit_norm
+from mixforge.kernels.tracing import fixed
 from mixforge.search_space.parts.experts import permuted
 from mixforge.search_space.parts.rotary import turn
 from mixforge.search_space.parts.routing import AttachLoss
@@ -80,3 +82,24 @@ def test_gradients_are_those_without_a_compiler(function: Callable[[Tensor, Tens
     compiled = torch.compile(with_a_view, fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(results(compiled), results(with_a_view), strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_a_fixed_size_gets_no_symbol() -> None:
+    """Where the second size of a dimension would be one."""
+    torch._dynamo.reset()
+    kinds: dict[bool, list[bool]] = {False: [], True: []}
+
+    def run(x: Tensor, is_fixed: bool) -> Tensor:
+        return x * (fixed(x.shape[1]) if is_fixed else x.shape[1])
+
+    for is_fixed, found in kinds.items():
+
+        def seen(graph: GraphModule, given: list[Tensor], found: list[bool] = found) -> GraphModule:
+            found.append(any(isinstance(each, torch.SymInt) for each in given))
+            return graph
+
+        compiled = torch.compile(run, fullgraph=True, backend=seen)
+        for size in (5, 7, 9):
+            assert compiled(torch.ones(1, size), is_fixed).sum() == size * size
+        torch._dynamo.reset()
+    assert kinds == {False: [False, True], True: [False, False, False]}
