@@ -18,16 +18,16 @@ import functools
 import gc
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+from mixforge.evaluator.environment import environment
 from mixforge.search_space.derivation import Derivation
 from mixforge.search_space.diff import diff
 from mixforge.search_space.distance import distance
@@ -107,18 +107,6 @@ def check(space: Space, derivations: Sequence[Derivation], rng: random.Random) -
                 sys.exit("an operator does not hold its word; nothing is timed")
 
 
-def cpu() -> str:
-    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return found[0].partition(":")[2].strip() if found else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,9 +145,8 @@ def main() -> None:
         "distance": timed(pairs, lambda pair: distance(*pair), nothing),
         "diff": timed(pairs, lambda pair: diff(*pair), nothing),
     }
-    print(
-        f"48 layers, one core of {cpu()}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
-    )
+    here = environment("cpu")
+    print(f"48 layers, one core of {here.device}, Python {here.python}, load {os.getloadavg()[0]:.1f}")
     figures = {}
     for name, ms in taken.items():
         low, median, high = statistics.quantiles(ms, n=4)
@@ -178,10 +165,7 @@ def main() -> None:
     if given.json:
         result = {
             "command": " ".join(["python", *sys.argv]),
-            "device": cpu(),
-            "python": platform.python_version(),
-            "commit": commit(),
-            "threads": 1,
+            "environment": asdict(here),
             "load_average": os.getloadavg()[0],
             "inputs": INPUTS,
             "choices": statistics.median(len(each.choices) for each in derivations),

@@ -14,7 +14,6 @@ import argparse
 import importlib
 import io
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixforge.evaluator.environment import environment
 from mixforge.kernels.chunked_linear import FORMS, form
 
 DECAYS = ("none", "head", "scalar", "channel")
@@ -176,26 +176,6 @@ def measure(decay: str, rule: str, repeats: int, shape: tuple[int, int, int, int
     )
 
 
-def processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return answer.stdout.strip() or None
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the figures, with every repeat, to this file")
@@ -204,10 +184,9 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    here = environment("cpu")
     shape = (asked.batch, asked.length, asked.heads, asked.dim)
-    print(
-        f"{processor()}, one thread, torch {torch.__version__}, float32, B={shape[0]} T={shape[1]}", end=" "
-    )
+    print(f"{here.device}, one thread, torch {here.torch}, float32, B={shape[0]} T={shape[1]}", end=" ")
     print(f"H={shape[2]} D={shape[3]}, median of {asked.repeats} interleaved repeats")
     past = None if asked.against is None else earlier(asked.against)
     name = "loop" if asked.against is None else asked.against[:7]
@@ -230,12 +209,8 @@ def main() -> int:
     if asked.json is not None:
         record = {
             "command": " ".join(sys.argv),
-            "commit": commit(),
             "against": "loop" if asked.against is None else asked.against,
-            "device": processor(),
-            "threads": 1,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            "environment": asdict(here),
             "dtype": "float32",
             "shape": dict(zip(("batch", "length", "heads", "dim"), shape, strict=True)),
             "rows": [asdict(row) for row in rows],

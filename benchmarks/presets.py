@@ -21,10 +21,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixforge.evaluator.environment import environment
 from mixforge.search_space.architecture import Architecture
 from mixforge.search_space.presets import PRESETS, preset
 from mixforge.search_space.stack import mixers
@@ -283,21 +282,6 @@ def measure(name: str, batch: int, length: int, width: int, repeats: int) -> Row
     )
 
 
-def processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    return answer.stdout.strip() or None
-
-
 def compare(asked: argparse.Namespace, names: list[str]) -> tuple[list[Row], list[str]]:
     """What was timed, and the classes that were not."""
     print(
@@ -340,7 +324,8 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{processor()}, one thread, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    here = environment("cpu")
+    print(f"{here.device}, one thread, torch {here.torch}, load {os.getloadavg()[0]:.1f}")
     first_s, built = build_on_meta()
     slowest = max(built, key=lambda each: each.build_s)
     print(f"first build on meta {first_s:.2f} s; then {len(built)} presets of about a billion weights:")
@@ -365,12 +350,8 @@ def main() -> int:
     if asked.json is not None:
         record = {
             "command": " ".join(["python", *sys.argv]),
-            "commit": commit(),
-            "device": processor(),
-            "threads": 1,
             "load_average": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            "environment": asdict(here),
             "dtype": "float32",
             "shape": {"batch": asked.batch, "length": asked.length, "width": asked.width},
             "first_build_s": first_s,

@@ -12,25 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
 import time
 import tomllib
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
+from mixforge.evaluator.environment import environment
 from mixforge.search_space.grammar import Rejection, Space
 
 SENTENCES = 2_000
 REPEATS = 9
-
-
-def cpu() -> str:
-    """The processor's name."""
-    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return found[0].partition(":")[2].strip() if found else platform.processor() or platform.machine()
 
 
 def run(
@@ -80,12 +75,11 @@ def main() -> None:
     draws = [draw for draw, _, _ in rates]
     candidates = [candidate for _, candidate, _ in rates]
     elapsed = [passed for _, _, passed in rates]
+    here = environment("cpu")
     figures = {
         "command": " ".join(["python", *sys.argv]),
         "campaign": str(given.campaign),
-        "device": cpu(),
-        "python": platform.python_version(),
-        "threads": 1,
+        "environment": asdict(here),
         "sentences_in_space": str(space.count()),
         "first_draws_per_s": first_draws,
         "first_candidates_per_s": first_candidates,
@@ -97,7 +91,7 @@ def main() -> None:
         "distinct_seen": len(digests),
         "rejected": dict(rejected.most_common()),
     }
-    print(f"{given.campaign} on one core of {figures['device']}, Python {figures['python']}")
+    print(f"{given.campaign} on one core of {here.device}, Python {here.python}")
     print(f"  sentences in the space    {space.count():>10,}")
     print(
         f"  first {SENTENCES:,} sentences     {first_draws:>10,.0f} draws/s "
