@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixforge.kernels.launch import recording
+from mixforge.kernels.linear_decode_triton import linear_decode_triton
 from mixforge.search_space.notation import parse
 
 MIXERS = [
@@ -107,6 +108,25 @@ def test_a_step_holds_few_launches(mixer: str) -> None:
             model.step(torch.zeros(1, dtype=torch.long), state)
     names = [launch.name for launch in recorded.launches]
     assert names == ["norm_forward", *LAUNCHES[mixer], "norm_forward", "norm_forward"]
+
+
+@pytest.mark.parametrize("mixer", ["gdn", "kda", "mamba2(heads=4)"])
+def test_a_step_is_an_operation_of_torch(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = parse(f"lm({mixer} + swiglu, width=32)").build("triton"), []
+    block = next(module for module in model.modules() if hasattr(module, "decode"))
+    decode = block.decode
+
+    def seen(*args: object) -> torch.Tensor:
+        given.append([arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args])
+        return decode(*args)
+
+    monkeypatch.setattr(block, "decode", seen)
+    with torch.no_grad():
+        _, state = model.prefill(torch.zeros(2, 4, dtype=torch.long), capacity=8)
+        model.step(torch.zeros(2, dtype=torch.long), state)
+    (args,) = given
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(linear_decode_triton, args, test_utils=checks)
 
 
 def test_what_cannot_run_is_refused_when_it_is_built() -> None:
