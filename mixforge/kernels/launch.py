@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from mixforge.kernels.blocks import Config, table_only
+from mixforge.kernels.operands import check_one_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +121,23 @@ def on_device(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_device(**tensors: Tensor | None) -> None:
     """Raise ValueError where a tensor is not where Triton can run, or not where the first one is."""
-    first: tuple[str, torch.device] | None = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        first = first or (name, tensor.device)
-        if tensor.device != first[1]:
-            raise ValueError(
-                f"{name} is on {tensor.device} and {first[0]} on {first[1]}; put both on one device"
-            )
-    if first is None or first[1].type == "cuda" or _recording.get() is not None:
-        return
-    if first[1].type == "cpu" and interpreting():
+    check_one_device(**tensors)
+    check_runs(*next((name, tensor) for name, tensor in tensors.items() if tensor is not None))
+
+
+def check_runs(name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a tensor is not where Triton can run."""
+    kind = tensor.device.type
+    if kind == "cuda" or _runs_anywhere(kind):
         return
     raise ValueError(
-        f"{first[0]} is on {first[1]}, and backend='triton' runs on a GPU: move model and inputs with .to('cuda'), "
+        f"{name} is on {kind}, and backend='triton' runs on a GPU: move model and inputs with .to('cuda'), "
         "or build with backend='torch'"
     )
+
+
+# What it reads is no part of a graph that torch.compile makes.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runs_anywhere(kind: str) -> bool:
+    """Whether launches are written down, or interpreted on a CPU."""
+    return _recording.get() is not None or (kind == "cpu" and interpreting())

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
+from mixforge.kernels.operands import check_alike, check_shape
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -91,20 +92,18 @@ def rms_norm_gated_torch(
 
 
 def check_norm(x: Tensor, weight: Tensor) -> None:
-    """Raise ValueError where the weight does not fit."""
+    """Raise ValueError where the shape, dtype or device of the weight does not fit."""
     if x.numel() == 0:
         raise ValueError(f"x of shape {list(x.shape)} has no values; give at least one row")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight must be of shape {list(x.shape[-1:])}, the last axis of x, got {list(weight.shape)}"
-        )
+    check_shape("weight", weight, x.shape[-1:])
+    check_alike(x=x, weight=weight)
 
 
 def check_gated(x: Tensor, gate: Tensor, weight: Tensor, activation: str) -> None:
     """Raise ValueError where the gate or the weight does not fit."""
     check_norm(x, weight)
-    if gate.shape != x.shape:
-        raise ValueError(f"gate must be of the shape of x, {list(x.shape)}, got {list(gate.shape)}")
+    check_shape("gate", gate, x.shape)
+    check_alike(x=x, gate=gate)
     if activation not in ("silu", "sigmoid"):
         raise ValueError(f"activation must be silu or sigmoid, got {activation!r}")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes
-from mixforge.kernels.launch import check_device, generation, launch, on_device
+from mixforge.kernels.launch import check_runs, generation, launch, on_device
 from mixforge.kernels.norm import check_gated, check_norm
 
 # Programs of the backward pass, each of which writes one partial gradient of the weight.
@@ -113,7 +113,6 @@ def norm_backward(
 def run_forward(
     x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, silu: bool, norm_first: bool
 ) -> Tensor:
-    check_device(x=x, gate=gate, weight=weight)
     y = torch.empty_like(x)
     dim = x.shape[-1]
     rows = x.numel() // dim
@@ -189,7 +188,7 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """As `rms_norm_reference`, on a GPU."""
     check_norm(x, weight)
-    _check_runs(x, None, weight)
+    _check_operands(x, None, weight)
     y: Tensor = _forward(x.contiguous(), None, weight.contiguous(), eps, True, True)
     return y
 
@@ -204,14 +203,15 @@ def rms_norm_gated_triton(
 ) -> Tensor:
     """As `rms_norm_gated_reference`, on a GPU."""
     check_gated(x, gate, weight, activation)
-    _check_runs(x, gate, weight)
+    _check_operands(x, gate, weight)
     y: Tensor = _forward(
         x.contiguous(), gate.contiguous(), weight.contiguous(), eps, activation == "silu", norm_before_gate
     )
     return y
 
 
-def _check_runs(x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
+def _check_operands(x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
+    check_runs("x", x)
     check_dtypes(x=x, gate=gate, weight=weight)
     if x.shape[-1] > LARGEST_DIM:
         raise BeyondKernels(

@@ -73,9 +73,9 @@ def test_refuses_what_does_not_fit(backend: str) -> None:
     x, gate, weight = draw((3, 20))
     with pytest.raises(ValueError, match="has no values"):
         norm.form(backend)(x[:0], weight)
-    with pytest.raises(ValueError, match=r"weight must be of shape \[20\]"):
+    with pytest.raises(ValueError, match=r"weight has shape \[3\]; it must be \[20\]"):
         norm.form(backend)(x, weight[:3])
-    with pytest.raises(ValueError, match="gate must be of the shape of x"):
+    with pytest.raises(ValueError, match=r"gate has shape \[2, 20\]; it must be \[3, 20\]"):
         gated(backend, "silu", True, x, gate[:2], weight)
     with pytest.raises(ValueError, match="silu or sigmoid, got 'relu'"):
         gated(backend, "relu", True, x, gate, weight)

@@ -1,0 +1,119 @@
+"""What operations accept of the tensors that they are given, whatever the backend; `arguments` is the linear family's.
+
+What is raised is a ValueError that names the argument, what it was and what it must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixforge.kernels.packed import check_packed
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# A log gate that is a difference of running maxima is above zero by their rounding: by 0.004 where these grow to 2^16.
+ROUNDING = 0.01
+
+
+def check_axes(name: str, given: Tensor, axes: str) -> None:
+    """Raise ValueError where a tensor has other axes than those named, as in "batch, time, dim", or nothing along one."""
+    names = axes.split(", ")
+    if given.dim() != len(names):
+        raise ValueError(f"{name} has shape {list(given.shape)}; it must be [{axes}]")
+    for axis, size in zip(names, given.shape, strict=True):
+        if size == 0:
+            raise ValueError(
+                f"{name} has a {'length' if axis == 'time' else axis} of 0 (shape {list(given.shape)}); "
+                "there must be at least one token"
+            )
+
+
+def check_shape(
+    name: str, given: Tensor | None, shape: Sequence[int | str], *, is_needed: bool = False
+) -> None:
+    """Raise ValueError where a tensor has another shape, in which a name is any size. None passes unless it is needed."""
+    if given is None:
+        if is_needed:
+            raise ValueError(f"{name} is None; it must be a tensor of shape {_said(shape)}")
+        return
+    found = given.shape
+    if len(found) != len(shape) or any(
+        size != wanted and not isinstance(wanted, str) for size, wanted in zip(found, shape, strict=True)
+    ):
+        raise ValueError(f"{name} has shape {list(found)}; it must be {_said(shape)}")
+
+
+def _said(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(str(size) for size in shape)}]"
+
+
+def check_one_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError where a tensor is not where the first one is."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first[0]} on {first[1]}; put both on one device"
+            )
+
+
+def check_alike(**tensors: Tensor | None) -> None:
+    """Raise ValueError where a tensor is not where the first one is, or of a dtype that does not go with its.
+
+    float32 goes with bfloat16 and with float16: all is worked out in float32 then. Beside float64 all is float64.
+    """
+    check_one_device(**tensors)
+    first: tuple[str, torch.dtype] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}; it must be float32, float64, bfloat16 or float16")
+        first = first or (name, tensor.dtype)
+        pair = (tensor.dtype, first[1])
+        if tensor.dtype != first[1] and (torch.float64 in pair or torch.float32 not in pair):
+            raise ValueError(
+                f"{name} is {tensor.dtype} and {first[0]} is {first[1]}; they must have one dtype, or one of them "
+                "float32 and the other bfloat16 or float16"
+            )
+
+
+def check_log(name: str, given: Tensor, least: float | None = None, rounding: float = 0.0) -> None:
+    """Raise ValueError where the logarithm of what a state is scaled by is above 0 by more than rounding, or too low.
+
+    Values are looked at on a CPU alone, for a GPU would have to be waited for. A NaN passes: it is a diverged model,
+    which the training loop reports.
+    """
+    # A tensor of another class may have no values.
+    is_plain = type(given) in (Tensor, nn.Parameter)
+    if not is_plain or given.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = given.detach()
+    if least is None:
+        high = values.max().item()
+        if high > rounding:
+            raise ValueError(f"{name} must be at most 0, got {high:g}; give log(decay), not decay")
+        return
+    low, high = (bound.item() for bound in values.aminmax())
+    if low < least or high > rounding:
+        raise ValueError(f"{name} must lie in [{least:g}, 0], got {low:g} to {high:g}")
+
+
+def states_of(first: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many states there are: one for each sequence. Raises ValueError where `cu_seqlens` does not fit [B, T, ...]."""
+    batch, length = first.shape[:2]
+    if cu_seqlens is None:
+        return batch
+    check_one_device(inputs=first, cu_seqlens=cu_seqlens)
+    check_packed(cu_seqlens, batch, length)
+    return cu_seqlens.shape[0] - 1
+
+
+def wants_gradient(*given: Tensor | None) -> bool:
+    """Whether an operation on these has to keep what a gradient is made of."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)

@@ -1,0 +1,135 @@
+"""What operations refuse, in every form: tensors elsewhere, of other dtypes, of other shapes, without values.
+
+What is refused is refused before anything runs, so that nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixforge.kernels import norm
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ["reference", "torch", *(["triton"] if HAS_TRITON else [])]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def negative(*shape: int) -> Tensor:
+    return -normal(*shape).abs()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`form` gives that of a backend, and `given` its arguments in their order."""
+
+    form: Callable[[str], Callable[..., Any]]
+    given: dict[str, Any]
+    rows: tuple[str, ...] = ()
+    """Arguments that begin with batch and, but of a step, time; the state is no such."""
+    logs: tuple[str, ...] = ()
+    """Arguments that must not be above zero."""
+    is_step: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.given.items() if isinstance(x, Tensor)}
+
+
+OPERATIONS: dict[str, Operation] = {
+    "norm": Operation(norm.form, {"x": normal(3, 5), "weight": normal(5)}),
+    "gated norm": Operation(
+        norm.gated_form, {"x": normal(3, 5), "gate": normal(3, 5), "weight": normal(5)}
+    ),
+}  # fmt: skip
+EACH_TENSOR = [
+    pytest.param(operation, name, id=f"{called}-{name}")
+    for called, operation in OPERATIONS.items()
+    for name in operation.tensors()
+]
+
+
+def refused(operation: Operation, backend: str, message: str, **others: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        operation.form(backend)(*(operation.given | others).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("operation", "name"), EACH_TENSOR)
+def test_a_tensor_that_is_elsewhere(operation: Operation, name: str, backend: str) -> None:
+    refused(operation, backend, rf"\b{name} (is )?on meta\b", **{name: operation.given[name].to("meta")})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("operation", "name"), EACH_TENSOR)
+def test_a_dtype_that_does_not_go_with_the_others(operation: Operation, name: str, backend: str) -> None:
+    given = operation.given[name]
+    refused(operation, backend, rf"\b{name} is torch.float64\b", **{name: given.double()})
+    refused(operation, backend, f"{name} is torch.int64; it must be float32", **{name: given.long()})
+    halves = {other: x.bfloat16() for other, x in operation.tensors().items()}
+    refused(operation, backend, rf"\b{name} is torch.float16\b", **{**halves, name: given.half()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("operation", "name"), EACH_TENSOR)
+def test_another_shape(operation: Operation, name: str, backend: str) -> None:
+    refused(operation, backend, "has shape .*; .*it must be", **{name: operation.given[name][..., :-1]})
+    # Rows that are normalised may lie on any axes.
+    if operation.rows or name != "x":
+        refused(operation, backend, "has shape .*; .*it must be", **{name: operation.given[name][None]})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_no_sequence_and_no_token(operation: Operation, backend: str) -> None:
+    rows = {name: operation.given[name] for name in operation.rows}
+    if "state" in operation.given:
+        state = operation.given["state"][:0]
+        none = {name: x[:0] for name, x in rows.items()}
+        refused(operation, backend, "has a batch of 0 .* at least one token", **none, state=state)
+    if rows and not operation.is_step:
+        none = {name: x[:, :0] for name, x in rows.items()}
+        refused(operation, backend, "has a length of 0 .* at least one token", **none)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_logs_above_zero(operation: Operation, backend: str) -> None:
+    for name in operation.logs:
+        wrong = operation.given[name].clone()
+        wrong.view(-1)[-1] = 0.5
+        refused(
+            operation,
+            backend,
+            rf"{name} must (be at most 0, got|lie in \[-5, 0\], .* to) 0.5",
+            **{name: wrong},
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_a_step_without_a_state(operation: Operation, backend: str) -> None:
+    if operation.is_step:
+        refused(operation, backend, r"state is None; it must be a tensor of shape \[", state=None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_a_model_that_diverged_is_none_of_it(operation: Operation, backend: str) -> None:
+    """NaN in place of logs; nor are float32 operands beside halves."""
+    given = operation.given | {
+        name: x * torch.nan for name, x in operation.tensors().items() if name in operation.logs
+    }
+    operation.form(backend)(*given.values())
+    first = next(name for name in operation.tensors() if name in ("b", "v", "x", "gates"))
+    halves = {name: x.bfloat16() for name, x in operation.tensors().items() if name in (first, "q", "k", "v")}
+    out = operation.form(backend)(*(operation.given | halves).values())
+    assert (out if isinstance(out, Tensor) else out[0]).dtype == torch.bfloat16
