@@ -18,8 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
+from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import Config, table_only
 from mixforge.kernels.operands import check_one_device
+
+# What CUDA takes in the second and the third dimension of a grid.
+MOST_PROGRAMS = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,15 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
-    """Run a kernel over a grid, with the blocks, warps and stages of `config`."""
+    """Run a kernel over a grid, with the blocks, warps and stages of `config`.
+
+    Raises BeyondKernels, a ValueError, for a grid that CUDA does not take.
+    """
+    if max(grid[1:], default=0) > MOST_PROGRAMS and generation().startswith("sm_"):
+        raise BeyondKernels(
+            f"{kernel.fn.__name__} needs a grid of {list(grid)}; CUDA takes at most {MOST_PROGRAMS} in the second and "
+            "third dimension: give a smaller batch or shorter sequences"
+        )
     recorded = _recording.get()
     constants |= config.blocks
     if recorded is not None:
