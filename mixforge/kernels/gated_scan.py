@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
-from mixforge.kernels.packed import check_packed
+from mixforge.kernels.operands import ROUNDING, check_alike, check_axes, check_log, check_shape, states_of
 from mixforge.kernels.tracing import unaliased
 
 # Gates below are zero: e^-60 is nothing beside rounding, and smaller powers make denormal numbers, which are slow.
@@ -37,6 +37,8 @@ def gated_scan_reference(
 
     States are float32, or float64 where b is; h has the dtype of b. A log gate may be -inf. Of packed sequences
     (`packed`), the states are [N, D].
+
+    Raises ValueError where a shape, dtype or device does not fit or, on a CPU, a log gate is above 0.
     """
     check_scan(log_a_BTD, b_BTD, state_BD, cu_seqlens)
     dtype = torch.float64 if b_BTD.dtype == torch.float64 else torch.float32
@@ -80,24 +82,28 @@ def gated_scan_torch(
     return h_BTD.to(b_BTD.dtype), h_BTD[0, cu_seqlens[1:].long() - 1]
 
 
-def check_scan(log_a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError where the shapes do not fit."""
-    if b_BTD.dim() != 3 or log_a_BTD.shape != b_BTD.shape:
-        raise ValueError(
-            f"log_a and b must have one shape [B, T, D], got {list(log_a_BTD.shape)} and {list(b_BTD.shape)}"
-        )
-    batch, length, width = b_BTD.shape
-    if length == 0:
-        raise ValueError(f"b has a length of 0 (shape {list(b_BTD.shape)}); give at least one token")
-    if cu_seqlens is not None:
-        check_packed(cu_seqlens, batch, length)
-        batch = cu_seqlens.shape[0] - 1
-    if state_BD is not None and state_BD.shape != (batch, width):
-        raise ValueError(f"state must be of shape {[batch, width]}, got {list(state_BD.shape)}")
+def check_scan(
+    log_a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    is_step: bool = False,
+) -> None:
+    """Raise ValueError where a shape, dtype or device does not fit or, on a CPU, a log gate is above 0."""
+    check_axes("b", b, "batch, dim" if is_step else "batch, time, dim")
+    check_shape("log_a", log_a, b.shape)
+    check_shape("state", state, (states_of(b, cu_seqlens), b.shape[-1]), is_needed=is_step)
+    check_alike(b=b, log_a=log_a, state=state)
+    check_log("log_a", log_a, rounding=ROUNDING)
 
 
 def gated_scan_step(log_a_BD: Tensor, b_BD: Tensor, state_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: (h_BD in the dtype of b, state_BD). Where gradients are off, the state is updated in place."""
+    """One token: (h_BD in the dtype of b, state_BD). Where gradients are off, the state is updated in place.
+
+    Raises ValueError as the scan does, and where there is no state.
+    """
+    check_scan(log_a_BD, b_BD, state_BD, is_step=True)
     dtype = state_BD.dtype
     state = state_BD.clone() if torch.is_grad_enabled() else state_BD
     state.mul_(log_a_BD.to(dtype).exp()).add_(b_BD.to(dtype))

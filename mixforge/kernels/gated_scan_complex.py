@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.gated_scan import scan_blocks
-from mixforge.kernels.packed import check_packed
+from mixforge.kernels.operands import ROUNDING, check_alike, check_axes, check_log, check_shape, states_of
 
 
 def gated_scan_complex_reference(
@@ -33,6 +33,8 @@ def gated_scan_complex_reference(
 
     States are float32, or float64 where b is; h has the dtype of b. A log gate may be -inf. Of packed sequences
     (`packed`), the states are [N, 2, D].
+
+    Raises ValueError where a shape, dtype or device does not fit or, on a CPU, a log gate is above 0.
     """
     check_complex(log_a_BTD, phase_BTD, b_BTPD, state_BPD, cu_seqlens)
     if cu_seqlens is not None:
@@ -92,7 +94,11 @@ def gated_scan_complex_torch(
 def gated_scan_complex_step(
     log_a_BD: Tensor, phase_BD: Tensor, b_BPD: Tensor, state_BPD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: (h_BPD in the dtype of b, state_BPD). Where gradients are off, the state is updated in place."""
+    """One token: (h_BPD in the dtype of b, state_BPD). Where gradients are off, the state is updated in place.
+
+    Raises ValueError as the scan does, and where there is no state.
+    """
+    check_complex(log_a_BD, phase_BD, b_BPD, state_BPD, is_step=True)
     dtype = state_BPD.dtype
     magnitude, phase = log_a_BD.to(dtype).exp(), phase_BD.to(dtype)
     cosine, sine = magnitude * phase.cos(), magnitude * phase.sin()
@@ -103,27 +109,25 @@ def gated_scan_complex_step(
 
 
 def check_complex(
-    log_a_BTD: Tensor,
-    phase_BTD: Tensor,
-    b_BTPD: Tensor,
-    state_BPD: Tensor | None,
-    cu_seqlens: Tensor | None,
+    log_a: Tensor,
+    phase: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    is_step: bool = False,
 ) -> None:
-    """Raise ValueError where the shapes do not fit."""
-    shape = list(b_BTPD.shape)
-    if len(shape) != 4 or shape[2] != 2:
-        raise ValueError(f"b must be of shape [B, T, 2, D], real and imaginary parts, got {shape}")
-    batch, length, _, width = shape
-    for name, given in (("log_a", log_a_BTD), ("phase", phase_BTD)):
-        if list(given.shape) != [batch, length, width]:
-            raise ValueError(f"{name} must be of shape {[batch, length, width]}, got {list(given.shape)}")
-    if length == 0:
-        raise ValueError(f"b has a length of 0 (shape {shape}); give at least one token")
-    if cu_seqlens is not None:
-        check_packed(cu_seqlens, batch, length)
-        batch = cu_seqlens.shape[0] - 1
-    if state_BPD is not None and state_BPD.shape != (batch, 2, width):
-        raise ValueError(f"state must be of shape {[batch, 2, width]}, got {list(state_BPD.shape)}")
+    """Raise ValueError where a shape, dtype or device does not fit or, on a CPU, a log gate is above 0."""
+    check_axes(
+        "b", b, "batch, real and imaginary, dim" if is_step else "batch, time, real and imaginary, dim"
+    )
+    *lead, _, dim = b.shape
+    check_shape("b", b, (*lead, 2, dim))
+    check_shape("log_a", log_a, (*lead, dim))
+    check_shape("phase", phase, (*lead, dim))
+    check_shape("state", state, (states_of(b, cu_seqlens), 2, dim), is_needed=is_step)
+    check_alike(b=b, log_a=log_a, phase=phase, state=state)
+    check_log("log_a", log_a, rounding=ROUNDING)
 
 
 class ComplexScan(torch.autograd.Function):

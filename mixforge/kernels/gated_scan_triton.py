@@ -29,7 +29,7 @@ from torch import Tensor
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan import check_scan
 from mixforge.kernels.gated_scan_complex import check_complex
-from mixforge.kernels.launch import check_device, generation, launch, on_device
+from mixforge.kernels.launch import check_runs, generation, launch, on_device
 from mixforge.kernels.packed import sequence_edges
 
 # Programs that keep a large device busy; fewer are made more by cutting the time, which reads the inputs twice.
@@ -418,8 +418,6 @@ def plan_scan(kernel: str, b: Tensor, is_packed: bool) -> tuple[Config, tuple[in
 def run_forward(
     log_a: Tensor, phase: Tensor | None, b: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    # Here, for what stands in front of a registered operation is traced by torch.compile.
-    check_device(b=b, log_a=log_a, phase=phase, state=state, cu_seqlens=cu_seqlens)
     h, final = empty_forward(log_a, phase, b, state, cu_seqlens)
     length, dim = b.shape[1], b.shape[-1]
     first, last = (None, None) if cu_seqlens is None else sequence_edges(cu_seqlens, length)
@@ -539,6 +537,7 @@ def gated_scan_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `gated_scan_reference`, on a GPU."""
     check_scan(log_a_BTD, b_BTD, state_BD, cu_seqlens)
+    check_runs("b", b_BTD)
     check_dtypes(b=b_BTD, log_a=log_a_BTD)
     state = None if state_BD is None else state_BD.float().contiguous()
     h, final = _forward(log_a_BTD.contiguous(), None, b_BTD.contiguous(), state, cu_seqlens)
@@ -554,6 +553,7 @@ def gated_scan_complex_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `gated_scan_complex_reference`, on a GPU."""
     check_complex(log_a_BTD, phase_BTD, b_BTPD, state_BPD, cu_seqlens)
+    check_runs("b", b_BTPD)
     check_dtypes(b=b_BTPD, log_a=log_a_BTD, phase=phase_BTD)
     state = None if state_BPD is None else state_BPD.float().contiguous()
     h, final = _forward(
@@ -563,26 +563,34 @@ def gated_scan_complex_triton(
 
 
 def gated_scan_step_triton(log_a_BD: Tensor, b_BD: Tensor, state_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: (h_BD in the dtype of b, state_BD), the float32 state in place. It has no gradient."""
+    """One token: (h_BD in the dtype of b, state_BD), the float32 state in place. It has no gradient.
+
+    Raises ValueError where a shape, dtype or device does not fit.
+    """
+    check_scan(log_a_BD, b_BD, state_BD, is_step=True)
     return _step(log_a_BD, None, b_BD, state_BD)
 
 
 def gated_scan_complex_step_triton(
     log_a_BD: Tensor, phase_BD: Tensor, b_BPD: Tensor, state_BPD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: (h_BPD in the dtype of b, state_BPD), the float32 state in place. It has no gradient."""
+    """One token: (h_BPD in the dtype of b, state_BPD), the float32 state in place. It has no gradient.
+
+    Raises ValueError where a shape, dtype or device does not fit.
+    """
+    check_complex(log_a_BD, phase_BD, b_BPD, state_BPD, is_step=True)
     return _step(log_a_BD, phase_BD, b_BPD, state_BPD)
 
 
 def _step(log_a: Tensor, phase: Tensor | None, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    check_dtypes(b=b, log_a=log_a)
+    check_runs("b", b)
+    check_dtypes(b=b, log_a=log_a, phase=phase)
     check_state(state, b.shape)
     phase = None if phase is None else phase.contiguous()
     return _step_op(log_a.contiguous(), phase, b.contiguous(), state), state
 
 
 def run_step(log_a: Tensor, phase: Tensor | None, b: Tensor, state: Tensor) -> Tensor:
-    check_device(b=b, log_a=log_a, phase=phase, state=state)
     h = torch.empty_like(b)
     config = choose("scan_step", generation(), b.dtype, key=b.shape[-1])
     grid = (-(-b.shape[-1] // config.blocks["BLOCK_D"]), b.shape[0])

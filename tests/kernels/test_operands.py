@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixforge.kernels import norm
+from mixforge.kernels import gated_scan, gated_scan_complex, norm
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ["reference", "torch", *(["triton"] if HAS_TRITON else [])]
@@ -48,6 +48,26 @@ OPERATIONS: dict[str, Operation] = {
     "norm": Operation(norm.form, {"x": normal(3, 5), "weight": normal(5)}),
     "gated norm": Operation(
         norm.gated_form, {"x": normal(3, 5), "gate": normal(3, 5), "weight": normal(5)}
+    ),
+    "gated scan": Operation(
+        gated_scan.form,
+        {"log_a": negative(2, 4, 3), "b": normal(2, 4, 3), "state": normal(2, 3)},
+        rows=("log_a", "b"), logs=("log_a",),
+    ),
+    "gated step": Operation(
+        gated_scan.step_form,
+        {"log_a": negative(2, 3), "b": normal(2, 3), "state": normal(2, 3)},
+        rows=("log_a", "b"), logs=("log_a",), is_step=True,
+    ),
+    "complex scan": Operation(
+        gated_scan_complex.form,
+        {"log_a": negative(2, 4, 3), "phase": normal(2, 4, 3), "b": normal(2, 4, 2, 3), "state": normal(2, 2, 3)},
+        rows=("log_a", "phase", "b"), logs=("log_a",),
+    ),
+    "complex step": Operation(
+        gated_scan_complex.step_form,
+        {"log_a": negative(2, 3), "phase": normal(2, 3), "b": normal(2, 2, 3), "state": normal(2, 2, 3)},
+        rows=("log_a", "phase", "b"), logs=("log_a",), is_step=True,
     ),
 }  # fmt: skip
 EACH_TENSOR = [

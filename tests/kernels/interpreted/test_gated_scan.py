@@ -132,7 +132,7 @@ def test_refuses_what_does_not_fit(backend: str) -> None:
             run(*(x[:, :0] for x in gates), one[:, :0], first)
         with pytest.raises(ValueError, match="log_a"):
             run(*(x[:, :2] for x in gates), one, first)
-        with pytest.raises(ValueError, match="state must be of shape"):
+        with pytest.raises(ValueError, match="state has shape"):
             run(*gates, one, first[..., :2])
         with pytest.raises(ValueError, match="rise from 0 to the length 4"):
             run(*gates, one, None, torch.tensor([0, 2, 2, 4]))
@@ -147,6 +147,6 @@ def test_refuses_what_does_not_fit(backend: str) -> None:
 def test_triton_refuses_other_dtypes_and_states() -> None:
     log_a, b, state = draw(4, "real")
     with pytest.raises(ValueError, match=r"b is torch\.float64"):
-        gated_scan_triton.gated_scan_triton(log_a, b.double(), state)
+        gated_scan_triton.gated_scan_triton(log_a.double(), b.double(), state.double())
     with pytest.raises(ValueError, match="state must be float32, contiguous"):
-        gated_scan_triton.gated_scan_step_triton(log_a[:, 0], b[:, 0], state.double())
+        gated_scan_triton.gated_scan_step_triton(log_a[:, 0], b[:, 0], state.half())
