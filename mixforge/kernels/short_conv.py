@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
-from mixforge.kernels.packed import check_packed
+from mixforge.kernels.operands import check_alike, check_axes, check_shape, states_of
 from mixforge.kernels.tracing import unaliased
+
+MOST_TAPS = 8
 
 
 def short_conv_reference(
@@ -30,6 +32,8 @@ def short_conv_reference(
 
     `state_BDW` [B, D, W-1] holds the inputs before the first token, oldest first; None is zeros. Returns y_BTD and
     the state after the last token, both in the dtype of x. Of packed sequences (`packed`), states are [N, D, W-1].
+
+    Raises ValueError where a shape, dtype or device does not fit, or there is no such activation.
     """
     check_conv(x_BTD, weight_DW, bias_D, activation, state_BDW, cu_seqlens)
     if cu_seqlens is not None:
@@ -44,7 +48,7 @@ def short_conv_reference(
     if bias_D is not None:
         y_BDT = y_BDT + bias_D[:, None]
     y_BDT = F.silu(y_BDT) if activation == "silu" else y_BDT
-    return y_BDT.transpose(1, 2), x_BDT[:, :, length:].clone()
+    return y_BDT.transpose(1, 2).to(x_BTD.dtype), x_BDT[:, :, length:].clone()
 
 
 def short_conv_torch(
@@ -64,7 +68,8 @@ def short_conv_torch(
     else:
         x_BDT, place_T, end_NW = packed_with_past(x_BTD, width, state_BDW, cu_seqlens)
         after = x_BDT[0, :, end_NW].transpose(0, 1)
-    y_BTD = Convolution.apply(x_BDT, weight_DW, bias_D)  # type: ignore[no-untyped-call]
+    bias = None if bias_D is None else bias_D.to(x_BTD.dtype)
+    y_BTD = Convolution.apply(x_BDT, weight_DW.to(x_BTD.dtype), bias)  # type: ignore[no-untyped-call]
     if cu_seqlens is not None:
         y_BTD = y_BTD[:, place_T]
     return F.silu(y_BTD) if activation == "silu" else y_BTD, after
@@ -113,29 +118,27 @@ class Convolution(torch.autograd.Function):
 
 
 def check_conv(
-    x_BTD: Tensor,
-    weight_DW: Tensor,
-    bias_D: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     activation: str,
-    state_BDW: Tensor | None,
-    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    is_step: bool = False,
 ) -> None:
-    """Raise ValueError where the shapes do not fit."""
-    if x_BTD.dim() != 3 or x_BTD.shape[1] == 0:
-        raise ValueError(f"x must be of shape [B, T, D] with at least one token, got {list(x_BTD.shape)}")
-    batch, length, dim = x_BTD.shape
-    if weight_DW.dim() != 2 or weight_DW.shape[0] != dim or not 1 <= weight_DW.shape[1] <= 8:
-        raise ValueError(f"weight must be of shape [{dim}, W], W at most 8, got {list(weight_DW.shape)}")
-    if bias_D is not None and bias_D.shape != (dim,):
-        raise ValueError(f"bias must be of shape [{dim}], got {list(bias_D.shape)}")
+    """Raise ValueError where a shape, dtype or device does not fit, or there is no such activation."""
+    check_axes("x", x, "batch, dim" if is_step else "batch, time, dim")
+    dim = x.shape[-1]
+    check_shape("weight", weight, (dim, "taps"))
+    taps = weight.shape[1]
+    if not 1 <= taps <= MOST_TAPS:
+        raise ValueError(f"weight has {taps} taps; it must have 1 to {MOST_TAPS}")
+    check_shape("bias", bias, (dim,))
     if activation not in ("none", "silu"):
         raise ValueError(f"activation must be none or silu, got {activation!r}")
-    if cu_seqlens is not None:
-        check_packed(cu_seqlens, batch, length)
-        batch = cu_seqlens.shape[0] - 1
-    past = (batch, dim, weight_DW.shape[1] - 1)
-    if state_BDW is not None and state_BDW.shape != past:
-        raise ValueError(f"state must be of shape {list(past)}, got {list(state_BDW.shape)}")
+    check_shape("state", state, (states_of(x, cu_seqlens), dim, taps - 1), is_needed=is_step)
+    check_alike(x=x, weight=weight, bias=bias, state=state)
 
 
 def each_sequence(
@@ -191,13 +194,17 @@ def short_conv_step(
     activation: Literal["none", "silu"],
     state_BDW: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token: (y_BD, state [B, D, W-1]). The state that was given is left as it is."""
+    """One token: (y_BD in the dtype of x, state [B, D, W-1]). The state that was given is left as it is.
+
+    Raises ValueError as the convolution does, and where there is no state.
+    """
+    check_conv(x_BD, weight_DW, bias_D, activation, state_BDW, is_step=True)
     x_BDW = torch.cat([state_BDW, x_BD[:, :, None].to(state_BDW.dtype)], 2)
     y_BD = (x_BDW * weight_DW).sum(2)
     if bias_D is not None:
         y_BD = y_BD + bias_D
     y_BD = F.silu(y_BD) if activation == "silu" else y_BD
-    return y_BD, x_BDW[:, :, 1:]
+    return y_BD.to(x_BD.dtype), x_BDW[:, :, 1:]
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

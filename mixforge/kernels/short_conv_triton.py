@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes
-from mixforge.kernels.launch import check_device, generation, launch, on_device
+from mixforge.kernels.launch import check_runs, generation, launch, on_device
 from mixforge.kernels.short_conv import check_conv
 
 # Tokens whose weight gradients one program sums up.
@@ -258,7 +258,6 @@ def run_forward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    check_device(x=x, weight=weight, bias=bias, state=state, cu_seqlens=cu_seqlens)
     y, after = empty_forward(x, weight, cu_seqlens)
     batch, length, dim = x.shape
     config = choose("conv_forward", generation(), x.dtype, key=dim)
@@ -386,6 +385,7 @@ def short_conv_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `short_conv_reference`, on a GPU."""
     check_conv(x_BTD, weight_DW, bias_D, activation, state_BDW, cu_seqlens)
+    check_runs("x", x_BTD)
     check_dtypes(x=x_BTD, weight=weight_DW, bias=bias_D, state=state_BDW)
     y, after = _forward(
         x_BTD.contiguous(),
@@ -405,8 +405,12 @@ def short_conv_step_triton(
     activation: Literal["none", "silu"],
     state_BDW: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token: (y_BD, state [B, D, W-1]), the state in place. It has no gradient."""
-    check_conv(x_BD[:, None], weight_DW, bias_D, activation, state_BDW, None)
+    """One token: (y_BD, state [B, D, W-1]), the state in place. It has no gradient.
+
+    Raises ValueError where a shape, dtype or device does not fit.
+    """
+    check_conv(x_BD, weight_DW, bias_D, activation, state_BDW, is_step=True)
+    check_runs("x", x_BD)
     check_dtypes(x=x_BD, weight=weight_DW, bias=bias_D, state=state_BDW)
     if not state_BDW.is_contiguous():
         raise ValueError(f"state must be contiguous, got strides {list(state_BDW.stride())}")
@@ -416,7 +420,6 @@ def short_conv_step_triton(
 
 
 def run_step(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor) -> Tensor:
-    check_device(x=x, weight=weight, bias=bias, state=state)
     y = torch.empty_like(x)
     dim = x.shape[1]
     config = choose("conv_step", generation(), x.dtype, key=dim)

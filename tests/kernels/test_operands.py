@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixforge.kernels import gated_scan, gated_scan_complex, norm
+from mixforge.kernels import gated_scan, gated_scan_complex, norm, short_conv
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ["reference", "torch", *(["triton"] if HAS_TRITON else [])]
@@ -68,6 +68,19 @@ OPERATIONS: dict[str, Operation] = {
         gated_scan_complex.step_form,
         {"log_a": negative(2, 3), "phase": normal(2, 3), "b": normal(2, 2, 3), "state": normal(2, 2, 3)},
         rows=("log_a", "phase", "b"), logs=("log_a",), is_step=True,
+    ),
+    "convolution": Operation(
+        short_conv.form,
+        {
+            "x": normal(2, 4, 3), "weight": normal(3, 4), "bias": normal(3), "activation": "silu",
+            "state": normal(2, 3, 3),
+        },
+        rows=("x",),
+    ),
+    "convolution's step": Operation(
+        short_conv.step_form,
+        {"x": normal(2, 3), "weight": normal(3, 4), "bias": normal(3), "activation": "silu", "state": normal(2, 3, 3)},
+        rows=("x",), is_step=True,
     ),
 }  # fmt: skip
 EACH_TENSOR = [

@@ -104,11 +104,11 @@ def test_meta_tensors_are_written_down() -> None:
 def test_refuses_what_does_not_fit(backend: str) -> None:
     x, weight, bias, state = draw(5, 4)
     for message, wrong in (
-        ("at least one token", (x[:, :0], weight, bias, state)),
-        (r"weight must be of shape \[11, W\]", (x, weight[:3], bias, state)),
-        ("W at most 8", (x, torch.ones(11, 9), bias, None)),
-        ("bias must be of shape", (x, weight, bias[:2], state)),
-        ("state must be of shape", (x, weight, bias, state[:1])),
+        ("length of 0", (x[:, :0], weight, bias, state)),
+        (r"weight has shape \[3, 4\]; it must be \[11, taps\]", (x, weight[:3], bias, state)),
+        ("must have 1 to 8", (x, torch.ones(11, 9), bias, None)),
+        (r"bias has shape \[2\]; it must be \[11\]", (x, weight, bias[:2], state)),
+        (r"state has shape .*; it must be \[2, 11, 3\]", (x, weight, bias, state[:1])),
     ):
         with pytest.raises(ValueError, match=message):
             run(backend, "silu", *wrong)
