@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.operands import ROUNDING, check_alike, check_axes, check_log, check_shape, states_of
+from mixforge.kernels.packed import edge_tokens
 from mixforge.kernels.tracing import unaliased
 
 # Gates below are zero: e^-60 is nothing beside rounding, and smaller powers make denormal numbers, which are slow.
@@ -73,13 +74,15 @@ def gated_scan_torch(
         h_BTD: Tensor = GatedScan.apply(log_a, b, state)  # type: ignore[no-untyped-call]
         return h_BTD.to(b_BTD.dtype), h_BTD[:, -1]
     # A sequence begins behind a gate that is shut, with what its state gives added to its first token.
-    starts = cu_seqlens[:-1].long()
+    first_N, last_N, has_any_N = edge_tokens(cu_seqlens)
+    state = b.new_zeros(len(first_N), b.shape[2]) if state_BD is None else state_BD.to(dtype)
     if state_BD is not None:
-        b = b.index_add(1, starts, (log_a[0, starts].exp() * state_BD.to(dtype))[None])
+        given_ND = log_a[0, first_N].exp() * state
+        b = b.index_add(1, first_N, torch.where(has_any_N[:, None], given_ND, 0.0)[None])
     h_BTD = GatedScan.apply(  # type: ignore[no-untyped-call]
-        log_a.index_fill(1, starts, -math.inf), b, torch.zeros_like(b[:, 0])
+        log_a.index_fill(1, first_N, -math.inf), b, torch.zeros_like(b[:, 0])
     )
-    return h_BTD.to(b_BTD.dtype), h_BTD[0, cu_seqlens[1:].long() - 1]
+    return h_BTD.to(b_BTD.dtype), torch.where(has_any_N[:, None], h_BTD[0, last_N], state)
 
 
 def check_scan(

@@ -20,6 +20,7 @@ from torch import Tensor
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.gated_scan import scan_blocks
 from mixforge.kernels.operands import ROUNDING, check_alike, check_axes, check_log, check_shape, states_of
+from mixforge.kernels.packed import edge_tokens
 
 
 def gated_scan_complex_reference(
@@ -81,12 +82,14 @@ def gated_scan_complex_torch(
         final = h_BTD[:, -1]
     else:
         # A sequence begins behind a gate that is shut, with what its state gives added to its first token.
-        starts = cu_seqlens[:-1].long()
+        first_N, last_N, has_any_N = edge_tokens(cu_seqlens)
+        state = b.new_zeros(len(first_N), b.shape[2]) if first is None else first
         if first is not None:
-            b = b.index_add(1, starts, (torch.polar(log_a[0, starts].exp(), phase[0, starts]) * first)[None])
-        shut = log_a.index_fill(1, starts, -torch.inf)
+            given_ND = torch.polar(log_a[0, first_N].exp(), phase[0, first_N]) * first
+            b = b.index_add(1, first_N, torch.where(has_any_N[:, None], given_ND, 0.0)[None])
+        shut = log_a.index_fill(1, first_N, -torch.inf)
         h_BTD = ComplexScan.apply(shut, phase, b, torch.zeros_like(b[:, 0]))  # type: ignore[no-untyped-call]
-        final = h_BTD[0, cu_seqlens[1:].long() - 1]
+        final = torch.where(has_any_N[:, None], h_BTD[0, last_N], state)
     h_BTPD = torch.stack([h_BTD.real, h_BTD.imag], 2)
     return h_BTPD.to(b_BTPD.dtype), torch.stack([final.real, final.imag], 1)
 

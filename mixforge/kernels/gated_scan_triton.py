@@ -30,7 +30,7 @@ from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan import check_scan
 from mixforge.kernels.gated_scan_complex import check_complex
 from mixforge.kernels.launch import check_runs, generation, launch, on_device
-from mixforge.kernels.packed import sequence_edges
+from mixforge.kernels.packed import sequence_edges, write_untouched
 
 # Programs that keep a large device busy; fewer are made more by cutting the time, which reads the inputs twice.
 PROGRAMS = 512
@@ -419,6 +419,8 @@ def run_forward(
     log_a: Tensor, phase: Tensor | None, b: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     h, final = empty_forward(log_a, phase, b, state, cu_seqlens)
+    if cu_seqlens is not None:
+        write_untouched(final, state)
     length, dim = b.shape[1], b.shape[-1]
     first, last = (None, None) if cu_seqlens is None else sequence_edges(cu_seqlens, length)
     config, grid, rows = plan_scan("scan_forward", b, cu_seqlens is not None)
@@ -456,6 +458,8 @@ def run_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dlog_a, dphase, db, dstate = empty_backward(log_a, phase, h, state, dh, dfinal, cu_seqlens)
+    if cu_seqlens is not None:
+        write_untouched(dstate, dfinal)
     length, dim = h.shape[1], h.shape[-1]
     first, last = (None, None) if cu_seqlens is None else sequence_edges(cu_seqlens, length)
     config, grid, rows = plan_scan("scan_backward", h, cu_seqlens is not None)

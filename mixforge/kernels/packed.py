@@ -43,6 +43,24 @@ def sequence_edges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return first_T.int(), last_T.int()
 
 
+def edge_tokens(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first and the last token of each sequence, and whether it has any: int64, int64 and bool [N].
+
+    One without any, which a GPU does not tell of, has the first of all in their place.
+    """
+    bounds_N1 = cu_seqlens.long()
+    has_any_N = bounds_N1.diff() > 0
+    return bounds_N1[:-1] * has_any_N, (bounds_N1[1:] - 1) * has_any_N, has_any_N
+
+
+def write_untouched(after: Tensor, before: Tensor | None) -> None:
+    """The states [N, ...] behind sequences without a token, which no kernel writes: those before them, or zeros."""
+    if before is None:
+        after.zero_()
+    else:
+        after.copy_(before)
+
+
 def chunk_places(cu_seqlens: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, int]:
     """Sequences moved apart to chunks of `size` rows, each to a first row that is left empty.
 

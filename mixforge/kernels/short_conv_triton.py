@@ -26,6 +26,7 @@ from torch import Tensor
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes
 from mixforge.kernels.launch import check_runs, generation, launch, on_device
+from mixforge.kernels.packed import write_untouched
 from mixforge.kernels.short_conv import check_conv
 
 # Tokens whose weight gradients one program sums up.
@@ -259,6 +260,8 @@ def run_forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y, after = empty_forward(x, weight, cu_seqlens)
+    if cu_seqlens is not None:
+        write_untouched(after, state)
     batch, length, dim = x.shape
     config = choose("conv_forward", generation(), x.dtype, key=dim)
     grid = (-(-length // config.blocks["BLOCK_T"]), -(-dim // config.blocks["BLOCK_D"]), batch)

@@ -9,7 +9,7 @@ import torch
 from tolerance import assert_agree, assert_close
 from torch import Tensor
 
-from mixforge.kernels import gated_scan, gated_scan_complex, gated_scan_triton
+from mixforge.kernels import gated_scan, gated_scan_complex, gated_scan_triton, operands
 from mixforge.kernels.launch import recording
 
 PACKED = torch.tensor([0, 1, 18, 40])
@@ -69,6 +69,32 @@ def test_packed_sequences(kind: str) -> None:
     inputs = draw(40, kind, sequences=3)
     assert_agree(*forms(kind), [*inputs, PACKED.int()])
     assert_agree(*forms(kind), [*inputs[:-1], None, PACKED])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["real", "complex"])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_sequences_without_a_token(
+    has_state: bool, kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a GPU does not tell of: behind one is the state before it, with its gradient."""
+    monkeypatch.setattr(operands, "check_packed", lambda *_: None)
+    *inputs, state = draw(7, kind, sequences=6)
+    module = gated_scan if kind == "real" else gated_scan_complex
+    full = torch.tensor([1, 4])
+
+    def expected(*given: Tensor) -> tuple[Tensor, Tensor]:
+        *operands, before = given if has_state else (*given, state.double())
+        h, after = module.form("reference")(
+            *operands, before[full] if has_state else None, torch.tensor([0, 3, 7])
+        )
+        return h, (before if has_state else torch.zeros_like(before)).index_copy(0, full, after)
+
+    def found(*given: Tensor) -> tuple[Tensor, Tensor]:
+        operands, before = (given[:-1], given[-1]) if has_state else (given, None)
+        return module.form(backend)(*operands, before, torch.tensor([0, 0, 3, 3, 3, 7, 7]))
+
+    assert_agree(found, expected, [*inputs, state] if has_state else inputs)
 
 
 @pytest.mark.parametrize("kind", ["real", "complex"])

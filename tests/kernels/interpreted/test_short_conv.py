@@ -9,7 +9,7 @@ import torch
 from tolerance import assert_agree, assert_close
 from torch import Tensor
 
-from mixforge.kernels import short_conv, short_conv_triton
+from mixforge.kernels import operands, short_conv, short_conv_triton
 from mixforge.kernels.launch import recording
 
 PACKED = torch.tensor([0, 1, 3, 20, 41])
@@ -56,6 +56,26 @@ def test_packed_sequences(activation: str) -> None:
     forms = [partial(run, backend, activation) for backend in ("triton", "reference")]
     assert_agree(*forms, [*inputs, PACKED])
     assert_agree(*forms, [*inputs[:3], None, PACKED.int()])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_sequences_without_a_token(has_state: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a GPU does not tell of: behind one is the state before it, with its gradient."""
+    monkeypatch.setattr(operands, "check_packed", lambda *_: None)
+    *inputs, state = draw(7, 4, batch=1, width=3, sequences=6)
+    full = torch.tensor([1, 4])
+
+    def expected(*given: Tensor) -> tuple[Tensor, Tensor]:
+        before = given[3] if has_state else torch.zeros(6, 3, 3, dtype=torch.float64)
+        y, after = run("reference", "silu", *given[:3], before[full], torch.tensor([0, 3, 7]))
+        return y, before.index_copy(0, full, after)
+
+    def found(*given: Tensor) -> tuple[Tensor, Tensor]:
+        bounds = torch.tensor([0, 0, 3, 3, 3, 7, 7])
+        return run(backend, "silu", *given[:3], given[3] if has_state else None, bounds)
+
+    assert_agree(found, expected, [*inputs, state] if has_state else inputs)
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
