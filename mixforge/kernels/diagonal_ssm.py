@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mixforge.kernels import gated_scan, gated_scan_complex
 from mixforge.kernels.backend import triton_form
+from mixforge.kernels.operands import check_alike, check_axes, check_log, check_shape
 
 
 def diagonal_ssm_reference(
@@ -34,12 +35,13 @@ def diagonal_ssm_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """One token after the other. Returns (y_BTD in the dtype of x, the state after, or None where none was given).
 
-    States are float32, or float64 where x is. Raises ValueError where the shapes do not fit.
+    States are float32, or float64 where x is. Raises ValueError where a shape, dtype or device does not fit or,
+    on a CPU, a rate is above 0.
     """
     check_diagonal(x_BTD, rate_DP, frequency_DP, c_DPN, state_BDPN)
     dtype = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
     first = x_BTD.new_zeros(x_BTD.shape[0], *c_DPN.shape, dtype=dtype)
-    state = first if state_BDPN is None else state_BDPN
+    state = first if state_BDPN is None else state_BDPN.to(dtype)
     outputs = []
     for x_BD in x_BTD.to(dtype).unbind(1):
         state = advanced(x_BD, rate_DP, frequency_DP, state)
@@ -115,7 +117,11 @@ def diagonal_ssm_triton(
 def diagonal_ssm_step(
     x_BD: Tensor, rate_DP: Tensor, frequency_DP: Tensor | None, c_DPN: Tensor, state_BDPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: (y_BD in the dtype of x, state_BDPN). Where gradients are off, the state is updated in place."""
+    """One token: (y_BD in the dtype of x, state_BDPN). Where gradients are off, the state is updated in place.
+
+    Raises ValueError as the scan does, and where there is no state.
+    """
+    check_diagonal(x_BD, rate_DP, frequency_DP, c_DPN, state_BDPN, is_step=True)
     state = advanced(x_BD.to(state_BDPN.dtype), rate_DP, frequency_DP, state_BDPN)
     y_BD = read_out(c_DPN, state).to(x_BD.dtype)
     return y_BD, state if torch.is_grad_enabled() else state_BDPN.copy_(state)
@@ -182,27 +188,24 @@ def read_out(c_DPN: Tensor, h: Tensor) -> Tensor:
 
 
 def check_diagonal(
-    x_BTD: Tensor,
-    rate_DP: Tensor,
-    frequency_DP: Tensor | None,
-    c_DPN: Tensor,
-    state_BDPN: Tensor | None,
+    x: Tensor,
+    rate: Tensor,
+    frequency: Tensor | None,
+    c: Tensor,
+    state: Tensor | None,
+    *,
+    is_step: bool = False,
 ) -> None:
-    """Raise ValueError where the shapes do not fit."""
-    if x_BTD.dim() != 3 or x_BTD.shape[1] == 0:
-        raise ValueError(f"x must be of shape [B, T, D] with at least one token, got {list(x_BTD.shape)}")
-    batch, _, dim = x_BTD.shape
-    if rate_DP.dim() != 2 or rate_DP.shape[0] != dim:
-        raise ValueError(f"rate must be of shape [{dim}, P], got {list(rate_DP.shape)}")
-    planes = [*rate_DP.shape, 1 if frequency_DP is None else 2]
-    expected: tuple[tuple[str, Tensor | None, list[int]], ...] = (
-        ("frequency", frequency_DP, list(rate_DP.shape)),
-        ("c", c_DPN, planes),
-        ("state", state_BDPN, [batch, *planes]),
-    )
-    for name, given, shape in expected:
-        if given is not None and list(given.shape) != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {list(given.shape)}")
+    """Raise ValueError where a shape, dtype or device does not fit or, on a CPU, a rate is above 0."""
+    check_axes("x", x, "batch, dim" if is_step else "batch, time, dim")
+    check_shape("rate", rate, (x.shape[-1], "poles"))
+    check_axes("rate", rate, "dim, poles")
+    planes = (*rate.shape, 1 if frequency is None else 2)
+    check_shape("frequency", frequency, rate.shape)
+    check_shape("c", c, planes)
+    check_shape("state", state, (x.shape[0], *planes), is_needed=is_step)
+    check_alike(x=x, rate=rate, frequency=frequency, c=c, state=state)
+    check_log("rate", rate)
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.diagonal_ssm import check_diagonal
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, turn
-from mixforge.kernels.launch import check_device, generation, launch, on_device, recording
+from mixforge.kernels.launch import check_runs, generation, launch, on_device, recording
 
 
 @triton.jit
@@ -61,7 +61,6 @@ def diagonal_step(
 
 def step_kernels(x: Tensor, rate: Tensor, frequency: Tensor | None, c: Tensor, state: Tensor) -> Tensor:
     """y of one token; the state is brought up to date in place."""
-    check_device(x=x, rate=rate, frequency=frequency, c=c, state=state)
     batch, dim = x.shape
     poles = rate.shape[1]
     found = choose("diagonal_step", generation(), x.dtype, key=poles, value=dim)
@@ -93,7 +92,8 @@ def diagonal_ssm_step_triton(
 
     Raises ValueError where a shape, dtype or device does not fit.
     """
-    check_diagonal(x_BD[:, None], rate_DP, frequency_DP, c_DPN, state_BDPN)
+    check_diagonal(x_BD, rate_DP, frequency_DP, c_DPN, state_BDPN, is_step=True)
+    check_runs("x", x_BD)
     check_dtypes(x=x_BD, rate=rate_DP, frequency=frequency_DP, c=c_DPN)
     check_state(state_BDPN, state_BDPN.shape)
     frequency = None if frequency_DP is None else frequency_DP.contiguous()

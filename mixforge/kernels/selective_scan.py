@@ -5,7 +5,8 @@
 
 All forms take x_BTD and steps dt_BTD >= 0 (after the softplus), the rates rate_DN = A <= 0, b_BTN and c_BTN, shared by
 all channels, skip_D or None, and the state before the first token, state_BDN or None for zeros. They return y_BTD in
-the dtype of x and the final state_BDN, float32 (float64 where x is).
+the dtype of x and the final state_BDN, float32 (float64 where x is). They raise ValueError where a shape, dtype or
+device does not fit or, on a CPU, a rate is above 0.
 
 Source: Gu and Dao 2023 (arXiv 2312.00752, algorithm 2 and section 3.3); B is discretised by dt B, as in their code.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.gated_scan import GatedScan
+from mixforge.kernels.operands import check_alike, check_axes, check_log, check_shape
 
 # State values of one channel and token that the torch form holds at a time and operation.
 SLAB_VALUES = 1 << 18
@@ -85,7 +87,11 @@ def selective_scan_step(
     skip_D: Tensor | None,
     state_BDN: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token: (y_BD, state_BDN). Where gradients are off, the state is updated in place."""
+    """One token: (y_BD, state_BDN). Where gradients are off, the state is updated in place.
+
+    Raises ValueError as the scan does, and where there is no state.
+    """
+    check_selective(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D, state_BDN, is_step=True)
     dtype = state_BDN.dtype
     x, dt = x_BD.to(dtype), dt_BD.to(dtype)
     state = state_BDN.clone() if torch.is_grad_enabled() else state_BDN
@@ -106,31 +112,29 @@ def first_state(x_BTD: Tensor, rate_DN: Tensor, state_BDN: Tensor | None) -> Ten
 
 
 def check_selective(
-    x_BTD: Tensor,
-    dt_BTD: Tensor,
-    rate_DN: Tensor,
-    b_BTN: Tensor,
-    c_BTN: Tensor,
-    skip_D: Tensor | None,
-    state_BDN: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor | None,
+    state: Tensor | None,
+    *,
+    is_step: bool = False,
 ) -> None:
-    """Raise ValueError where the shapes do not fit."""
-    if x_BTD.dim() != 3 or x_BTD.shape[1] == 0:
-        raise ValueError(f"x must be of shape [B, T, D] with at least one token, got {list(x_BTD.shape)}")
-    batch, length, dim = x_BTD.shape
-    if rate_DN.dim() != 2 or rate_DN.shape[0] != dim:
-        raise ValueError(f"rate must be of shape [{dim}, N], got {list(rate_DN.shape)}")
-    states = rate_DN.shape[1]
-    expected: tuple[tuple[str, Tensor | None, list[int]], ...] = (
-        ("dt", dt_BTD, [batch, length, dim]),
-        ("b", b_BTN, [batch, length, states]),
-        ("c", c_BTN, [batch, length, states]),
-        ("skip", skip_D, [dim]),
-        ("state", state_BDN, [batch, dim, states]),
-    )
-    for name, given, shape in expected:
-        if given is not None and list(given.shape) != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {list(given.shape)}")
+    """Raise ValueError where a shape, dtype or device does not fit or, on a CPU, a rate is above 0."""
+    check_axes("x", x, "batch, dim" if is_step else "batch, time, dim")
+    *lead, dim = x.shape
+    check_shape("rate", rate, (dim, "states"))
+    check_axes("rate", rate, "dim, states")
+    states = rate.shape[1]
+    check_shape("dt", dt, x.shape)
+    check_shape("b", b, (*lead, states))
+    check_shape("c", c, (*lead, states))
+    check_shape("skip", skip, (dim,))
+    check_shape("state", state, (lead[0], dim, states), is_needed=is_step)
+    check_alike(x=x, dt=dt, rate=rate, b=b, c=c, skip=skip, state=state)
+    check_log("rate", rate)
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

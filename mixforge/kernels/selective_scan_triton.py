@@ -35,7 +35,7 @@ from torch import Tensor
 from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, cut_time
-from mixforge.kernels.launch import check_device, generation, launch, on_device
+from mixforge.kernels.launch import check_runs, generation, launch, on_device
 from mixforge.kernels.selective_scan import check_selective
 
 # States of one channel: a tile holds all of them.
@@ -319,7 +319,6 @@ def run_forward(
     state: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_device(x=x, dt=dt, rate=rate, b=b, c=c, skip=skip, state=state)
     y, final, starts = empty_forward(x, dt, rate, b, c, skip, state, keep)
     config, grid, tiles_each, constants = plan(x, rate)
     steps, sums = empty_sums(x, rate, grid[1])
@@ -501,7 +500,7 @@ def selective_scan_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `selective_scan_reference`, on a GPU."""
     check_selective(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, skip_D, state_BDN)
-    check_runs(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, skip_D)
+    check_limits(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, skip_D)
     state = None if state_BDN is None else state_BDN.float().contiguous()
     skip = None if skip_D is None else skip_D.contiguous()
     inputs = tuple(value.contiguous() for value in (x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN))
@@ -512,8 +511,9 @@ def selective_scan_triton(
     return y, final
 
 
-def check_runs(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: Tensor | None) -> None:
+def check_limits(x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: Tensor | None) -> None:
     """Raise ValueError where the kernels cannot run."""
+    check_runs("x", x)
     check_dtypes(x=x, dt=dt, rate=rate, b=b, c=c, skip=skip)
     if rate.shape[1] > LARGEST_STATE:
         raise BeyondKernels(
@@ -530,9 +530,12 @@ def selective_scan_step_triton(
     skip_D: Tensor | None,
     state_BDN: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token: (y_BD, state_BDN), the float32 state in place. It has no gradient."""
-    check_runs(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D)
-    check_selective(x_BD[:, None], dt_BD[:, None], rate_DN, b_BN[:, None], c_BN[:, None], skip_D, state_BDN)
+    """One token: (y_BD, state_BDN), the float32 state in place. It has no gradient.
+
+    Raises ValueError where a shape, dtype or device does not fit.
+    """
+    check_selective(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D, state_BDN, is_step=True)
+    check_limits(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D)
     check_state(state_BDN, state_BDN.shape)
     inputs = tuple(value.contiguous() for value in (x_BD, dt_BD, rate_DN, b_BN, c_BN))
     y: Tensor = _step(*inputs, None if skip_D is None else skip_D.contiguous(), state_BDN)
@@ -542,7 +545,6 @@ def selective_scan_step_triton(
 def run_step(
     x: Tensor, dt: Tensor, rate: Tensor, b: Tensor, c: Tensor, skip: Tensor | None, state: Tensor
 ) -> Tensor:
-    check_device(x=x, dt=dt, rate=rate, b=b, c=c, skip=skip, state=state)
     y = torch.empty_like(x)
     dim, states = rate.shape
     config = choose("selective_step", generation(), x.dtype, key=states, value=dim)

@@ -77,7 +77,7 @@ def test_float32_keeps_its_digits_over_many_turns() -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     x, rate, frequency, c, state = arguments(True)
-    with pytest.raises(ValueError, match=r"c must be of shape \[5, 3, 1\], got \[5, 3, 2\]"):
+    with pytest.raises(ValueError, match=r"c has shape \[5, 3, 2\]; it must be \[5, 3, 1\]"):
         diagonal_ssm_torch(x, rate, None, c, state)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one token"):
         diagonal_ssm_reference(x[:, :0], rate, frequency, c)  # type: ignore[index,arg-type]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixforge.kernels import gated_scan, gated_scan_complex, norm, short_conv
+from mixforge.kernels import diagonal_ssm, gated_scan, gated_scan_complex, norm, selective_scan, short_conv
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ["reference", "torch", *(["triton"] if HAS_TRITON else [])]
@@ -81,6 +81,38 @@ OPERATIONS: dict[str, Operation] = {
         short_conv.step_form,
         {"x": normal(2, 3), "weight": normal(3, 4), "bias": normal(3), "activation": "silu", "state": normal(2, 3, 3)},
         rows=("x",), is_step=True,
+    ),
+    "selective scan": Operation(
+        selective_scan.form,
+        {
+            "x": normal(2, 4, 3), "dt": normal(2, 4, 3).abs(), "rate": negative(3, 5), "b": normal(2, 4, 5),
+            "c": normal(2, 4, 5), "skip": normal(3), "state": normal(2, 3, 5),
+        },
+        rows=("x", "dt", "b", "c"), logs=("rate",),
+    ),
+    "selective step": Operation(
+        selective_scan.step_form,
+        {
+            "x": normal(2, 3), "dt": normal(2, 3).abs(), "rate": negative(3, 5), "b": normal(2, 5), "c": normal(2, 5),
+            "skip": normal(3), "state": normal(2, 3, 5),
+        },
+        rows=("x", "dt", "b", "c"), logs=("rate",), is_step=True,
+    ),
+    "diagonal scan": Operation(
+        diagonal_ssm.form,
+        {
+            "x": normal(2, 4, 3), "rate": negative(3, 5), "frequency": normal(3, 5), "c": normal(3, 5, 2),
+            "state": normal(2, 3, 5, 2),
+        },
+        rows=("x",), logs=("rate",),
+    ),
+    "diagonal step": Operation(
+        diagonal_ssm.step_form,
+        {
+            "x": normal(2, 3), "rate": negative(3, 5), "frequency": normal(3, 5), "c": normal(3, 5, 2),
+            "state": normal(2, 3, 5, 2),
+        },
+        rows=("x",), logs=("rate",), is_step=True,
     ),
 }  # fmt: skip
 EACH_TENSOR = [

@@ -107,7 +107,7 @@ def test_refuses_what_does_not_fit(backend: str) -> None:
         )
         if position == 2:
             wrong[position] = inputs[position][:2]
-        with pytest.raises(ValueError, match=f"{name} must be of shape"):
+        with pytest.raises(ValueError, match=f"{name} has shape"):
             run(*wrong)
 
 
