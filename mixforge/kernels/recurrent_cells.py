@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
+from mixforge.kernels.operands import check_alike, check_axes, check_shape
 from mixforge.kernels.recurrent_loops import GruLoop, LstmLoop, SlstmLoop
 
 # The exponent of a sum without terms. It is finite so that differences of two are.
@@ -153,64 +154,67 @@ def first_state(cell: Cell, gates_BTHF: Tensor, recurrent_HKF: Tensor) -> Tensor
 
 def check_cell(
     cell: Cell,
-    gates_BTHF: Tensor,
-    recurrent_HKF: Tensor,
-    bias_HK: Tensor | None,
-    state_BSHK: Tensor | None,
+    gates: Tensor,
+    recurrent: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    *,
+    is_step: bool = False,
 ) -> None:
-    """Raise ValueError where the shapes do not fit."""
-    if recurrent_HKF.dim() != 3 or recurrent_HKF.shape[2] != cell.gates * recurrent_HKF.shape[1]:
-        raise ValueError(
-            f"recurrent has shape {list(recurrent_HKF.shape)}; it must be [heads, dim, {cell.gates} dim]"
-        )
-    heads, dim, _ = recurrent_HKF.shape
-    if gates_BTHF.dim() != 4 or gates_BTHF.shape[2:] != (heads, cell.gates * dim):
-        raise ValueError(
-            f"gates have shape {list(gates_BTHF.shape)}; with these matrices it must be "
-            f"[batch, time, {heads}, {cell.gates * dim}]"
-        )
-    batch, length = gates_BTHF.shape[:2]
-    if length == 0:
-        raise ValueError(
-            f"gates have a length of 0 (shape {list(gates_BTHF.shape)}); give at least one token"
-        )
-    if (bias_HK is not None) != cell.has_bias or (bias_HK is not None and bias_HK.shape != (heads, dim)):
-        found = None if bias_HK is None else list(bias_HK.shape)
-        raise ValueError(f"bias is {found}; it must be {[heads, dim] if cell.has_bias else None}")
-    expected = (batch, len(cell.first), heads, dim)
-    if state_BSHK is not None and state_BSHK.shape != expected:
-        raise ValueError(f"state has shape {list(state_BSHK.shape)}; it must be {list(expected)}")
+    """Raise ValueError where a shape, dtype or device does not fit."""
+    check_axes("recurrent", recurrent, f"heads, dim, {cell.gates} dim")
+    heads, dim, _ = recurrent.shape
+    check_shape("recurrent", recurrent, (heads, dim, cell.gates * dim))
+    check_axes("gates", gates, "batch, heads, gates" if is_step else "batch, time, heads, gates")
+    *lead, _, _ = gates.shape
+    check_shape("gates", gates, (*lead, heads, cell.gates * dim))
+    if bias is not None and not cell.has_bias:
+        raise ValueError(f"bias has shape {list(bias.shape)}; it must be None")
+    check_shape("bias", bias, (heads, dim), is_needed=cell.has_bias)
+    check_shape("state", state, (lead[0], len(cell.first), heads, dim), is_needed=is_step)
+    check_alike(gates=gates, recurrent=recurrent, bias=bias, state=state)
 
 
 def lstm_step(
     gates_BHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place."""
-    return one_token(lstm_advance, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
+    """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place.
+
+    Raises ValueError as the cell does, and where there is no state.
+    """
+    return one_token(lstm_advance, LSTM, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
 
 
 def gru_step(
     gates_BHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place."""
-    return one_token(gru_advance, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
+    """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place.
+
+    Raises ValueError as the cell does, and where there is no state.
+    """
+    return one_token(gru_advance, GRU, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
 
 
 def slstm_step(
     gates_BHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place."""
-    return one_token(slstm_advance, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
+    """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place.
+
+    Raises ValueError as the cell does, and where there is no state.
+    """
+    return one_token(slstm_advance, SLSTM, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
 
 
 def one_token(
     advance: Callable[..., list[Tensor]],
+    cell: Cell,
     gates_BHF: Tensor,
     recurrent_HKF: Tensor,
     bias_HK: Tensor | None,
     state_BSHK: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One token by a cell's `advance`."""
+    check_cell(cell, gates_BHF, recurrent_HKF, bias_HK, state_BSHK, is_step=True)
     dtype = state_BSHK.dtype
     states = [state_BHK.transpose(0, 1) for state_BHK in state_BSHK.unbind(1)]
     bias = None if bias_HK is None else bias_HK.to(dtype)

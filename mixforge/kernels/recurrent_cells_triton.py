@@ -26,7 +26,8 @@ from torch import Tensor
 
 from mixforge.kernels.blocks import CONSUMER, choose
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state
-from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device
+from mixforge.kernels.launch import check_runs, dot_precision, generation, launch, on_device
+from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.recurrent_cells import CELLS, check_cell, first_state
 from mixforge.kernels.recurrent_cells_backward_triton import cell_backward, cell_backward_wide
 from mixforge.kernels.recurrent_cells_forward_triton import cell_forward, cell_forward_wide
@@ -46,7 +47,6 @@ def run_forward(
     cell: str, gates: Tensor, recurrent: Tensor, bias: Tensor | None, state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h, the last states, and what backward reads, which is empty where it is not kept."""
-    check_device(gates=gates, recurrent=recurrent, bias=bias, state=state)
     h, final, kept = empty_forward(cell, gates, recurrent, bias, state, keep)
     launch_forward(cell, gates, recurrent, bias, state, h, final, kept if keep else None)
     return h, final, kept
@@ -231,7 +231,6 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 def run_step(cell: str, gates: Tensor, recurrent: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
     """h of one token; the state, which must be contiguous, is brought up to date in place."""
-    check_device(gates=gates, recurrent=recurrent, bias=bias, state=state)
     h = gates.new_empty(gates.shape[0], *recurrent.shape[:2])
     launch_forward(cell, gates[:, None], recurrent, bias, state, h[:, None], state, None)
     return h
@@ -252,6 +251,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """A sequence of a cell by its name."""
     check_cell(CELLS[cell], gates_BTHF, recurrent_HKF, bias_HK, state_BSHK)
+    check_runs("gates", gates_BTHF)
     check_dtypes(gates=gates_BTHF)
     if state_BSHK is None:
         state_BSHK = first_state(CELLS[cell], gates_BTHF, recurrent_HKF)
@@ -265,7 +265,8 @@ def run_token(
     cell: str, gates_BHF: Tensor, recurrent_HKF: Tensor, bias_HK: Tensor | None, state_BSHK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A token of a cell by its name: in place, or where a gradient is wanted, as a sequence of one."""
-    check_cell(CELLS[cell], gates_BHF[:, None], recurrent_HKF, bias_HK, state_BSHK)
+    check_cell(CELLS[cell], gates_BHF, recurrent_HKF, bias_HK, state_BSHK, is_step=True)
+    check_runs("gates", gates_BHF)
     check_dtypes(gates=gates_BHF)
     if wants_gradient(gates_BHF, recurrent_HKF, bias_HK, state_BSHK):
         h_BTHK, final_BSHK = run(cell, gates_BHF[:, None], recurrent_HKF, bias_HK, state_BSHK)
@@ -273,10 +274,6 @@ def run_token(
     check_state(state_BSHK, state_BSHK.shape)
     h_BHK: Tensor = _step(cell, *prepared(gates_BHF, recurrent_HKF, bias_HK), state_BSHK)
     return h_BHK, state_BSHK
-
-
-def wants_gradient(*given: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
 def prepared(gates: Tensor, recurrent: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

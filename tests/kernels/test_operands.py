@@ -8,13 +8,22 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mixforge.kernels import diagonal_ssm, gated_scan, gated_scan_complex, norm, selective_scan, short_conv
+from mixforge.kernels import (
+    diagonal_ssm,
+    gated_scan,
+    gated_scan_complex,
+    norm,
+    recurrent_cells,
+    selective_scan,
+    short_conv,
+)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ["reference", "torch", *(["triton"] if HAS_TRITON else [])]
@@ -114,6 +123,28 @@ OPERATIONS: dict[str, Operation] = {
         },
         rows=("x",), logs=("rate",), is_step=True,
     ),
+    **{
+        cell: Operation(
+            partial(recurrent_cells.form, cell=cell),
+            {
+                "gates": normal(2, 4, 3, about.gates * 5), "recurrent": normal(3, 5, about.gates * 5),
+                "bias": normal(3, 5) if about.has_bias else None, "state": normal(2, len(about.first), 3, 5).abs(),
+            },
+            rows=("gates",),
+        )
+        for cell, about in recurrent_cells.CELLS.items()
+    },
+    **{
+        f"{cell}'s step": Operation(
+            partial(recurrent_cells.step_form, cell=cell),
+            {
+                "gates": normal(2, 3, about.gates * 5), "recurrent": normal(3, 5, about.gates * 5),
+                "bias": normal(3, 5) if about.has_bias else None, "state": normal(2, len(about.first), 3, 5).abs(),
+            },
+            rows=("gates",), is_step=True,
+        )
+        for cell, about in recurrent_cells.CELLS.items()
+    },
 }  # fmt: skip
 EACH_TENSOR = [
     pytest.param(operation, name, id=f"{called}-{name}")

@@ -148,7 +148,7 @@ def test_an_slstm_does_not_overflow(backend: str) -> None:
     assert torch.isfinite(h).all()
     assert torch.isfinite(last).all()
     assert torch.isfinite(gradient).all()
-    exact, _ = form("reference", "slstm")(gates.double(), recurrent, bias)
+    exact, _ = form("reference", "slstm")(gates.double(), recurrent.double(), bias)
     torch.testing.assert_close(h.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -185,11 +185,11 @@ def test_refuses_what_does_not_fit(backend: str) -> None:
     run = form(backend, "lstm")
     with pytest.raises(ValueError, match="length of 0"):
         run(gates[:, :0], recurrent, None, state)
-    with pytest.raises(ValueError, match=r"must be \[batch, time, 2, 20\]"):
+    with pytest.raises(ValueError, match=r"gates has shape \[3, 4, 2, 15\]; it must be \[3, 4, 2, 20\]"):
         run(gates[..., :15], recurrent, None, state)
-    with pytest.raises(ValueError, match=r"it must be \[heads, dim, 4 dim\]"):
+    with pytest.raises(ValueError, match=r"recurrent has shape \[2, 5, 15\]; it must be \[2, 5, 20\]"):
         run(gates, recurrent[..., :15], None, state)
-    with pytest.raises(ValueError, match=r"bias is \[2, 5\]; it must be None"):
+    with pytest.raises(ValueError, match=r"bias has shape \[2, 5\]; it must be None"):
         run(gates, recurrent, recurrent[..., 0], state)
     with pytest.raises(ValueError, match=r"state has shape .*; it must be \[3, 2, 2, 5\]"):
         run(gates, recurrent, None, state[:, :1])

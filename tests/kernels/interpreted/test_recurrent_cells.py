@@ -107,8 +107,8 @@ def test_refuses_what_does_not_fit() -> None:
     gates, recurrent, _, state = draw("lstm", 4)
     run = form("triton", "lstm")
     with pytest.raises(ValueError, match=r"gates is torch\.float64"):
-        run(gates.double(), recurrent, None, state)
-    with pytest.raises(ValueError, match=r"must be \[batch, time, 2, 64\]"):
+        run(gates.double(), recurrent.double(), None, state.double())
+    with pytest.raises(ValueError, match=r"it must be \[3, 4, 2, 64\]"):
         run(gates[..., :48], recurrent, None, state)
     with pytest.raises(ValueError, match="state must be float32, contiguous"):
-        step_form("triton", "lstm")(gates[:, 0], recurrent, None, state.double())
+        step_form("triton", "lstm")(gates[:, 0], recurrent, None, state.half())
