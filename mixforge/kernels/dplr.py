@@ -14,7 +14,8 @@ G~ the sum before a row, and gram(X, Y)_ij = sum over c of X_ic Y_jc e^(exponent
 All forms take q_BTHK, k_BTHK, v_BTHV, log decays decay_BTHK in [-5, 0] or None, removal_BTHRK with a and b in the two
 places of R, and the state_BHKV before the first token, None for zeros. They return o_BTHV in the dtype of v and the
 final state. States and everything between are float32, or float64 where v is. Chunks have 16 rows and their first row
-is the anchor of all exponents, so that no power passes e^75.
+is the anchor of all exponents, so that no power passes e^75. They raise ValueError where a shape, dtype or device does
+not fit or, on a CPU, a decay leaves its range.
 
 Source: Peng et al. 2025 (arXiv 2503.14456), section 4 and appendix on the chunked form; Yang et al. 2024
 (arXiv 2406.06484), section 3.2, for products of rank-one transitions. Departure: U is made chunk by chunk, from a
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, first_state
-from mixforge.kernels.twofold_linear import cut
+from mixforge.kernels.operands import check_alike, check_log, check_shape
+from mixforge.kernels.twofold_linear import check_heads, cut
 
 
 def dplr_reference(
@@ -42,7 +44,7 @@ def dplr_reference(
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one token after the other."""
-    check_dplr(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, removal_BTHRK)
+    check_dplr(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, removal_BTHRK, state_BHKV)
     state = first_state(q_BTHK, v_BTHV, state_BHKV)
     decay = torch.zeros_like(q_BTHK) if decay_BTHK is None else decay_BTHK
     inputs = (x.to(state.dtype).unbind(1) for x in (q_BTHK, k_BTHK, v_BTHV, decay, removal_BTHRK))
@@ -61,7 +63,8 @@ def dplr_step(
     removal_BHRK: Tensor,
     state_BHKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: (o_BHV, state_BHKV)."""
+    """One token of the recurrence: (o_BHV, state_BHKV). Raises ValueError as it does, and where there is no state."""
+    check_dplr(q_BHK, k_BHK, v_BHV, decay_BHK, removal_BHRK, state_BHKV, is_step=True)
     dtype = state_BHKV.dtype
     decay = None if decay_BHK is None else decay_BHK.to(dtype)
     state = _moved(k_BHK.to(dtype), v_BHV.to(dtype), decay, removal_BHRK.to(dtype), state_BHKV)
@@ -85,7 +88,7 @@ def dplr_torch(
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks, as matrix products; only two products of a chunk wait for the chunk before."""
-    check_dplr(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, removal_BTHRK)
+    check_dplr(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, removal_BTHRK, state_BHKV)
     batch, length, heads, value_dim = v_BTHV.shape
     key_dim = q_BTHK.shape[3]
     state = first_state(q_BTHK, v_BTHV, state_BHKV)
@@ -143,19 +146,23 @@ def matmul_flops(length: int, *, heads: int, key_dim: int, value_dim: int) -> in
     return 2 * -(-length // size) * heads * (grams + solved + passed + read)
 
 
-def check_dplr(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, removal: Tensor) -> None:
-    """Raise ValueError where shapes do not fit or, on a CPU, a decay leaves its range."""
-    places = (*q.shape[:3], 2, q.shape[3])
-    for name, given, shape in (("k", k, q.shape), ("decay", decay, q.shape), ("removal", removal, places)):
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{name} has shape {list(given.shape)}; it must be {list(shape)}")
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v has shape {list(v.shape)}; it must begin as q does, {list(q.shape)}")
-    if decay is None or decay.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    low, high = (bound.item() for bound in decay.detach().aminmax())
-    if low < CHANNEL_FLOOR or high > 0:
-        raise ValueError(f"decay must lie in [{CHANNEL_FLOOR:g}, 0], got {low:g} to {high:g}")
+def check_dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    removal: Tensor,
+    state: Tensor | None,
+    *,
+    is_step: bool = False,
+) -> None:
+    """Raise ValueError where a shape, dtype or device does not fit or, on a CPU, a decay leaves its range."""
+    check_heads(q, k, v, state, is_step=is_step)
+    check_shape("decay", decay, q.shape)
+    check_shape("removal", removal, (*q.shape[:-1], 2, q.shape[-1]))
+    check_alike(q=q, k=k, v=v, decay=decay, removal=removal, state=state)
+    if decay is not None:
+        check_log("decay", decay, CHANNEL_FLOOR)
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": dplr_reference, "torch": dplr_torch}

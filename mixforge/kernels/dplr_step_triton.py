@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.chunked_linear_triton import padded
+from mixforge.kernels.chunked_linear_triton import check_limits, padded
 from mixforge.kernels.dplr import check_dplr
-from mixforge.kernels.dplr_triton import check_inputs, dplr_triton, twofold_linear_triton
-from mixforge.kernels.launch import check_device, generation, launch, on_device, recording
+from mixforge.kernels.dplr_triton import dplr_triton, twofold_linear_triton
+from mixforge.kernels.launch import check_runs, generation, launch, on_device, recording
+from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.twofold_linear import check_twofold
 
 
@@ -68,7 +69,6 @@ def step_kernels(
     state: Tensor,
 ) -> Tensor:
     """o of one token; the state, which must be contiguous, is brought up to date in place."""
-    check_device(q=q, k=k, v=v, decay=decay, value_decay=value_decay, removal=removal, state=state)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     decay, value_decay, removal = (
         None if x is None else x.contiguous() for x in (decay, value_decay, removal)
@@ -107,13 +107,13 @@ def dplr_step_triton(
 
     Raises ValueError where a shape, dtype or device does not fit.
     """
-    q, k, v, removal = (x[:, None] for x in (q_BHK, k_BHK, v_BHV, removal_BHRK))
-    decay = None if decay_BHK is None else decay_BHK[:, None]
-    check_inputs(q, k, v, removal, state_BHKV)
-    check_dplr(q, k, v, decay, removal)
-    if _wants_gradients(q, k, v, decay, removal, state_BHKV):
+    check_dplr(q_BHK, k_BHK, v_BHV, decay_BHK, removal_BHRK, state_BHKV, is_step=True)
+    if wants_gradient(q_BHK, k_BHK, v_BHV, decay_BHK, removal_BHRK, state_BHKV):
+        q, k, v, removal = (x[:, None] for x in (q_BHK, k_BHK, v_BHV, removal_BHRK))
+        decay = None if decay_BHK is None else decay_BHK[:, None]
         o, state = dplr_triton(q, k, v, decay, removal, state_BHKV)
         return o[:, 0], state
+    check_token(q_BHK)
     check_state(state_BHKV)
     return one_step(q_BHK, k_BHK, v_BHV, decay_BHK, None, removal_BHRK, state_BHKV), state_BHKV
 
@@ -132,18 +132,20 @@ def twofold_step_triton(
     Raises ValueError where a shape, dtype or device does not fit.
     """
     given = (q_BHK, k_BHK, v_BHV, decay_BHK, value_decay_BHV)
-    q, k, v, decay, value_decay = (x[:, None] for x in given)
-    check_inputs(q, k, v, None, state_BHKV)
-    check_twofold(q, k, v, decay, value_decay)
-    if _wants_gradients(*given, state_BHKV):
+    check_twofold(*given, state_BHKV, is_step=True)
+    if wants_gradient(*given, state_BHKV):
+        q, k, v, decay, value_decay = (x[:, None] for x in given)
         o, state = twofold_linear_triton(q, k, v, decay, value_decay, state_BHKV)
         return o[:, 0], state
+    check_token(q_BHK)
     check_state(state_BHKV)
     return one_step(*given, None, state_BHKV), state_BHKV
 
 
-def _wants_gradients(*given: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+def check_token(q_BHK: Tensor) -> None:
+    """Raise ValueError for a device, a dtype or a dim that the kernel does not take."""
+    check_runs("q", q_BHK)
+    check_limits(q_BHK[:, None])
 
 
 def check_state(state: Tensor) -> None:

@@ -51,7 +51,7 @@ from mixforge.kernels.chunked_linear_triton import TYPES, check_limits, padded
 from mixforge.kernels.dplr import check_dplr
 from mixforge.kernels.dplr_backward_triton import dplr_gradients, dplr_pairs_backward, dplr_scan_backward
 from mixforge.kernels.dplr_forward_triton import dplr_pairs, dplr_scan
-from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device, recording
+from mixforge.kernels.launch import check_runs, dot_precision, generation, launch, on_device, recording
 from mixforge.kernels.twofold_linear import check_twofold
 
 CHUNK = 16
@@ -137,7 +137,6 @@ def forward_kernels(
 
     What has none is empty.
     """
-    check_device(q=q, k=k, v=v, decay=decay, value_decay=value_decay, removal=removal, state=state)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     decay, value_decay, removal, state = (
         None if x is None else x.contiguous() for x in (decay, value_decay, removal, state)
@@ -278,8 +277,7 @@ def dplr_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `dplr.dplr_reference`, on a GPU; the state is float32. Raises ValueError where a shape, dtype or device does
     not fit."""
-    check_inputs(q_BTHK, k_BTHK, v_BTHV, removal_BTHRK, state_BHKV)
-    check_dplr(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, removal_BTHRK)
+    check_dplr(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, removal_BTHRK, state_BHKV)
     return _run(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, None, removal_BTHRK, state_BHKV)
 
 
@@ -293,8 +291,7 @@ def twofold_linear_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `twofold_linear.twofold_linear_reference`, on a GPU; the state is float32. Raises ValueError where a shape,
     dtype or device does not fit."""
-    check_inputs(q_BTHK, k_BTHK, v_BTHV, None, state_BHKV)
-    check_twofold(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV)
+    check_twofold(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV, state_BHKV)
     return _run(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV, None, state_BHKV)
 
 
@@ -307,25 +304,8 @@ def _run(
     removal: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    check_runs("q", q)
+    check_limits(q)
     decay, value_decay, state = (None if x is None else x.float() for x in (decay, value_decay, state))
     o, last, *_ = forward(q, k, v, decay, value_decay, removal, state)
     return o, last
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, removal: Tensor | None, state: Tensor | None) -> None:
-    """Raise ValueError for a dtype or a dim that the kernels do not take, or a state that does not fit."""
-    for name, given in (("q", q), ("k", k), ("v", v)):
-        if given.dim() != 4:
-            raise ValueError(f"{name} has shape {list(given.shape)}; it must be [batch, time, heads, dim]")
-        if given.dtype != v.dtype:
-            raise ValueError(f"{name} is {given.dtype} and v is {v.dtype}; they must have one dtype")
-    check_limits(q)
-    if q.shape[1] == 0:
-        raise ValueError("q has a length of 0; there must be at least one token")
-    if removal is not None and removal.dtype not in TYPES:
-        raise ValueError(
-            f"removal is {removal.dtype}; backend='triton' takes that of v, {v.dtype}, or float32"
-        )
-    wanted = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    if state is not None and state.shape != wanted:
-        raise ValueError(f"state has shape {list(state.shape)}; it must be {list(wanted)}")

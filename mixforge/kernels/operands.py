@@ -24,9 +24,12 @@ def check_axes(name: str, given: Tensor, axes: str) -> None:
         raise ValueError(f"{name} has shape {list(given.shape)}; it must be [{axes}]")
     for axis, size in zip(names, given.shape, strict=True):
         if size == 0:
+            called, least = (
+                ("length" if axis == "time" else axis),
+                " token" if axis in ("batch", "time") else "",
+            )
             raise ValueError(
-                f"{name} has a {'length' if axis == 'time' else axis} of 0 (shape {list(given.shape)}); "
-                "there must be at least one token"
+                f"{name} has a {called} of 0 (shape {list(given.shape)}); there must be at least one{least}"
             )
 
 

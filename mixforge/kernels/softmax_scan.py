@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
+from mixforge.kernels.operands import check_alike, check_axes, check_shape
 
 Carry = tuple[Tensor, Tensor, Tensor]
 
@@ -29,8 +30,11 @@ START = -1e30
 
 
 def softmax_scan_reference(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:
-    """Token after token. Returns o [B, H, T, V] in the dtype of the values, and the carry after the last one."""
-    check_scan(z_BHT, v_BHTV)
+    """Token after token. Returns o [B, H, T, V] in the dtype of the values, and the carry after the last one.
+
+    Raises ValueError where a shape, dtype or device does not fit.
+    """
+    check_scan(z_BHT, v_BHTV, carry)
     z_BHT, wide_BHTV = widened(z_BHT), widened(v_BHTV)
     m, u, w = first_carry(wide_BHTV) if carry is None else carry
     outputs = []
@@ -42,7 +46,7 @@ def softmax_scan_reference(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -
 
 def softmax_scan_torch(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:
     """As `softmax_scan_reference`, in chunks."""
-    check_scan(z_BHT, v_BHTV)
+    check_scan(z_BHT, v_BHTV, carry)
     wide = widened(v_BHTV)
     length = z_BHT.shape[2]
     start_BH, u_BH, w_BHV = first_carry(wide) if carry is None else carry
@@ -73,7 +77,7 @@ def softmax_scan_torch(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> tu
 
 def softmax_scan_triton(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> tuple[Tensor, Carry]:
     """As `softmax_scan_reference`, by the kernels of `gated_scan`, whose gates are the falls of the running maximum."""
-    check_scan(z_BHT, v_BHTV)
+    check_scan(z_BHT, v_BHTV, carry)
     z_BHT, wide = widened(z_BHT), widened(v_BHTV)
     batch, heads, length, dim = v_BHTV.shape
     start_BH, u_BH, w_BHV = first_carry(wide) if carry is None else carry
@@ -93,7 +97,8 @@ def softmax_scan_triton(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> t
 
 
 def softmax_scan_step(z_BH: Tensor, v_BHV: Tensor, carry: Carry) -> Tensor:
-    """One token. The carry is brought up to date in place."""
+    """One token. The carry is brought up to date in place. Raises ValueError as the scan does, and without a carry."""
+    check_scan(z_BH, v_BHV, carry, is_step=True)
     m, u, w = advance(widened(z_BH), widened(v_BHV), carry)
     for old, new in zip(carry, (m, u, w), strict=True):
         old.copy_(new)
@@ -124,13 +129,18 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def check_scan(z_BHT: Tensor, v_BHTV: Tensor) -> None:
-    """Raise ValueError where the shapes do not fit."""
-    if z_BHT.dim() != 3 or v_BHTV.dim() != 4 or z_BHT.shape != v_BHTV.shape[:3] or z_BHT.shape[2] == 0:
-        raise ValueError(
-            f"z must be of shape [B, H, T] and v [B, H, T, V] with at least one token, got {list(z_BHT.shape)} and "
-            f"{list(v_BHTV.shape)}"
-        )
+def check_scan(z: Tensor, v: Tensor, carry: Carry | None, *, is_step: bool = False) -> None:
+    """Raise ValueError where a shape, dtype or device does not fit, or a step has no carry."""
+    check_axes("z", z, "batch, heads" if is_step else "batch, heads, time")
+    check_axes("v", v, "batch, heads, dim" if is_step else "batch, heads, time, dim")
+    check_shape("v", v, (*z.shape, "dim"))
+    if carry is None and is_step:
+        raise ValueError("carry is None; it must be (m, u, w)")
+    m, u, w = carry or (None, None, None)
+    check_shape("m", m, z.shape[:2])
+    check_shape("u", u, z.shape[:2])
+    check_shape("w", w, (*z.shape[:2], v.shape[-1]))
+    check_alike(z=z, v=v, m=m, u=u, w=w)
 
 
 def scan_flops(heads: int, length: int, value_dim: int) -> int:

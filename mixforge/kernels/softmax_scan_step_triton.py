@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state
-from mixforge.kernels.launch import check_device, generation, launch, on_device, recording
+from mixforge.kernels.launch import check_runs, generation, launch, on_device, recording
 from mixforge.kernels.softmax_scan import Carry, check_scan
 
 
@@ -47,7 +47,6 @@ def softmax_step(
 
 def step_kernels(z: Tensor, v: Tensor, top: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     """o of one token; the carry is brought up to date in place."""
-    check_device(z=z, v=v, top=top, weight=weight, sums=sums)
     o, values = torch.empty_like(v), v.shape[2]
     config = choose("softmax_step", generation(), v.dtype, key=values)
     grid = (-(-z.numel() // config.blocks["BLOCK_R"]),)
@@ -71,7 +70,8 @@ def softmax_scan_step_triton(z_BH: Tensor, v_BHV: Tensor, carry: Carry) -> Tenso
 
     Raises ValueError where a shape, dtype or device does not fit.
     """
-    check_scan(z_BH[:, :, None], v_BHV[:, :, None])
+    check_scan(z_BH, v_BHV, carry, is_step=True)
+    check_runs("z", z_BH)
     check_dtypes(z=z_BH, v=v_BHV)
     for kept, shape in zip(carry, (z_BH.shape, z_BH.shape, v_BHV.shape), strict=True):
         check_state(kept, shape)

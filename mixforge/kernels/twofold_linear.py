@@ -13,7 +13,8 @@ In a chunk of L tokens, with G and H the running sums of g and h, and G', H' the
 All forms take q_BTHK, k_BTHK, v_BTHV, log decays decay_BTHK and value_decay_BTHV in [-5, 0], and the state_BHKV
 before the first token, None for zeros. They return o_BTHV in the dtype of v and the final state. States and
 everything between are float32, or float64 where v is. Chunks have 16 rows, so that with log decays of at least -5 no
-power passes e^75.
+power passes e^75. They raise ValueError where a shape, dtype or device does not fit or, on a CPU, a decay leaves its
+range.
 
 Source: Pramanik et al. 2023 (arXiv 2310.15719) for the recurrence; Yang et al. 2023
 (arXiv 2312.06635), section 4, for chunks of decays along one side.
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, first_state
+from mixforge.kernels.operands import check_alike, check_axes, check_log, check_shape
 
 
 def twofold_linear_reference(
@@ -40,7 +42,7 @@ def twofold_linear_reference(
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one token after the other."""
-    check_twofold(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV)
+    check_twofold(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV, state_BHKV)
     state = first_state(q_BTHK, v_BTHV, state_BHKV)
     inputs = (x.to(state.dtype).unbind(1) for x in (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV))
     outputs = []
@@ -60,7 +62,7 @@ def twofold_linear_torch(
     state_BHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """In chunks, as matrix products; only the states follow one another."""
-    check_twofold(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV)
+    check_twofold(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV, state_BHKV)
     length, heads = v_BTHV.shape[1:3]
     state = first_state(q_BTHK, v_BTHV, state_BHKV)
     inputs = (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, value_decay_BTHV)
@@ -89,30 +91,42 @@ def twofold_step(
     value_decay_BHV: Tensor,
     state_BHKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: (o_BHV, state_BHKV)."""
+    """One token of the recurrence: (o_BHV, state_BHKV). Raises ValueError as it does, and where there is no state."""
+    check_twofold(q_BHK, k_BHK, v_BHV, decay_BHK, value_decay_BHV, state_BHKV, is_step=True)
     dtype = state_BHKV.dtype
     keep = decay_BHK.to(dtype).exp()[..., :, None] * value_decay_BHV.to(dtype).exp()[..., None, :]
     state = keep * state_BHKV + k_BHK.to(dtype)[..., :, None] * v_BHV.to(dtype)[..., None, :]
     return (q_BHK.to(dtype)[..., None, :] @ state)[..., 0, :].to(v_BHV.dtype), state
 
 
-def check_twofold(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, value_decay: Tensor) -> None:
-    """Raise ValueError where shapes do not fit or, on a CPU, a decay leaves its range."""
-    for name, given, like in (
-        ("k", k, q),
-        ("decay", decay, q),
-        ("value_decay", value_decay, v),
-    ):
-        if given.shape != like.shape:
-            raise ValueError(f"{name} has shape {list(given.shape)}; it must be {list(like.shape)}")
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v has shape {list(v.shape)}; it must begin as q does, {list(q.shape)}")
-    for name, log in (("decay", decay), ("value_decay", value_decay)):
-        if log.device.type != "cpu" or torch.compiler.is_compiling():
-            continue
-        low, high = (bound.item() for bound in log.detach().aminmax())
-        if low < CHANNEL_FLOOR or high > 0:
-            raise ValueError(f"{name} must lie in [{CHANNEL_FLOOR:g}, 0], got {low:g} to {high:g}")
+def check_twofold(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    value_decay: Tensor,
+    state: Tensor | None,
+    *,
+    is_step: bool = False,
+) -> None:
+    """Raise ValueError where a shape, dtype or device does not fit or, on a CPU, a decay leaves its range."""
+    check_heads(q, k, v, state, is_step=is_step)
+    check_shape("decay", decay, q.shape)
+    check_shape("value_decay", value_decay, v.shape)
+    check_alike(q=q, k=k, v=v, decay=decay, value_decay=value_decay, state=state)
+    check_log("decay", decay, CHANNEL_FLOOR)
+    check_log("value_decay", value_decay, CHANNEL_FLOOR)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *, is_step: bool) -> None:
+    """Raise ValueError where queries, keys, values and state have no heads in common, or no dtype."""
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        check_axes(name, given, "batch, heads, dim" if is_step else "batch, time, heads, dim")
+        if given.dtype != v.dtype:
+            raise ValueError(f"{name} is {given.dtype} and v is {v.dtype}; they must have one dtype")
+    check_shape("k", k, q.shape)
+    check_shape("v", v, (*q.shape[:-1], "dim"))
+    check_shape("state", state, (q.shape[0], *q.shape[-2:], v.shape[-1]), is_needed=is_step)
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from mixforge.kernels import (
     diagonal_ssm,
+    dplr,
     gated_scan,
     gated_scan_complex,
     norm,
     recurrent_cells,
     selective_scan,
     short_conv,
+    softmax_scan,
+    twofold_linear,
 )
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -51,6 +54,10 @@ class Operation:
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: x for name, x in self.given.items() if isinstance(x, Tensor)}
+
+
+def by_carry(form: Callable[[str], Callable[..., Any]], backend: str) -> Callable[..., Any]:
+    return lambda z, v, *carry: form(backend)(z, v, carry)
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -145,6 +152,46 @@ OPERATIONS: dict[str, Operation] = {
         )
         for cell, about in recurrent_cells.CELLS.items()
     },
+    "dplr": Operation(
+        dplr.form,
+        {
+            "q": normal(2, 4, 3, 5), "k": normal(2, 4, 3, 5), "v": normal(2, 4, 3, 6), "decay": negative(2, 4, 3, 5),
+            "removal": normal(2, 4, 3, 2, 5), "state": normal(2, 3, 5, 6),
+        },
+        rows=("q", "k", "v", "decay", "removal"), logs=("decay",),
+    ),
+    "dplr's step": Operation(
+        dplr.step_form,
+        {
+            "q": normal(2, 3, 5), "k": normal(2, 3, 5), "v": normal(2, 3, 6), "decay": negative(2, 3, 5),
+            "removal": normal(2, 3, 2, 5), "state": normal(2, 3, 5, 6),
+        },
+        rows=("q", "k", "v", "decay", "removal"), logs=("decay",), is_step=True,
+    ),
+    "twofold": Operation(
+        twofold_linear.form,
+        {
+            "q": normal(2, 4, 3, 5), "k": normal(2, 4, 3, 5), "v": normal(2, 4, 3, 6), "decay": negative(2, 4, 3, 5),
+            "value_decay": negative(2, 4, 3, 6), "state": normal(2, 3, 5, 6),
+        },
+        rows=("q", "k", "v", "decay", "value_decay"), logs=("decay", "value_decay"),
+    ),
+    "twofold's step": Operation(
+        twofold_linear.step_form,
+        {
+            "q": normal(2, 3, 5), "k": normal(2, 3, 5), "v": normal(2, 3, 6), "decay": negative(2, 3, 5),
+            "value_decay": negative(2, 3, 6), "state": normal(2, 3, 5, 6),
+        },
+        rows=("q", "k", "v", "decay", "value_decay"), logs=("decay", "value_decay"), is_step=True,
+    ),
+    "softmax scan": Operation(
+        partial(by_carry, softmax_scan.form),
+        {"z": normal(2, 3, 4), "v": normal(2, 3, 4, 5), "m": normal(2, 3), "u": normal(2, 3), "w": normal(2, 3, 5)},
+    ),
+    "softmax step": Operation(
+        partial(by_carry, softmax_scan.step_form),
+        {"z": normal(2, 3), "v": normal(2, 3, 5), "m": normal(2, 3), "u": normal(2, 3), "w": normal(2, 3, 5)},
+    ),
 }  # fmt: skip
 EACH_TENSOR = [
     pytest.param(operation, name, id=f"{called}-{name}")
@@ -169,7 +216,7 @@ def test_a_tensor_that_is_elsewhere(operation: Operation, name: str, backend: st
 def test_a_dtype_that_does_not_go_with_the_others(operation: Operation, name: str, backend: str) -> None:
     given = operation.given[name]
     refused(operation, backend, rf"\b{name} is torch.float64\b", **{name: given.double()})
-    refused(operation, backend, f"{name} is torch.int64; it must be float32", **{name: given.long()})
+    refused(operation, backend, f"{name} is torch.int64", **{name: given.long()})
     halves = {other: x.bfloat16() for other, x in operation.tensors().items()}
     refused(operation, backend, rf"\b{name} is torch.float16\b", **{**halves, name: given.half()})
 

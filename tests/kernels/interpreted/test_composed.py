@@ -119,7 +119,9 @@ def test_steps_of_the_softmax_scan(dim: int) -> None:
     given = (scores[:, :, 0].contiguous(), values[:, :, 0].contiguous(), *carry)
     torch.library.opcheck(softmax_scan_step_triton.one_step, given, test_utils=CHECKS)
     with pytest.raises(ValueError, match="state must be float32, contiguous"):
-        softmax_scan.step_form("triton")(scores[:, :, 0], values[:, :, 0], wide)
+        softmax_scan.step_form("triton")(
+            scores[:, :, 0], values[:, :, 0], tuple(kept.half() for kept in carry)
+        )
 
 
 @torch.no_grad()
