@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.diagonal_ssm import check_diagonal
+from mixforge.kernels.diagonal_ssm import check_diagonal, diagonal_ssm_triton
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, turn
 from mixforge.kernels.launch import check_runs, generation, launch, on_device, recording
+from mixforge.kernels.operands import wants_gradient
 
 
 @triton.jit
@@ -88,11 +89,16 @@ def _(*args: Any) -> Any:
 def diagonal_ssm_step_triton(
     x_BD: Tensor, rate_DP: Tensor, frequency_DP: Tensor | None, c_DPN: Tensor, state_BDPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `diagonal_ssm_step`, in one kernel, the float32 state in place. It has no gradient.
+    """As `diagonal_ssm_step`, in one kernel, the float32 state in place.
 
-    Raises ValueError where a shape, dtype or device does not fit.
+    Where gradients are wanted, it is a sequence of one token, which has them. Raises ValueError where a shape, dtype or
+    device does not fit.
     """
     check_diagonal(x_BD, rate_DP, frequency_DP, c_DPN, state_BDPN, is_step=True)
+    if wants_gradient(x_BD, rate_DP, frequency_DP, c_DPN, state_BDPN):
+        y_BTD, after_BDPN = diagonal_ssm_triton(x_BD[:, None], rate_DP, frequency_DP, c_DPN, state_BDPN)
+        assert after_BDPN is not None
+        return y_BTD[:, 0], after_BDPN
     check_runs("x", x_BD)
     check_dtypes(x=x_BD, rate=rate_DP, frequency=frequency_DP, c=c_DPN)
     check_state(state_BDPN, state_BDPN.shape)

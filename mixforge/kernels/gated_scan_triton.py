@@ -30,6 +30,7 @@ from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan import check_scan
 from mixforge.kernels.gated_scan_complex import check_complex
 from mixforge.kernels.launch import check_runs, generation, launch, on_device
+from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.packed import sequence_edges, write_untouched
 
 # Programs that keep a large device busy; fewer are made more by cutting the time, which reads the inputs twice.
@@ -567,22 +568,32 @@ def gated_scan_complex_triton(
 
 
 def gated_scan_step_triton(log_a_BD: Tensor, b_BD: Tensor, state_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: (h_BD in the dtype of b, state_BD), the float32 state in place. It has no gradient.
+    """One token: (h_BD in the dtype of b, state_BD), the float32 state in place.
 
-    Raises ValueError where a shape, dtype or device does not fit.
+    Where gradients are wanted, it is a sequence of one token, which has them. Raises ValueError where a shape, dtype or
+    device does not fit.
     """
     check_scan(log_a_BD, b_BD, state_BD, is_step=True)
+    if wants_gradient(log_a_BD, b_BD, state_BD):
+        h_BTD, after_BD = gated_scan_triton(log_a_BD[:, None], b_BD[:, None], state_BD)
+        return h_BTD[:, 0], after_BD
     return _step(log_a_BD, None, b_BD, state_BD)
 
 
 def gated_scan_complex_step_triton(
     log_a_BD: Tensor, phase_BD: Tensor, b_BPD: Tensor, state_BPD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: (h_BPD in the dtype of b, state_BPD), the float32 state in place. It has no gradient.
+    """One token: (h_BPD in the dtype of b, state_BPD), the float32 state in place.
 
-    Raises ValueError where a shape, dtype or device does not fit.
+    Where gradients are wanted, it is a sequence of one token, which has them. Raises ValueError where a shape, dtype or
+    device does not fit.
     """
     check_complex(log_a_BD, phase_BD, b_BPD, state_BPD, is_step=True)
+    if wants_gradient(log_a_BD, phase_BD, b_BPD, state_BPD):
+        h_BTPD, after_BPD = gated_scan_complex_triton(
+            log_a_BD[:, None], phase_BD[:, None], b_BPD[:, None], state_BPD
+        )
+        return h_BTPD[:, 0], after_BPD
     return _step(log_a_BD, phase_BD, b_BPD, state_BPD)
 
 

@@ -36,6 +36,7 @@ from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, cut_time
 from mixforge.kernels.launch import check_runs, generation, launch, on_device
+from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.selective_scan import check_selective
 
 # States of one channel: a tile holds all of them.
@@ -504,10 +505,7 @@ def selective_scan_triton(
     state = None if state_BDN is None else state_BDN.float().contiguous()
     skip = None if skip_D is None else skip_D.contiguous()
     inputs = tuple(value.contiguous() for value in (x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN))
-    keep = torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in (*inputs, skip, state)
-    )
-    y, final, _ = _forward(*inputs, skip, state, keep)
+    y, final, _ = _forward(*inputs, skip, state, wants_gradient(*inputs, skip, state))
     return y, final
 
 
@@ -530,11 +528,17 @@ def selective_scan_step_triton(
     skip_D: Tensor | None,
     state_BDN: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token: (y_BD, state_BDN), the float32 state in place. It has no gradient.
+    """One token: (y_BD, state_BDN), the float32 state in place.
 
-    Raises ValueError where a shape, dtype or device does not fit.
+    Where gradients are wanted, it is a sequence of one token, which has them. Raises ValueError where a shape, dtype or
+    device does not fit.
     """
     check_selective(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D, state_BDN, is_step=True)
+    if wants_gradient(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D, state_BDN):
+        y_BTD, after_BDN = selective_scan_triton(
+            x_BD[:, None], dt_BD[:, None], rate_DN, b_BN[:, None], c_BN[:, None], skip_D, state_BDN
+        )
+        return y_BTD[:, 0], after_BDN
     check_limits(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D)
     check_state(state_BDN, state_BDN.shape)
     inputs = tuple(value.contiguous() for value in (x_BD, dt_BD, rate_DN, b_BN, c_BN))

@@ -26,6 +26,7 @@ from torch import Tensor
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes
 from mixforge.kernels.launch import check_runs, generation, launch, on_device
+from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.packed import write_untouched
 from mixforge.kernels.short_conv import check_conv
 
@@ -408,11 +409,15 @@ def short_conv_step_triton(
     activation: Literal["none", "silu"],
     state_BDW: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token: (y_BD, state [B, D, W-1]), the state in place. It has no gradient.
+    """One token: (y_BD, state [B, D, W-1]), the state in place.
 
-    Raises ValueError where a shape, dtype or device does not fit.
+    Where gradients are wanted, it is a sequence of one token, which has them. Raises ValueError where a shape, dtype or
+    device does not fit.
     """
     check_conv(x_BD, weight_DW, bias_D, activation, state_BDW, is_step=True)
+    if wants_gradient(x_BD, weight_DW, bias_D, state_BDW):
+        y_BTD, after_BDW = short_conv_triton(x_BD[:, None], weight_DW, bias_D, activation, state_BDW)
+        return y_BTD[:, 0], after_BDW
     check_runs("x", x_BD)
     check_dtypes(x=x_BD, weight=weight_DW, bias=bias_D, state=state_BDW)
     if not state_BDW.is_contiguous():

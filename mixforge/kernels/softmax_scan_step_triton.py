@@ -18,6 +18,7 @@ from torch import Tensor
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.gated_scan_triton import check_dtypes, check_state
 from mixforge.kernels.launch import check_runs, generation, launch, on_device, recording
+from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.softmax_scan import Carry, check_scan
 
 
@@ -66,11 +67,16 @@ def _(*args: Any) -> Any:
 
 
 def softmax_scan_step_triton(z_BH: Tensor, v_BHV: Tensor, carry: Carry) -> Tensor:
-    """As `softmax_scan_step`, in one kernel, for a carry in float32. It has no gradient.
+    """As `softmax_scan_step`, in one kernel, for a carry in float32.
 
-    Raises ValueError where a shape, dtype or device does not fit.
+    Raises ValueError where a shape, dtype or device does not fit, and where gradients are wanted, as it has none.
     """
     check_scan(z_BH, v_BHV, carry, is_step=True)
+    if wants_gradient(z_BH, v_BHV, *carry):
+        raise ValueError(
+            "z, v or the carry requires a gradient, and a step has none: run it under torch.no_grad(), or the scan over "
+            "one token"
+        )
     check_runs("z", z_BH)
     check_dtypes(z=z_BH, v=v_BHV)
     for kept, shape in zip(carry, (z_BH.shape, z_BH.shape, v_BHV.shape), strict=True):
