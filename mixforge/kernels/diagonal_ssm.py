@@ -119,7 +119,7 @@ def diagonal_ssm_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: (y_BD in the dtype of x, state_BDPN). Where gradients are off, the state is updated in place.
 
-    Raises ValueError as the scan does, and where there is no state.
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
     """
     check_diagonal(x_BD, rate_DP, frequency_DP, c_DPN, state_BDPN, is_step=True)
     state = advanced(x_BD.to(state_BDPN.dtype), rate_DP, frequency_DP, state_BDPN)

@@ -63,7 +63,10 @@ def dplr_step(
     removal_BHRK: Tensor,
     state_BHKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: (o_BHV, state_BHKV). Raises ValueError as it does, and where there is no state."""
+    """One token of the recurrence: (o_BHV, state_BHKV).
+
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
+    """
     check_dplr(q_BHK, k_BHK, v_BHV, decay_BHK, removal_BHRK, state_BHKV, is_step=True)
     dtype = state_BHKV.dtype
     decay = None if decay_BHK is None else decay_BHK.to(dtype)

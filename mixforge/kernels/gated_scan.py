@@ -104,7 +104,7 @@ def check_scan(
 def gated_scan_step(log_a_BD: Tensor, b_BD: Tensor, state_BD: Tensor) -> tuple[Tensor, Tensor]:
     """One token: (h_BD in the dtype of b, state_BD). Where gradients are off, the state is updated in place.
 
-    Raises ValueError as the scan does, and where there is no state.
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
     """
     check_scan(log_a_BD, b_BD, state_BD, is_step=True)
     dtype = state_BD.dtype

@@ -99,7 +99,7 @@ def gated_scan_complex_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: (h_BPD in the dtype of b, state_BPD). Where gradients are off, the state is updated in place.
 
-    Raises ValueError as the scan does, and where there is no state.
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
     """
     check_complex(log_a_BD, phase_BD, b_BPD, state_BPD, is_step=True)
     dtype = state_BPD.dtype

@@ -86,15 +86,18 @@ def check_alike(**tensors: Tensor | None) -> None:
             )
 
 
+def is_at_hand(given: Tensor) -> bool:
+    """Whether values can be looked at: a GPU would have to be waited for, and a tensor of another class may have none."""
+    is_plain = type(given) in (Tensor, nn.Parameter)
+    return is_plain and given.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_log(name: str, given: Tensor, least: float | None = None, rounding: float = 0.0) -> None:
     """Raise ValueError where the logarithm of what a state is scaled by is above 0 by more than rounding, or too low.
 
-    Values are looked at on a CPU alone, for a GPU would have to be waited for. A NaN passes: it is a diverged model,
-    which the training loop reports.
+    A NaN passes: it is a diverged model, which the training loop reports.
     """
-    # A tensor of another class may have no values.
-    is_plain = type(given) in (Tensor, nn.Parameter)
-    if not is_plain or given.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_at_hand(given):
         return
     values = given.detach()
     if least is None:

@@ -180,7 +180,7 @@ def lstm_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place.
 
-    Raises ValueError as the cell does, and where there is no state.
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
     """
     return one_token(lstm_advance, LSTM, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
 
@@ -190,7 +190,7 @@ def gru_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place.
 
-    Raises ValueError as the cell does, and where there is no state.
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
     """
     return one_token(gru_advance, GRU, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
 
@@ -200,7 +200,7 @@ def slstm_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: (h_BHK, state_BSHK). Where gradients are off, the state is updated in place.
 
-    Raises ValueError as the cell does, and where there is no state.
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
     """
     return one_token(slstm_advance, SLSTM, gates_BHF, recurrent_HKF, bias_HK, state_BSHK)
 

@@ -89,7 +89,7 @@ def selective_scan_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: (y_BD, state_BDN). Where gradients are off, the state is updated in place.
 
-    Raises ValueError as the scan does, and where there is no state.
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
     """
     check_selective(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D, state_BDN, is_step=True)
     dtype = state_BDN.dtype

@@ -196,7 +196,7 @@ def short_conv_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: (y_BD in the dtype of x, state [B, D, W-1]). The state that was given is left as it is.
 
-    Raises ValueError as the convolution does, and where there is no state.
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
     """
     check_conv(x_BD, weight_DW, bias_D, activation, state_BDW, is_step=True)
     x_BDW = torch.cat([state_BDW, x_BD[:, :, None].to(state_BDW.dtype)], 2)

@@ -97,7 +97,10 @@ def softmax_scan_triton(z_BHT: Tensor, v_BHTV: Tensor, carry: Carry | None) -> t
 
 
 def softmax_scan_step(z_BH: Tensor, v_BHV: Tensor, carry: Carry) -> Tensor:
-    """One token. The carry is brought up to date in place. Raises ValueError as the scan does, and without a carry."""
+    """One token. The carry is brought up to date in place.
+
+    Raises ValueError where a shape, dtype or device does not fit, or there is no carry.
+    """
     check_scan(z_BH, v_BHV, carry, is_step=True)
     m, u, w = advance(widened(z_BH), widened(v_BHV), carry)
     for old, new in zip(carry, (m, u, w), strict=True):

@@ -91,7 +91,10 @@ def twofold_step(
     value_decay_BHV: Tensor,
     state_BHKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: (o_BHV, state_BHKV). Raises ValueError as it does, and where there is no state."""
+    """One token of the recurrence: (o_BHV, state_BHKV).
+
+    Raises ValueError where a shape, dtype or device does not fit, or there is no state.
+    """
     check_twofold(q_BHK, k_BHK, v_BHV, decay_BHK, value_decay_BHV, state_BHKV, is_step=True)
     dtype = state_BHKV.dtype
     keep = decay_BHK.to(dtype).exp()[..., :, None] * value_decay_BHV.to(dtype).exp()[..., None, :]
