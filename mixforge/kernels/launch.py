@@ -118,12 +118,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
 
 
 def on_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with the device of its first tensor as the current one: Triton launches on that."""
+    """The same function with the device of its first tensor as the current one: Triton launches on that.
+
+    It raises ValueError where Triton cannot run there.
+    """
 
     @functools.wraps(run)
     def guarded(*args: Any, **others: Any) -> Any:
         first = next((arg for arg in args if isinstance(arg, Tensor)), None)
         if first is None or not first.is_cuda or _recording.get() is not None:
+            if first is not None:
+                check_runs("an operand", first)
             return run(*args, **others)
         with torch.cuda.device(first.device):
             return run(*args, **others)
@@ -140,16 +145,12 @@ def check_device(**tensors: Tensor | None) -> None:
 def check_runs(name: str, tensor: Tensor) -> None:
     """Raise ValueError where a tensor is not where Triton can run."""
     kind = tensor.device.type
-    if kind == "cuda" or _runs_anywhere(kind):
+    # Where torch.compile traces, `on_device` asks later: what is written down is no part of a graph.
+    if kind == "cuda" or torch.compiler.is_compiling() or _recording.get() is not None:
+        return
+    if kind == "cpu" and interpreting():
         return
     raise ValueError(
         f"{name} is on {kind}, and backend='triton' runs on a GPU: move model and inputs with .to('cuda'), "
         "or build with backend='torch'"
     )
-
-
-# What it reads is no part of a graph that torch.compile makes.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _runs_anywhere(kind: str) -> bool:
-    """Whether launches are written down, or interpreted on a CPU."""
-    return _recording.get() is not None or (kind == "cpu" and interpreting())

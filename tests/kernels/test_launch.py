@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from mixforge.kernels import short_conv
+from mixforge.kernels import norm, short_conv
 from mixforge.kernels.blocks import Config
-from mixforge.kernels.launch import launch, recording
+from mixforge.kernels.launch import interpreting, launch, recording
 
 KERNEL = SimpleNamespace(fn=lambda: None)
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter runs on a CPU")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_cpu_is_named_also_where_it_is_compiled(is_compiled: bool) -> None:
+    run = norm.form("triton")
+    run = torch.compile(run, fullgraph=True, backend="eager") if is_compiled else run
+    with pytest.raises(ValueError, match="is on cpu, and backend='triton' runs on a GPU"):
+        run(torch.ones(2, 5), torch.ones(5))
+
+
+def test_a_kernel_loads_no_compiler() -> None:
+    said = "import sys, mixforge.kernels.launch; print('torch._dynamo' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", said], text=True).split() == ["False"]
 
 
 @pytest.mark.parametrize("grid", [(1, 65_536), (1, 1, 65_536)])
