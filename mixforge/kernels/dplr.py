@@ -165,7 +165,7 @@ def check_dplr(
     check_shape("removal", removal, (*q.shape[:-1], 2, q.shape[-1]))
     check_alike(q=q, k=k, v=v, decay=decay, removal=removal, state=state)
     if decay is not None:
-        check_log("decay", decay, CHANNEL_FLOOR)
+        check_log("decay", decay, None if is_step else CHANNEL_FLOOR)
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": dplr_reference, "torch": dplr_torch}
