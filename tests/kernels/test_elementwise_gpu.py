@@ -19,6 +19,8 @@ pytestmark = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTHS = [1, 63, 200, 3000]
 BACKENDS = ("triton", "torch", "reference")
+# Where sequences of 1, 2, 60, 937 and 2000 tokens begin and end.
+PACKED = torch.tensor([0, 1, 3, 63, 1000, 3000])
 
 
 def normal(*shape: int) -> Tensor:
@@ -36,6 +38,52 @@ def check(
 def test_gated_scan(length: int, dtype: torch.dtype) -> None:
     inputs = [-torch.rand(3, length, 70), normal(3, length, 70), normal(3, 70)]
     check([gated_scan.form(name) for name in BACKENDS], inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_state", [False, True])
+def test_packed_gated_scan(has_state: bool, dtype: torch.dtype) -> None:
+    def run(name: str, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return gated_scan.form(name)(*given, *([] if has_state else [None]), PACKED.to(given[0].device))
+
+    inputs = [-torch.rand(1, 3000, 70), normal(1, 3000, 70), *([normal(5, 70)] if has_state else [])]
+    check([partial(run, name) for name in BACKENDS], inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_state", [False, True])
+def test_packed_gated_scan_complex(has_state: bool, dtype: torch.dtype) -> None:
+    def run(name: str, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return gated_scan_complex.form(name)(
+            *given, *([] if has_state else [None]), PACKED.to(given[0].device)
+        )
+
+    inputs = [-torch.rand(1, 3000, 70), normal(1, 3000, 70), normal(1, 3000, 2, 70)]
+    check(
+        [partial(run, name) for name in BACKENDS],
+        [*inputs, *([normal(5, 2, 70)] if has_state else [])],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_packed_sequences_without_a_token(backend: str) -> None:
+    """The state behind one is the state before it; where the others begin and end, it does not matter."""
+    bounds, full = torch.tensor([0, 0, 3, 3, 3, 7, 7], device="cuda"), torch.tensor([1, 4], device="cuda")
+    log_a, b, state = -torch.rand(1, 7, 70).cuda(), normal(1, 7, 70).cuda(), normal(6, 70).cuda()
+    h, last = gated_scan.form(backend)(log_a, b, state, bounds)
+    expected, after = gated_scan.form("reference")(
+        log_a, b, state[full], torch.tensor([0, 3, 7], device="cuda")
+    )
+    assert_close("h", h, expected)
+    assert_close("last states", last, state.index_copy(0, full, after))
+    weight, past = normal(70, 4).cuda(), normal(6, 70, 3).cuda()
+    y, last = short_conv.form(backend)(b, weight, None, "none", past, bounds)
+    expected, after = short_conv.form("reference")(
+        b, weight, None, "none", past[full], torch.tensor([0, 3, 7], device="cuda")
+    )
+    assert_close("y", y, expected)
+    assert_close("last states", last, past.index_copy(0, full, after))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,6 +111,23 @@ def test_short_conv(activation: str, taps: int, dtype: torch.dtype) -> None:
         return short_conv.form(name)(x, weight, bias, activation, state)
 
     inputs = [normal(3, 700, 70), normal(70, taps), normal(70), normal(3, 70, taps - 1)]
+    check([partial(run, name) for name in BACKENDS], inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("taps", [2, 4, 8])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_packed_short_conv(has_state: bool, taps: int, dtype: torch.dtype) -> None:
+    def run(name: str, x: Tensor, weight: Tensor, bias: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
+        bounds = PACKED.to(x.device)
+        return short_conv.form(name)(x, weight, bias, "silu", *(state or [None]), bounds)
+
+    inputs = [
+        normal(1, 3000, 70),
+        normal(70, taps),
+        normal(70),
+        *([normal(5, 70, taps - 1)] if has_state else []),
+    ]
     check([partial(run, name) for name in BACKENDS], inputs, dtype)
 
 

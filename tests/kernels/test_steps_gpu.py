@@ -12,10 +12,16 @@ from torch import Tensor
 from mixforge.kernels import (
     chunked_linear,
     diagonal_ssm,
+    dplr,
+    gated_scan,
+    gated_scan_complex,
     log_linear,
     second_order,
+    selective_scan,
+    short_conv,
     slot_attention,
     softmax_scan,
+    twofold_linear,
 )
 
 pytestmark = [
@@ -144,6 +150,71 @@ def test_diagonal_states(is_complex: bool, dtype: torch.dtype) -> None:
 
     steps = [step(name) for name in ("triton", "torch")]
     check(steps, [normal(BATCH, TOKENS, 70)], dtype, normal(BATCH, 70, 20, planes), *fixed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_scan(dtype: torch.dtype) -> None:
+    steps = [gated_scan.step_form(name) for name in ("triton", "torch")]
+    check(steps, [-uniform(BATCH, TOKENS, 70), normal(BATCH, TOKENS, 70)], dtype, normal(BATCH, 70))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_scan_complex(dtype: torch.dtype) -> None:
+    steps = [gated_scan_complex.step_form(name) for name in ("triton", "torch")]
+    given = [-uniform(BATCH, TOKENS, 70), normal(BATCH, TOKENS, 70), normal(BATCH, TOKENS, 2, 70)]
+    check(steps, given, dtype, normal(BATCH, 2, 70))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selective_scan(dtype: torch.dtype) -> None:
+    def step(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(
+            x: Tensor, dt: Tensor, b: Tensor, c: Tensor, rate: Tensor, skip: Tensor, state: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return selective_scan.step_form(name)(x, dt, rate, b, c, skip, state)
+
+        return run
+
+    given = [normal(BATCH, TOKENS, 20), uniform(BATCH, TOKENS, 20), *2 * [normal(BATCH, TOKENS, 16)]]
+    steps = [step(name) for name in ("triton", "torch")]
+    check(steps, given, dtype, normal(BATCH, 20, 16), -8 * uniform(20, 16), normal(20))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("taps", [2, 4, 8])
+def test_short_conv(taps: int, dtype: torch.dtype) -> None:
+    """The state is some of the inputs, in their dtype."""
+    inputs = (normal(BATCH, TOKENS, 70), normal(70, taps), normal(70), normal(BATCH, 70, taps - 1))
+    x, weight, bias, state = (given.to("cuda", dtype) for given in inputs)
+    wide = state.double()
+    for t in range(TOKENS):
+        y, state = short_conv.step_form("triton")(x[:, t], weight, bias, "silu", state)
+        expected, wide = short_conv.step_form("torch")(
+            x[:, t].double(), weight.double(), bias.double(), "silu", wide
+        )
+        assert_close("output", y, expected, 2 * max(torch.finfo(dtype).eps, 1e-5))
+        assert torch.equal(state.double(), wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decays", [False, True])
+def test_dplr(decays: bool, dtype: torch.dtype) -> None:
+    steps = [dplr.step_form(name) for name in ("triton", "torch")]
+    q, k, a = (normal(BATCH, TOKENS, HEADS, KEYS + n)[..., :KEYS] * KEYS**-0.5 for n in range(3))
+    decay = -uniform(BATCH, TOKENS, HEADS, KEYS) if decays else None
+    removal = torch.stack([a, a * uniform(BATCH, TOKENS, HEADS, KEYS)], -2)
+    given = [q, k, normal(BATCH, TOKENS, HEADS, VALUES), decay, removal]
+    check(steps, given, dtype, normal(BATCH, HEADS, KEYS, VALUES))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_twofold_linear(dtype: torch.dtype) -> None:
+    steps = [twofold_linear.step_form(name) for name in ("triton", "torch")]
+    q, k = (normal(BATCH, TOKENS, HEADS, KEYS + n)[..., :KEYS] * KEYS**-0.5 for n in range(2))
+    decays = [-uniform(BATCH, TOKENS, HEADS, size) for size in (KEYS, VALUES)]
+    given = [q, k, normal(BATCH, TOKENS, HEADS, VALUES), *decays]
+    check(steps, given, dtype, normal(BATCH, HEADS, KEYS, VALUES))
 
 
 @torch.no_grad()
