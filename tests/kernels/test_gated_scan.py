@@ -102,6 +102,18 @@ def test_no_state_is_a_state_of_zeros() -> None:
         torch.testing.assert_close(operation(log_a, b), operation(log_a, b, torch.zeros_like(state)))
 
 
+def test_a_log_gate_is_above_zero_by_rounding_alone() -> None:
+    """As that of RWKV-4 is, a difference of running maxima that grow with the time."""
+    log_a, b, state = draw(33, torch.float32)
+    level = torch.linspace(0, 60_000, 34)[None, :, None].expand(1, 34, 5)
+    log_a = torch.cat([level[:, :-1] + torch.tensor(60_000 / 33) - level[:, 1:], log_a[:1]])
+    assert 0 < log_a.max() < 0.01
+    for operation in FORMS.values():
+        operation(log_a, b, state)
+        with pytest.raises(ValueError, match=r"log_a must be at most 0, got 0\.02; give log\(decay\)"):
+            operation(log_a.clone().fill_(0.02), b, state)
+
+
 def test_inputs_need_not_be_contiguous() -> None:
     log_a, b, state = draw(64)
     expected = results(oracle, [log_a, b, state])
