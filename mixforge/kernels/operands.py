@@ -19,6 +19,8 @@ ROUNDING = 0.01
 
 def check_axes(name: str, given: Tensor, axes: str) -> None:
     """Raise ValueError where a tensor has other axes than those named, as in "batch, time, dim", or nothing along one."""
+    if given.dim() == axes.count(",") + 1 and given.numel() > 0:
+        return
     names = axes.split(", ")
     if given.dim() != len(names):
         raise ValueError(f"{name} has shape {list(given.shape)}; it must be [{axes}]")
@@ -42,6 +44,8 @@ def check_shape(
             raise ValueError(f"{name} is None; it must be a tensor of shape {_said(shape)}")
         return
     found = given.shape
+    if found == shape:
+        return
     if len(found) != len(shape) or any(
         size != wanted and not isinstance(wanted, str) for size, wanted in zip(found, shape, strict=True)
     ):
@@ -70,14 +74,15 @@ def check_alike(**tensors: Tensor | None) -> None:
 
     float32 goes with bfloat16 and with float16: all is worked out in float32 then. Beside float64 all is float64.
     """
-    check_one_device(**tensors)
-    first: tuple[str, torch.dtype] | None = None
+    first: tuple[str, torch.dtype, torch.device] | None = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or (first is not None and (tensor.dtype, tensor.device) == first[1:]):
             continue
+        if first is not None and tensor.device != first[2]:
+            check_one_device(**tensors)
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}; it must be float32, float64, bfloat16 or float16")
-        first = first or (name, tensor.dtype)
+        first = first or (name, tensor.dtype, tensor.device)
         pair = (tensor.dtype, first[1])
         if tensor.dtype != first[1] and (torch.float64 in pair or torch.float32 not in pair):
             raise ValueError(
