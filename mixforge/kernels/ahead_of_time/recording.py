@@ -46,9 +46,11 @@ def record(case: Case, target: str) -> Recorded:
     """Run a case on meta tensors and write its launches down."""
     with recording(target) as made, _operations_run():
         function, args = case.call(case)
-        outputs = function(*args)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         inputs = _tensors(args)
+        # A step without gradients brings its state up to date in place.
+        with torch.set_grad_enabled(any(tensor.requires_grad for tensor in inputs)):
+            outputs = function(*args)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         forward = Pass(tuple(made.launches), _bytes([*inputs, *_tensors(outputs)]))
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         if not wanted:
