@@ -40,6 +40,7 @@ from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import ChannelGates, Gates, PlainGates, ScalarGates
 from mixforge.kernels.chunk_rules import ADD, DELTA, Chunks, Rule
+from mixforge.kernels.operands import check_log, check_shape
 from mixforge.kernels.packed import chunk_places
 from mixforge.kernels.tracing import fixed
 
@@ -129,16 +130,8 @@ def check_inputs(q_BTHK: Tensor, v_BTGV: Tensor, decay: Tensor | None) -> None:
             f"{v_BTGV.shape[2]} value heads are no multiple of {q_BTHK.shape[2]} key heads; "
             "give every key head the same number of value heads"
         )
-    # Only where the bounds are at hand: a GPU would have to be waited for.
-    is_at_hand = decay is not None and decay.device.type == "cpu" and not torch.compiler.is_compiling()
-    if decay is not None and decay.dim() == 4 and is_at_hand:
-        low, high = (bound.item() for bound in decay.detach().aminmax())
-        # A NaN passes: it is a diverged model, which the training loop reports.
-        if low < CHANNEL_FLOOR or high > 0:
-            raise ValueError(
-                f"log decays per channel must lie in [{CHANNEL_FLOOR:g}, 0], got {low:g} to {high:g}; "
-                f"bound them, for instance as {CHANNEL_FLOOR:g} * sigmoid(x)"
-            )
+    if decay is not None and decay.dim() == 4:
+        check_log("decay", decay, CHANNEL_FLOOR)
 
 
 def first_state(
@@ -150,12 +143,6 @@ def first_state(
         return state_BGKV.to(dtype)
     batch, _, heads, value_dim = v_BTGV.shape
     return v_BTGV.new_zeros(batch, heads, q_BTHK.shape[3], columns or value_dim, dtype=dtype)
-
-
-def check_state(state: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError where a state has another shape."""
-    if tuple(state.shape) != shape:
-        raise ValueError(f"state has shape {list(state.shape)}; it must be {list(shape)}")
 
 
 def linear_step(
@@ -172,7 +159,7 @@ def linear_step(
     Where gradients are off, the state that was given is updated in place and returned. Raises ValueError where it has
     another shape.
     """
-    check_state(state_BGKV, (*v_BGV.shape[:2], k_BHK.shape[2], v_BGV.shape[2]))
+    check_shape("state", state_BGKV, (*v_BGV.shape[:2], k_BHK.shape[2], v_BGV.shape[2]), is_needed=True)
     dtype = state_BGKV.dtype
     group = v_BGV.shape[1] // q_BHK.shape[1]
     q_BGK, k_BGK = q_BHK.to(dtype), k_BHK.to(dtype)

@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixforge.kernels.arguments import check_heads, check_shape
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import FLOOR
+from mixforge.kernels.operands import check_heads, check_shape
 from mixforge.kernels.tracing import fixed
 from mixforge.kernels.twofold_linear import cut
 

@@ -1,4 +1,4 @@
-"""What operations accept of the tensors that they are given, whatever the backend; `arguments` is the linear family's.
+"""What operations accept of the tensors that they are given, whatever the backend.
 
 What is raised is a ValueError that names the argument, what it was and what it must be.
 """
@@ -15,6 +15,8 @@ from mixforge.kernels.packed import check_packed
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A log gate that is a difference of running maxima is above zero by their rounding: by 0.004 where these grow to 2^16.
 ROUNDING = 0.01
+# The size along an axis, where it is not called as the axis is.
+CALLED = {"time": "length", "heads": "number of heads"}
 
 
 def check_axes(name: str, given: Tensor, axes: str) -> None:
@@ -26,34 +28,33 @@ def check_axes(name: str, given: Tensor, axes: str) -> None:
         raise ValueError(f"{name} has shape {list(given.shape)}; it must be [{axes}]")
     for axis, size in zip(names, given.shape, strict=True):
         if size == 0:
-            called, least = (
-                ("length" if axis == "time" else axis),
-                " token" if axis in ("batch", "time") else "",
-            )
-            raise ValueError(
-                f"{name} has a {called} of 0 (shape {list(given.shape)}); there must be at least one{least}"
-            )
+            called = CALLED.get(axis, axis)
+            raise ValueError(f"{name} has a {called} of 0 (shape {list(given.shape)}); it must be at least 1")
 
 
 def check_shape(
-    name: str, given: Tensor | None, shape: Sequence[int | str], *, is_needed: bool = False
+    name: str, given: Tensor | None, *shapes: Sequence[int | str], is_needed: bool = False
 ) -> None:
-    """Raise ValueError where a tensor has another shape, in which a name is any size. None passes unless it is needed."""
+    """Raise ValueError where a tensor has none of some shapes, in which a name is any size.
+
+    None passes unless the tensor is needed.
+    """
     if given is None:
         if is_needed:
-            raise ValueError(f"{name} is None; it must be a tensor of shape {_said(shape)}")
-        return
-    found = given.shape
-    if found == shape:
-        return
-    if len(found) != len(shape) or any(
-        size != wanted and not isinstance(wanted, str) for size, wanted in zip(found, shape, strict=True)
-    ):
-        raise ValueError(f"{name} has shape {list(found)}; it must be {_said(shape)}")
+            raise ValueError(f"{name} is None; it must be a tensor of shape {_said(shapes)}")
+    elif given.shape not in shapes and not any(_fits(given.shape, shape) for shape in shapes):
+        raise ValueError(f"{name} has shape {list(given.shape)}; it must be {_said(shapes)}")
 
 
-def _said(shape: Sequence[int | str]) -> str:
-    return f"[{', '.join(str(size) for size in shape)}]"
+def _fits(found: Sequence[int], shape: Sequence[int | str]) -> bool:
+    return len(found) == len(shape) and all(
+        isinstance(wanted, str) or size == wanted for size, wanted in zip(found, shape, strict=True)
+    )
+
+
+def _said(shapes: Sequence[Sequence[int | str]]) -> str:
+    said = ", ".join(f"[{', '.join(str(size) for size in shape)}]" for shape in shapes)
+    return said if len(shapes) == 1 else f"one of {said}"
 
 
 def check_one_device(**tensors: Tensor | None) -> None:
@@ -113,7 +114,22 @@ def check_log(name: str, given: Tensor, least: float | None = None, rounding: fl
         return
     low = values.amin().item()
     if low < least or high > rounding:
-        raise ValueError(f"{name} must lie in [{least:g}, 0], got {low:g} to {high:g}")
+        raise ValueError(
+            f"{name} must lie in [{least:g}, 0], got {low:g} to {high:g}; bound it, as by {least:g} * sigmoid(x)"
+        )
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError where q, k and v are not [batch, time, heads, dim], or v has no multiple of the others' heads."""
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        check_axes(name, given, "batch, time, heads, dim")
+    check_shape("k", k, q.shape)
+    check_shape("v", v, (*q.shape[:2], "heads", "dim"))
+    if v.shape[2] % q.shape[2] != 0:
+        raise ValueError(
+            f"{v.shape[2]} value heads are no multiple of {q.shape[2]} key heads; "
+            "give every key head the same number of value heads"
+        )
 
 
 def states_of(first: Tensor, cu_seqlens: Tensor | None) -> int:

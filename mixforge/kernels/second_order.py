@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels import chunked_linear
-from mixforge.kernels.arguments import check_heads, check_shape
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import (
     add_channel,
@@ -31,6 +30,7 @@ from mixforge.kernels.chunked_linear import (
     chunked_linear_reference,
     linear_step,
 )
+from mixforge.kernels.operands import check_heads, check_shape
 from mixforge.kernels.tracing import unaliased
 
 

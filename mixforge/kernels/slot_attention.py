@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from mixforge.kernels import chunked_linear, twofold_linear
-from mixforge.kernels.arguments import check_heads, check_shape
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import add_channel
+from mixforge.kernels.operands import check_heads, check_shape
 from mixforge.kernels.twofold_linear import twofold_linear_torch
 
 

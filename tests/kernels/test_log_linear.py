@@ -107,7 +107,7 @@ def test_bad_input(backend: str) -> None:
     run = form(backend)
     q, k, v, decay, beta, weight = (x.detach() for x in inputs(20, torch.float32))
     for given, message in [
-        ((q, k[:, :5], v, decay, beta, None, weight), r"k has shape \[2, 5, 2, 5\]; it must be that of q"),
+        ((q, k[:, :5], v, decay, beta, None, weight), r"k has shape \[2, 5, 2, 5\]; it must be \["),
         ((q[:, :0], k[:, :0], v[:, :0], None, None, None, weight[:, :0]), "q has a length of 0"),
         (
             (q, k, v, decay[..., None].expand(-1, -1, -1, KEYS), beta, None, weight),
