@@ -23,7 +23,7 @@ from torch import Tensor
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.operands import ROUNDING, check_alike, check_axes, check_log, check_shape, states_of
 from mixforge.kernels.packed import edge_tokens
-from mixforge.kernels.tracing import unaliased
+from mixforge.kernels.tracing import fixed, unaliased
 
 # Gates below are zero: e^-60 is nothing beside rounding, and smaller powers make denormal numbers, which are slow.
 LOG_FLOOR = -60.0
@@ -139,7 +139,7 @@ class GatedScan(torch.autograd.Function):
 
 def scan_blocks(a_BTD: Tensor, b_BTD: Tensor, state_BD: Tensor) -> Tensor:
     """h_BTD of the scan with gates `a_BTD`, without a gradient."""
-    length = a_BTD.shape[1]
+    length = fixed(a_BTD.shape[1])
     blocks = max(1, min(length // 16, BLOCK_VALUES // state_BD.numel()))
     rows = -(-length // blocks)
     padding = (0, 0, 0, rows * blocks - length)

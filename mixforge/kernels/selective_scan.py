@@ -21,6 +21,7 @@ from torch import Tensor
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.gated_scan import GatedScan
 from mixforge.kernels.operands import check_alike, check_axes, check_log, check_shape
+from mixforge.kernels.tracing import fixed
 
 # State values of one channel and token that the torch form holds at a time and operation.
 SLAB_VALUES = 1 << 18
@@ -62,7 +63,7 @@ def selective_scan_torch(
     check_selective(x_BTD, dt_BTD, rate_DN, b_BTN, c_BTN, skip_D, state_BDN)
     dtype = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
     rate, state = rate_DN.to(dtype), first_state(x_BTD, rate_DN, state_BDN)
-    size = max(1, SLAB_VALUES // state.numel())
+    size = min(fixed(x_BTD.shape[1]), max(1, SLAB_VALUES // state.numel()))
     slabs = (torch.split(value.to(dtype), size, 1) for value in (x_BTD, dt_BTD, b_BTN, c_BTN))
     outputs = []
     for x_BLD, dt_BLD, b_BLN, c_BLN in zip(*slabs, strict=True):

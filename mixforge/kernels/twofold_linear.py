@@ -31,6 +31,7 @@ from torch import Tensor
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, first_state
 from mixforge.kernels.operands import check_alike, check_axes, check_log, check_shape
+from mixforge.kernels.tracing import fixed
 
 
 def twofold_linear_reference(
@@ -162,6 +163,6 @@ def cut(x: Tensor, size: int, heads: int) -> Tensor:
     A padded token neither decays nor writes.
     """
     batch, length, own, dim = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, -length % size))
+    x = F.pad(x, (0, 0, 0, 0, 0, -fixed(length) % size))
     x = x.reshape(batch, -1, size, own, 1, dim).expand(-1, -1, -1, -1, heads // own, -1)
     return x.permute(1, 0, 3, 4, 2, 5).contiguous().view(-1, batch, heads, size, dim)

@@ -392,7 +392,7 @@ def test_refuses_what_it_cannot_run(operation: Callable[..., tuple[Tensor, Tenso
             operation(none, none, none, None, None, None)
     one = torch.ones(1, 2, 1, 4)
     bounds = torch.empty(2, dtype=torch.int64, device="meta")
-    with pytest.raises(ValueError, match="cu_seqlens is on meta and .* on cpu; put both on one device"):
+    with pytest.raises(ValueError, match=r"cu_seqlens is on meta and .* on cpu; put both on one device"):
         operation(one, one, one, None, None, None, bounds)
 
 
