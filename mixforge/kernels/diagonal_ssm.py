@@ -205,7 +205,8 @@ def check_diagonal(
     check_shape("c", c, planes)
     check_shape("state", state, (x.shape[0], *planes), is_needed=is_step)
     check_alike(x=x, rate=rate, frequency=frequency, c=c, state=state)
-    check_log("rate", rate)
+    if not is_step:
+        check_log("rate", rate)
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {

@@ -164,8 +164,8 @@ def check_dplr(
     check_shape("decay", decay, q.shape)
     check_shape("removal", removal, (*q.shape[:-1], 2, q.shape[-1]))
     check_alike(q=q, k=k, v=v, decay=decay, removal=removal, state=state)
-    if decay is not None:
-        check_log("decay", decay, None if is_step else CHANNEL_FLOOR)
+    if decay is not None and not is_step:
+        check_log("decay", decay, CHANNEL_FLOOR)
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": dplr_reference, "torch": dplr_torch}

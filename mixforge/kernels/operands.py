@@ -1,6 +1,7 @@
 """What operations accept of the tensors that they are given, whatever the backend.
 
-What is raised is a ValueError that names the argument, what it was and what it must be.
+What is raised is a ValueError that names the argument, what it was and what it must be. Values are looked at over
+sequences alone: a step is run for every token.
 """
 
 from __future__ import annotations

@@ -135,7 +135,8 @@ def check_selective(
     check_shape("skip", skip, (dim,))
     check_shape("state", state, (lead[0], dim, states), is_needed=is_step)
     check_alike(x=x, dt=dt, rate=rate, b=b, c=c, skip=skip, state=state)
-    check_log("rate", rate)
+    if not is_step:
+        check_log("rate", rate)
 
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -118,10 +118,9 @@ def check_twofold(
     check_shape("decay", decay, q.shape)
     check_shape("value_decay", value_decay, v.shape)
     check_alike(q=q, k=k, v=v, decay=decay, value_decay=value_decay, state=state)
-    # No powers of several tokens are formed in a step.
-    least = None if is_step else CHANNEL_FLOOR
-    check_log("decay", decay, least)
-    check_log("value_decay", value_decay, least)
+    if not is_step:
+        check_log("decay", decay, CHANNEL_FLOOR)
+        check_log("value_decay", value_decay, CHANNEL_FLOOR)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *, is_step: bool) -> None:
