@@ -36,7 +36,7 @@ CampaignName = Annotated[
 
 def register(app: typer.Typer) -> None:
     app.command(epilog="Example: mixforge status laptop")(status)
-    app.command(epilog="Example: mixforge front --figures bits_per_byte,decode_ms")(front)
+    app.command(epilog="Example: mixforge front laptop --figures bits_per_byte,decode_ms")(front)
     app.command(
         epilog='Example: mixforge query --where "params < 2e6 and bits_per_byte < 3" --order bits_per_byte'
     )(query)
@@ -147,7 +147,7 @@ def origin_of(trial: Trial, campaign: StoredCampaign) -> str:
 
 
 def front(
-    campaign: CampaignName = None,
+    campaign: Annotated[str | None, typer.Argument(help="A campaign's name; the newest if left out.")] = None,
     figures: Annotated[
         str | None,
         typer.Option(

@@ -452,6 +452,19 @@ def test_what_is_one_is_said_as_one(tell, tmp_path: Path) -> None:
     assert "before: 1 layer, width 16" in tell("scale", "lm(attn, width=16)", "--stack", "2").err
 
 
+def test_the_front_of_a_campaign_by_its_name(tell, tmp_path: Path) -> None:
+    dump = Path(__file__).parents[1] / "db" / "schemas" / "0001.sql"
+    with closing(sqlite3.connect(tmp_path / "old.db")) as old:
+        old.executescript(dump.read_text())
+    newest = json.loads(tell("front", "--figures", "params", "--json", "--db", "old.db").out)
+    named = tell("front", newest["campaign"], "--figures", "params", "--json", "--db", "old.db")
+    assert json.loads(named.out) == newest
+    told = tell("front", "nowhere", "--db", "old.db")
+    assert told.status == 2
+    assert "'nowhere'" in told.err
+    assert newest["campaign"] in told.err
+
+
 @pytest.mark.parametrize(
     "words",
     [
