@@ -32,7 +32,7 @@ from torch import Tensor
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunked_linear import CHANNEL_CHUNK, CHANNEL_FLOOR, first_state
 from mixforge.kernels.operands import check_alike, check_log, check_shape
-from mixforge.kernels.twofold_linear import check_heads, cut
+from mixforge.kernels.twofold_linear import check_equal_heads, cut
 
 
 def dplr_reference(
@@ -160,7 +160,7 @@ def check_dplr(
     is_step: bool = False,
 ) -> None:
     """Raise ValueError where a shape, dtype or device does not fit or, on a CPU, a decay leaves its range."""
-    check_heads(q, k, v, state, is_step=is_step)
+    check_equal_heads(q, k, v, state, is_step=is_step)
     check_shape("decay", decay, q.shape)
     check_shape("removal", removal, (*q.shape[:-1], 2, q.shape[-1]))
     check_alike(q=q, k=k, v=v, decay=decay, removal=removal, state=state)

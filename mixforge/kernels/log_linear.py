@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mixforge.kernels.backend import triton_form
 from mixforge.kernels.chunk_gates import FLOOR
-from mixforge.kernels.operands import check_heads, check_shape
+from mixforge.kernels.operands import check_axes, check_heads, check_shape
 from mixforge.kernels.tracing import fixed
 from mixforge.kernels.twofold_linear import cut
 
@@ -85,10 +85,9 @@ def check_levels(
     tokens, heads = v.shape[:3], v.shape[2]
     check_shape("decay", decay, (heads,), tokens)
     check_shape("beta", beta, tokens)
-    check_shape("weight", weight, (*tokens, max(1, weight.shape[-1])))
-    if state is not None:
-        bits = state.shape[2] if state.dim() == 5 else 1
-        check_shape("state", state, (len(v), heads, bits, k.shape[3], v.shape[3]))
+    check_shape("weight", weight, (*tokens, "levels"))
+    check_axes("weight", weight, "batch, time, heads, levels")
+    check_shape("state", state, (len(v), heads, "bits", k.shape[3], v.shape[3]))
 
 
 def log_linear_step(

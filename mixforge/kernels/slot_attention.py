@@ -144,9 +144,8 @@ def first_slots(k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None) -> Te
 def check_slots(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None) -> None:
     """Raise ValueError where shapes do not fit."""
     check_heads(q, k, v)
-    slots = decay.shape[-1]
-    check_shape("decay", decay, (*v.shape[:3], slots))
-    check_shape("state", state, (len(v), v.shape[2], slots, v.shape[3] + k.shape[3]))
+    check_shape("decay", decay, (*v.shape[:3], "slots"))
+    check_shape("state", state, (len(v), v.shape[2], decay.shape[3], v.shape[3] + k.shape[3]))
 
 
 def matmul_flops(length: int, *, heads: int, key_dim: int, value_dim: int, slots: int) -> int:

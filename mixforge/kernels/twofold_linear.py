@@ -114,7 +114,7 @@ def check_twofold(
     is_step: bool = False,
 ) -> None:
     """Raise ValueError where a shape, dtype or device does not fit or, on a CPU, a decay leaves its range."""
-    check_heads(q, k, v, state, is_step=is_step)
+    check_equal_heads(q, k, v, state, is_step=is_step)
     check_shape("decay", decay, q.shape)
     check_shape("value_decay", value_decay, v.shape)
     check_alike(q=q, k=k, v=v, decay=decay, value_decay=value_decay, state=state)
@@ -123,7 +123,7 @@ def check_twofold(
         check_log("value_decay", value_decay, CHANNEL_FLOOR)
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *, is_step: bool) -> None:
+def check_equal_heads(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *, is_step: bool) -> None:
     """Raise ValueError where queries, keys, values and state have no heads in common, or no dtype."""
     for name, given in (("q", q), ("k", k), ("v", v)):
         check_axes(name, given, "batch, heads, dim" if is_step else "batch, time, heads, dim")

@@ -114,8 +114,11 @@ def test_bad_input(backend: str) -> None:
             r"it must be one of \[4\], \[2, 20, 4\]",
         ),
         ((q, k, v, decay, beta, None, weight[:, :5]), r"weight has shape \[2, 5, 4, 6\]"),
-        ((q, k, v, decay, beta, torch.zeros(2, 4, KEYS, VALUES), weight), r"it must be \[2, 4, 1, 5, 7\]"),
-        ((q, k, v, decay, beta, torch.zeros(2, 3, 6, KEYS, VALUES), weight), r"it must be \[2, 4, 6, 5, 7\]"),
+        ((q, k, v, decay, beta, torch.zeros(2, 4, KEYS, VALUES), weight), r"it must be \[2, 4, bits, 5, 7\]"),
+        (
+            (q, k, v, decay, beta, torch.zeros(2, 3, 6, KEYS, VALUES), weight),
+            r"it must be \[2, 4, bits, 5, 7\]",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             run(*given)
