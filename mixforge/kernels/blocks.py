@@ -103,6 +103,16 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gram", Config({"BK": 16}, warps=8, stages=1), variant="channel"),
     Row("linear_gram", Config({"BK": 64}), itemsize=2),
     Row("linear_gram", Config({"BK": 32}, warps=8)),
+    # Both in one, where keys are so narrow that all is work for one warp.
+    Row("linear_gram_solve", Config({"BK": 16}), generation="cpu", key=16),
+    Row(
+        "linear_gram_solve",
+        Config({"BK": 64}, warps=1, stages=1),
+        generation=("sm_80", "sm_9", "gfx"),
+        itemsize=2,
+        key=64,
+    ),
+    Row("linear_gram_solve", Config({"BK": 64}, warps=2, stages=1), generation="sm_", itemsize=2, key=64),
     Row("linear_solve", Config(warps=2, stages=1), generation="sm_1"),
     Row("linear_solve", Config(warps=1, stages=1)),
     # With the output; where there is no such row, a kernel of its own makes that.

@@ -153,17 +153,82 @@ def _pairs(
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
+def linear_gram_solve(
+    q, k, log, beta, sums, pairs, system, inverse, cu, table, T, NC,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, C: tl.constexpr,
+    SUB: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """`linear_gram` and `linear_solve` in one, for keys that a single warp can hold: P, M and G of one chunk and head.
+
+    Rule delta, and no decays per channel. `system` is room for A.
+    """
+    bg, chunk = tl.program_id(0), tl.program_id(1)
+    g = bg % G
+    first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    within, channel = tl.arange(0, C), tl.arange(0, BK)
+    # Places count from the chunk's first row: numbers of 64 bits for each element would fill the registers.
+    base = first + c * C
+    count = tl.maximum(tl.minimum(length - c * C, C), 0).to(tl.int32)
+    head = base * G + g
+    q += (base * H + g // (G // H)) * K
+    k += (base * H + g // (G // H)) * K
+    pairs += head * C
+    system += head * C
+    beta += head
+    if GATE == 2:
+        log += head
+        sums += base * G
+        decay = tl.load(log + within * G, mask=within < count, other=0.0).to(tl.float32)
+        tl.store(sums + within * G + g, tl.cumsum(cut_log(decay), 0), mask=within < count)
+        tl.debug_barrier()
+    k_CK = tl.load(
+        k + ((within * (H * K))[:, None] + channel[None, :]),
+        mask=(within < count)[:, None] & (channel < K)[None, :],
+        other=0.0,
+    )
+    for start in range(0, C, SUB):
+        row = start + tl.arange(0, SUB)
+        valid = row < count
+        place = (row * (H * K))[:, None] + channel[None, :]
+        mask = valid[:, None] & (channel < K)[None, :]
+        p_SC = tl.dot(tl.load(q + place, mask=mask, other=0.0), tl.trans(k_CK), input_precision=PRECISION)
+        a_SC = tl.dot(tl.load(k + place, mask=mask, other=0.0), tl.trans(k_CK), input_precision=PRECISION)
+        causal = row[:, None] >= within[None, :]
+        if (GATE == 1) or (GATE == 2):
+            here = running_sums(log, sums, g, row, valid, row, G, GATE)
+            there = running_sums(log, sums, g, within, within < count, within, G, GATE)
+            weight = tl.exp(tl.where(causal & valid[:, None], here[:, None] - there[None, :], 0.0))
+            p_SC *= weight
+            a_SC *= weight
+        place = (row * (G * C))[:, None] + within[None, :]
+        p_SC = tl.where(causal, p_SC, 0.0).to(pairs.dtype.element_ty)
+        tl.store(pairs + place, p_SC, mask=valid[:, None])
+        step = tl.load(beta + row * G, mask=valid, other=0.0).to(tl.float32)
+        below = row[:, None] > within[None, :]
+        tl.store(system + place, tl.where(below, step[:, None] * a_SC, 0.0), mask=valid[:, None])
+    tl.debug_barrier()
+    _solve(system, inverse + head * C, count, G, C, SUB, SOLVE)
+
+
+@triton.jit(do_not_specialize=["T", "NC"])
 def linear_solve(
     system, inverse, cu, table, T, NC,
     G: tl.constexpr, VARLEN: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M = (I + A)^-1 of one chunk and head: substitution in the diagonal blocks, then products of blocks. A is lost."""
+    """M = (I + A)^-1 of one chunk and head. A is lost."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
-    g = bg % G
     first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
+    count = tl.maximum(tl.minimum(length - c * C, C), 0).to(tl.int32)
+    head = ((first + c * C) * G + bg % G) * C
+    _solve(system + head, inverse + head, count, G, C, SUB, PRECISION)
+
+
+@triton.jit
+def _solve(
+    system, inverse, left, G: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Substitution in the diagonal blocks of the `left` rows of a chunk, then products of blocks."""
     within = tl.arange(0, SUB)
-    row = first + c * C + within
-    left = length - c * C
     in_0, in_1, in_2, in_3 = (
         within < left,
         within + SUB < left,
@@ -173,7 +238,7 @@ def linear_solve(
     # Each column by itself, of all blocks on the diagonal beside one another: a thread needs nothing of another's.
     column = tl.arange(0, C)
     start = column // SUB * SUB
-    corner = system + ((first + c * C + start) * G + g) * C + start
+    corner = system + (start * (G * C) + start)
     rows = (tl.where(column == start, 1.0, 0.0),)
     for i in tl.static_range(1, SUB):
         row_C = tl.where(column == start + i, 1.0, 0.0)
@@ -185,16 +250,16 @@ def linear_solve(
     for i in tl.static_range(SUB):
         tl.store(corner + (column - start + i * G * C), rows[i], mask=start + i < left)
     tl.debug_barrier()
-    m_00 = _block(system, row, g, in_0, 0, 0, G, C, SUB)
-    m_11 = _block(system, row, g, in_1, 1, 1, G, C, SUB)
-    m_22 = _block(system, row, g, in_2, 2, 2, G, C, SUB)
-    m_33 = _block(system, row, g, in_3, 3, 3, G, C, SUB)
-    a_10 = _block(system, row, g, in_1, 1, 0, G, C, SUB)
-    a_20 = _block(system, row, g, in_2, 2, 0, G, C, SUB)
-    a_21 = _block(system, row, g, in_2, 2, 1, G, C, SUB)
-    a_30 = _block(system, row, g, in_3, 3, 0, G, C, SUB)
-    a_31 = _block(system, row, g, in_3, 3, 1, G, C, SUB)
-    a_32 = _block(system, row, g, in_3, 3, 2, G, C, SUB)
+    m_00 = _block(system, in_0, 0, 0, G, C, SUB)
+    m_11 = _block(system, in_1, 1, 1, G, C, SUB)
+    m_22 = _block(system, in_2, 2, 2, G, C, SUB)
+    m_33 = _block(system, in_3, 3, 3, G, C, SUB)
+    a_10 = _block(system, in_1, 1, 0, G, C, SUB)
+    a_20 = _block(system, in_2, 2, 0, G, C, SUB)
+    a_21 = _block(system, in_2, 2, 1, G, C, SUB)
+    a_30 = _block(system, in_3, 3, 0, G, C, SUB)
+    a_31 = _block(system, in_3, 3, 1, G, C, SUB)
+    a_32 = _block(system, in_3, 3, 2, G, C, SUB)
     m_10 = -tl.dot(m_11, tl.dot(a_10, m_00, input_precision=PRECISION), input_precision=PRECISION)
     m_21 = -tl.dot(m_22, tl.dot(a_21, m_11, input_precision=PRECISION), input_precision=PRECISION)
     m_32 = -tl.dot(m_33, tl.dot(a_32, m_22, input_precision=PRECISION), input_precision=PRECISION)
@@ -206,37 +271,29 @@ def linear_solve(
     sum_30 += tl.dot(a_32, m_20, input_precision=PRECISION)
     m_30 = -tl.dot(m_33, sum_30, input_precision=PRECISION)
     zero = tl.zeros([SUB, SUB], tl.float32)
-    _store_row(inverse, row, g, in_0, 0, m_00, zero, zero, zero, G, C, SUB)
-    _store_row(inverse, row, g, in_1, 1, m_10, m_11, zero, zero, G, C, SUB)
-    _store_row(inverse, row, g, in_2, 2, m_20, m_21, m_22, zero, G, C, SUB)
-    _store_row(inverse, row, g, in_3, 3, m_30, m_31, m_32, m_33, G, C, SUB)
+    _store_row(inverse, in_0, 0, m_00, zero, zero, zero, G, C, SUB)
+    _store_row(inverse, in_1, 1, m_10, m_11, zero, zero, G, C, SUB)
+    _store_row(inverse, in_2, 2, m_20, m_21, m_22, zero, G, C, SUB)
+    _store_row(inverse, in_3, 3, m_30, m_31, m_32, m_33, G, C, SUB)
 
 
 @triton.jit
 def _block(
-    system,
-    row,
-    g,
-    valid,
-    i: tl.constexpr,
-    j: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    SUB: tl.constexpr,
-):
+    system, valid, i: tl.constexpr, j: tl.constexpr, G: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr
+):  # fmt: skip
     """Rows of block i and columns of block j of A."""
-    column = j * SUB + tl.arange(0, SUB)
-    return tl.load(
-        system + ((row + i * SUB) * G + g)[:, None] * C + column[None, :], mask=valid[:, None], other=0.0
-    )
+    within = tl.arange(0, SUB)
+    place = ((within + i * SUB) * (G * C))[:, None] + (within + j * SUB)[None, :]
+    return tl.load(system + place, mask=valid[:, None], other=0.0)
 
 
 @triton.jit
 def _store_row(
-    inverse, row, g, valid, i: tl.constexpr, m_0, m_1, m_2, m_3, G: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr
+    inverse, valid, i: tl.constexpr, m_0, m_1, m_2, m_3, G: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr
 ):  # fmt: skip
     """The four blocks of a row of blocks."""
-    place = inverse + ((row + i * SUB) * G + g)[:, None] * C + tl.arange(0, SUB)[None, :]
+    within = tl.arange(0, SUB)
+    place = inverse + (((within + i * SUB) * (G * C))[:, None] + within[None, :])
     tl.store(place, m_0.to(inverse.dtype.element_ty), mask=valid[:, None])
     tl.store(place + SUB, m_1.to(inverse.dtype.element_ty), mask=valid[:, None])
     tl.store(place + 2 * SUB, m_2.to(inverse.dtype.element_ty), mask=valid[:, None])

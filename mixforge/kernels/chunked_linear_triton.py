@@ -56,6 +56,7 @@ from mixforge.kernels.chunked_linear_backward_triton import (
 )
 from mixforge.kernels.chunked_linear_forward_triton import (
     linear_gram,
+    linear_gram_solve,
     linear_output,
     linear_scan,
     linear_solve,
@@ -212,7 +213,10 @@ class Shape:
         # Whether the scan makes O as well, so that no other kernel reads states and values again: where the table has
         # blocks for it, and there are programs enough, since each of them goes from chunk to chunk.
         programs = self.sequences * self.heads * -(-self.values // 64)
-        self.fuses = programs >= ENOUGH and not self.is_wide and self._has_blocks_with_output()
+        fills = programs >= ENOUGH and not self.is_wide
+        self.fuses = fills and self._has_blocks("linear_scan", "output, ")
+        # Whether P, A and M are made by one kernel: for narrow keys, whose products are work for a single warp.
+        self.is_narrow = self.delta and self.gate != "channel" and self._has_blocks("linear_gram_solve")
         # The scan goes on from what it stored.
         self.of_states = torch.float32 if self.is_wide else v.dtype
         # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
@@ -221,9 +225,10 @@ class Shape:
             self.wide = torch.float32
             self.wide_precision = "tf32" if generation().startswith("sm_") else "ieee"
 
-    def _has_blocks_with_output(self) -> bool:
-        wanted = ShapeClass("linear_scan", self.dtype, self.keys, self.values, f"output, {self.variant}")
-        return any(row.variant.startswith("output") for row in rows_for(wanted, generation()))
+    def _has_blocks(self, kernel: str, part: str = "") -> bool:
+        """Whether the table has blocks of a kernel, for what it makes beside its own."""
+        wanted = ShapeClass(kernel, self.dtype, self.keys, self.values, f"{part}{self.variant}")
+        return any(row.variant.startswith(part.rstrip(", ")) for row in rows_for(wanted, generation()))
 
     @property
     def variant(self) -> str:
@@ -317,14 +322,19 @@ def forward_kernels(
     final = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     o = torch.empty_like(v)
     each_chunk = (shape.batch * shape.heads, shape.chunks)
-    if shape.has_gram:
+    solve = dot_precision(torch.float32)
+    if shape.is_narrow:
+        shape.run(
+            linear_gram_solve, each_chunk, q, k, decay, beta, sums, pairs, system, inverse, blocks=("BK",),
+            **common, H=shape.key_heads, SUB=BLOCK, PRECISION=precision, SOLVE=solve,
+        )  # fmt: skip
+    elif shape.has_gram:
         shape.run(
             linear_gram, each_chunk, q, k, decay, beta, sums, *(scaled or (None, None, None)), pairs, system,
             blocks=("BK",), **common, H=shape.key_heads, DELTA=shape.delta, SUB=BLOCK, WIDE=TYPES[shape.wide],
             PRECISION=shape.wide_precision,
         )  # fmt: skip
-    if shape.delta:
-        solve = dot_precision(torch.float32)
+    if shape.delta and not shape.is_narrow:
         shape.run(linear_solve, each_chunk, system, inverse, SUB=BLOCK, PRECISION=solve)
     q_read, k_read, k_write = scaled or (q, k, k)
     kernel, blocks, how = shape.scan(linear_scan, linear_scan_wide)

@@ -321,6 +321,9 @@ CASES: tuple[Case, ...] = (
     *(_linear(variant, 256) for variant in ("scalar, delta", "channel, delta")),
     *(_linear("channel, delta", dim, torch.float32) for dim in (64, 128)),
     _linear("channel, delta", 128, torch.float16),
+    # Narrow heads, whose parts are made by fewer kernels.
+    *(_linear(variant, dim) for variant in ("scalar, add", "scalar, delta") for dim in (32, 64)),
+    *(_linear("scalar, delta", dim, torch.float16) for dim in (64,)),
     # Few key channels beside many of the values, of which compilers have made wrong code.
     *(
         _case("chunked_linear", variant, _chunked_linear, {**_NARROW, "V": values}, chunked_linear_reference)

@@ -281,16 +281,20 @@ def test_compiles_as_one_graph() -> None:
 
 
 def test_launches() -> None:
-    """A call is two launches, four with a system to solve, and three backwards; one less where the scan makes O."""
-    for rule, target, batch, expected in (
-        ("add", "sm_90", 1, 2),
-        ("delta", "sm_90", 1, 4),
-        ("add", "sm_90", 128, 1),
-        ("delta", "sm_90", 128, 3),
-        ("delta", "sm_80", 128, 4),
+    """A call is two launches, three or four with a system, and three backwards; one less where the scan makes O."""
+    for rule, target, batch, dim, expected in (
+        ("add", "sm_90", 1, 16, 2),
+        ("add", "sm_90", 128, 16, 1),
+        ("delta", "sm_90", 1, 65, 4),
+        ("delta", "sm_90", 1, 64, 3),
+        ("delta", "sm_90", 128, 65, 3),
+        ("delta", "sm_90", 128, 64, 2),
+        ("delta", "sm_80", 128, 65, 4),
+        ("delta", "sm_80", 128, 64, 3),
     ):
         with recording(target) as recorded:
-            drawn = [None if x is None else x.to("meta") for x in draw("scalar", rule, 130, batch=batch)]
+            drawn = draw("scalar", rule, 130, batch=batch, key_dim=dim)
+            drawn = [None if x is None else x.to("meta") for x in drawn]
             inputs = [x if x is None or i in (3, 4, 5) else x.bfloat16() for i, x in enumerate(drawn)]
             o, last, *kept = chunked_linear_triton.forward_kernels(*inputs, None, True)
             assert len(recorded.launches) == expected
