@@ -1,9 +1,10 @@
-"""Launches and bytes of our kernels beside fla-core's, forward and backward. Nothing runs: no GPU is needed.
+"""Launches and bytes of our kernels beside fla-core's. Nothing runs: no GPU is needed.
 
     .venv-oracle/bin/python benchmarks/traffic.py [--json FILE] [--only PATTERN]
 
 Each form that `kernels.py` times runs on meta tensors, as on a Hopper GPU, with its kernels written down instead of
-launched: those of Triton, and PyTorch's between them. A launch moves each tensor that it is given once and as a whole.
+launched: those of Triton, and PyTorch's between them. "Forward" is without gradients and with the last state, as for a
+prompt; "both" is forward and backward, as in training. A launch moves each tensor that it is given once and as a whole.
 "Tuned" are the configurations that Triton's tuner compiles and times on the way, of kernels that no row above has met;
 ours come from a table. Without fla-core, or under Triton's interpreter, the exit status is 2.
 """
@@ -18,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +58,7 @@ FREE = ("empty", "new_empty", "_unsafe_view")
 
 @dataclass(slots=True)
 class Pass:
-    """What is launched on the way forward or backward."""
+    """What is launched by one call."""
 
     triton: int = 0
     torch: int = 0
@@ -84,7 +85,9 @@ class Row:
     size: str
     form: str
     forward: Pass
-    backward: Pass | None
+    """Without gradients."""
+    both: Pass | None
+    """Forward and backward; None of a step."""
 
 
 class Driver:
@@ -187,32 +190,34 @@ def written_down() -> Generator[list[Pass]]:
 
 
 def record(case: Case, form: str, passes: list[Pass]) -> Row:
-    """Both passes of a form; a step has one."""
+    """One form without gradients and, unless it is a step, forward and backward."""
     inputs = case.draw(case.size, torch.device("meta"), torch.bfloat16)
 
-    def passed(run: Callable[[], object]) -> tuple[Pass, Tensor]:
+    def passed(run: Callable[[], object]) -> Pass:
         passes.append(Pass())
         with recording(GENERATION) as ours, Between(passes[-1]):
-            output = next(tensors(run()))
+            run()
         for launch in ours.launches:
             passes[-1].add(launch.name, list(tensors(launch.args)))
-        return passes[-1], output
+        return passes[-1]
 
-    with torch.set_grad_enabled(not case.is_step):
-        forward, output = passed(lambda: case.forms[form](*inputs))
-    backward = None
-    if not case.is_step:
+    def train() -> None:
+        output = next(tensors(case.forms[form](*inputs)))
         leaves = [each for each in inputs if each is not None and each.requires_grad]
-        backward, _ = passed(lambda: torch.autograd.grad(output, leaves, output.detach()))
+        torch.autograd.grad(output, leaves, output.detach())
+
+    with torch.no_grad():
+        forward = passed(lambda: case.forms[form](*inputs))
+    both = None if case.is_step else passed(train)
     where = {"op": case.op, "variant": case.variant, "size": case.size.text}
-    return Row(**where, form=form, forward=forward, backward=backward)
+    return Row(**where, form=form, forward=forward, both=both)
 
 
 def line(row: Row) -> str:
-    """As people read it: launches of Triton and of PyTorch, megabytes and candidates, of each pass."""
+    """As people read it: launches of Triton and of PyTorch, megabytes and candidates, forward and both."""
     name = f"{row.op} ({row.variant})" if row.variant else row.op
     text = f"{name:<24}{row.size:<22}{row.form:<36}"
-    for made in (row.forward, row.backward):
+    for made in (row.forward, row.both):
         if made is not None:
             text += f"{made.triton:6} +{made.torch:2}{made.bytes / 1e6:10.2f}{made.tuned:6}"
     return text
@@ -228,14 +233,16 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         rivals = [one for one in rows if place(one) == place(row) and one.form != row.form]
         if row.form != OURS or not rivals:
             continue
-        for name, of in (("forward", forward), ("both", both)) if row.backward else (("step", forward),):
-            best = min(rivals, key=lambda one: of(one).bytes)
-            moved = of(best).bytes / of(row).bytes
-            is_less = moved >= 1 and of(best).launches >= of(row).launches
+        for name in ("forward", "both") if row.both else ("forward",):
+            made = getattr(row, name)
+            best = min(rivals, key=lambda one: getattr(one, name).bytes)
+            theirs = getattr(best, name)
+            moved = theirs.bytes / made.bytes
+            is_less = moved >= 1 and theirs.launches >= made.launches
             said = (
                 f"{'less' if is_less else 'MORE'} {row.op} {row.variant} {row.size} {name}: {best.form} moves"
             )
-            launches = f"in {of(best).launches} launches for {of(row).launches}"
+            launches = f"in {theirs.launches} launches for {made.launches}"
             lines.append(f"{said} {moved:.2f} times the bytes of ours, {launches}")
     return lines
 
@@ -243,17 +250,6 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 def place(row: Row) -> tuple[str, str, str]:
     """Rows of one place are forms of the same."""
     return row.op, row.variant, row.size
-
-
-def forward(row: Row) -> Pass:
-    return row.forward
-
-
-def both(row: Row) -> Pass:
-    """Both passes as one."""
-    assert row.backward is not None
-    pairs = [(getattr(row.forward, each.name), getattr(row.backward, each.name)) for each in fields(Pass)]
-    return Pass(*(one + other for one, other in pairs))
 
 
 def is_timed(form: str) -> bool:

@@ -84,12 +84,13 @@ def linear_rivals(decay: str, rule: str) -> dict[str, Operation]:
 
 
 def sequence(operation: Operation, name: str, decay: str, extra: dict[str, object]) -> Operation:
-    """`operation` called as ours are."""
+    """`operation` called as ours are, which return the last state: it is asked for without gradients, as for a prompt."""
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, log: Tensor | None, beta: Tensor | None
     ) -> Tensor | tuple[Tensor, ...]:
-        return operation(q, k, v, **named(name, decay, log, beta), scale=1.0, **extra)
+        last = {"output_final_state": not torch.is_grad_enabled()}
+        return operation(q, k, v, **named(name, decay, log, beta), scale=1.0, **last, **extra)
 
     return run
 
@@ -102,7 +103,7 @@ def dplr_rivals() -> dict[str, Operation]:
 
     def run(q: Tensor, k: Tensor, v: Tensor, log: Tensor, removal: Tensor) -> Tensor | tuple[Tensor, ...]:
         a, b = removal.unbind(-2)
-        return operation(q, k, v, a, -b, log, scale=1.0)
+        return operation(q, k, v, a, -b, log, scale=1.0, output_final_state=not torch.is_grad_enabled())
 
     return {"fla chunk_dplr_delta_rule": run}
 
@@ -149,7 +150,11 @@ def scan_rivals() -> dict[str, Operation]:
     operation = find("fla.ops.hgrn", "chunk_hgrn")
     if operation is None:
         return {}
-    return {"fla chunk_hgrn": lambda log_a, b: operation(b, log_a)}
+
+    def run(log_a: Tensor, b: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return operation(b, log_a, output_final_state=not torch.is_grad_enabled())
+
+    return {"fla chunk_hgrn": run}
 
 
 def conv_rivals() -> dict[str, Operation]:

@@ -104,15 +104,15 @@ TABLE: tuple[Row, ...] = (
     Row("linear_gram", Config({"BK": 64}), itemsize=2),
     Row("linear_gram", Config({"BK": 32}, warps=8)),
     # Both in one, where keys are so narrow that all is work for one warp.
-    Row("linear_gram_solve", Config({"BK": 16}), generation="cpu", key=16),
+    Row("linear_gram_solve", Config(), generation="cpu", key=16),
     Row(
         "linear_gram_solve",
-        Config({"BK": 64}, warps=1, stages=1),
-        generation=("sm_80", "sm_9", "gfx"),
+        Config(warps=1, stages=1),
+        generation=("sm_9", "gfx"),
         itemsize=2,
         key=64,
     ),
-    Row("linear_gram_solve", Config({"BK": 64}, warps=2, stages=1), generation="sm_", itemsize=2, key=64),
+    Row("linear_gram_solve", Config(warps=2, stages=1), generation="sm_", itemsize=2, key=64),
     Row("linear_solve", Config(warps=2, stages=1), generation="sm_1"),
     Row("linear_solve", Config(warps=1, stages=1)),
     # With the output; where there is no such row, a kernel of its own makes that.
@@ -161,6 +161,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_scan_backward", Config({"BV": 32}, stages=1), generation="gfx", itemsize=2, key=128),
     Row("linear_scan_backward", Config({"BV": 16}, stages=1), generation="gfx"),
     Row("linear_scan_backward", Config({"BV": 16}), generation=AMPERE, itemsize=2, key=128),
+    Row("linear_scan_backward", Config({"BV": 32}, warps=8), generation="sm_10", itemsize=2, key=64),
     Row("linear_scan_backward", Config({"BV": 32}), itemsize=2, key=128),
     Row("linear_scan_backward", Config({"BV": 16}, warps=8, stages=1), itemsize=2),
     Row("linear_scan_backward", Config({"BV": 16}, stages=1), generation="sm_9"),
@@ -170,6 +171,24 @@ TABLE: tuple[Row, ...] = (
     # fills it again on Hopper while a product still reads it.
     Row("linear_pairs_backward", Config({"BV": 64}, stages=1), itemsize=2),
     Row("linear_pairs_backward", Config({"BV": 16}, warps=8, stages=1)),
+    # With dP made within, where one block of keys is all of them, and the values are few.
+    *(
+        Row(
+            "linear_gradients",
+            config,
+            generation=on,
+            itemsize=size,
+            key=dims,
+            value=dims,
+            variant=f"pairs, {decay}, add",
+        )
+        for on, size, dims, config in (
+            ("cpu", 8, 16, Config({"BK": 16, "BV": 16})),
+            (AMPERE, 2, 32, Config({"BK": 32, "BV": 64}, stages=1)),
+            (("sm_9", "sm_10", "gfx"), 2, 64, Config({"BK": 64, "BV": 64}, stages=1)),
+        )
+        for decay in ("none", "head", "scalar")
+    ),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}), generation="gfx", itemsize=2, variant="channel"),
     Row("linear_gradients", Config({"BK": 16, "BV": 64}, stages=1), itemsize=2, key=16, variant="channel"),
     Row(
@@ -181,7 +200,14 @@ TABLE: tuple[Row, ...] = (
     ),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, warps=8, stages=1), itemsize=2, variant="channel"),
     Row("linear_gradients", Config({"BK": 32, "BV": 64}, stages=1), generation=AMPERE, itemsize=2),
-    Row("linear_gradients", Config({"BK": 64, "BV": 128}, stages=1), generation="sm_9", itemsize=2, key=128),
+    Row(
+        "linear_gradients",
+        Config({"BK": 64, "BV": 128}, stages=1),
+        generation="sm_9",
+        itemsize=2,
+        key=128,
+        value=128,
+    ),
     Row("linear_gradients", Config({"BK": 64, "BV": 64}, stages=1), itemsize=2),
     Row("linear_gradients", Config({"BK": 16, "BV": 16}, warps=4), generation="gfx"),
     Row("linear_gradients", Config({"BK": 16, "BV": 32}, stages=1), generation="sm_9"),
@@ -361,9 +387,10 @@ def from_table(wanted: ShapeClass, generation: str) -> Config:
     return fitting[0].config
 
 
-def rows_for(wanted: ShapeClass, generation: str) -> list[Row]:
+@cache
+def rows_for(wanted: ShapeClass, generation: str) -> tuple[Row, ...]:
     """The rows of the table that fit, the one to take first."""
-    return [
+    return tuple(
         row
         for row in TABLE
         if row.kernel == wanted.kernel
@@ -372,7 +399,7 @@ def rows_for(wanted: ShapeClass, generation: str) -> list[Row]:
         and wanted.key <= row.key
         and wanted.value <= row.value
         and wanted.variant.startswith(row.variant)
-    ]
+    )
 
 
 @dataclass(slots=True)

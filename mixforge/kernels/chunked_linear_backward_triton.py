@@ -81,7 +81,8 @@ def linear_scan_backward(
             dvalue_CV = (factor[:, None] * du_CV).to(k_CK.dtype)
             dstate = tl.dot(tl.trans(k_CK), dvalue_CV, dstate, input_precision=PRECISION)
         tl.store(dx + spot, du_CV.to(dx.dtype.element_ty), mask=in_values)
-    tl.store(dfirst + ng.to(tl.int64) * K * V + matrix, dstate, mask=in_matrix)
+    if dfirst is not None:
+        tl.store(dfirst + ng.to(tl.int64) * K * V + matrix, dstate, mask=in_matrix)
 
 
 @triton.jit(do_not_specialize=["T", "NC"])
@@ -142,7 +143,10 @@ def linear_gradients(
     VARLEN: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ and dK of one chunk and head, a block of key channels, with its part of dbeta, and of dG where it is wanted."""
+    """dQ and dK of one chunk and head, a block of key channels, with its part of dbeta, and of dG where it is wanted.
+
+    Without dpairs dP is made here, of a rule add without decays per channel.
+    """
     bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
     first, length, c, h = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
@@ -158,7 +162,8 @@ def linear_gradients(
     dk += head * K
     u += head * V
     do += head * V
-    dpairs += head * C
+    if dpairs is not None:
+        dpairs += head * C
     states += (h * G + g) * (K * V)
     dstates += (h * G + g) * (K * V)
     # Rows of scalars, one for each block of key channels.
@@ -236,6 +241,10 @@ def linear_gradients(
     dq_CK = tl.zeros([C, BK], tl.float32)
     dwrite_CK = tl.zeros([C, BK], tl.float32)
     z_CK = tl.zeros([C, BK], tl.float32)
+    if dpairs is None:
+        # Transposed as well, as a product of its own: compilers have made wrong code of transposed sums.
+        dp_CC = _pairs_gradient(do, u, log, sums, g, within, valid, False, G, V, GATE, BV, PRECISION)
+        transposed_CC = _pairs_gradient(u, do, log, sums, g, within, valid, True, G, V, GATE, BV, PRECISION)
     # The part of dG that belongs to the chunk's last row: for each channel, or for all of them.
     along = tl.zeros([BK], tl.float32)
     held = 0.0
@@ -292,9 +301,11 @@ def linear_gradients(
             dwrite_CK *= write[:, None]
             if dlog is not None:
                 held = held * keep + tl.sum(k_CK.to(tl.float32) * dwrite_CK)
-        dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
+        if dpairs is not None:
+            dp_CC = tl.load(dpairs + pair, mask=valid[:, None], other=0.0)
+            transposed_CC = tl.trans(dp_CC)
         dq_CK = tl.dot(dp_CC, k_CK, dq_CK, input_precision=PRECISION)
-        dwrite_CK = tl.dot(tl.trans(dp_CC), q_CK, dwrite_CK, input_precision=PRECISION)
+        dwrite_CK = tl.dot(transposed_CC, q_CK, dwrite_CK, input_precision=PRECISION)
         if DELTA:
             da_CC = tl.load(dsystem + pair, mask=valid[:, None], other=0.0)
             dwrite_CK = tl.dot(tl.trans(da_CC), steps_CK, dwrite_CK, input_precision=PRECISION)
@@ -321,6 +332,33 @@ def linear_gradients(
             # A row counts for itself and for all rows before it.
             program = (block.to(tl.int64) * tl.num_programs(1) + chunk) * tl.num_programs(0) + bg
             tl.store(dlog + program, tl.sum((within + 1)[:, None] * d_CK) + count * held)
+
+
+@triton.jit
+def _pairs_gradient(
+    x, y, log, sums, g, within, valid, TRANSPOSED: tl.constexpr,
+    G: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dP [C, C] of scalar decays or none, from dO and U, or its transpose, from U and dO."""
+    made = tl.zeros([within.shape[0], within.shape[0]], tl.float32)
+    for start in range(0, V, BV):
+        value = start + tl.arange(0, BV)
+        spot = (within * (G * V))[:, None] + value[None, :]
+        mask = valid[:, None] & (value < V)[None, :]
+        x_CV = tl.load(x + spot, mask=mask, other=0.0)
+        y_CV = tl.load(y + spot, mask=mask, other=0.0)
+        made = tl.dot(x_CV, tl.trans(y_CV), made, input_precision=PRECISION)
+    if TRANSPOSED:
+        pairs = within[:, None] <= within[None, :]
+    else:
+        pairs = within[:, None] >= within[None, :]
+    if GATE != 0:
+        total = running_sums(log, sums, g, within, valid, within, G, GATE)
+        if TRANSPOSED:
+            made *= pair_weights(-total, pairs & valid[None, :])
+        else:
+            made *= pair_weights(total, pairs & valid[:, None])
+    return tl.where(pairs, made, 0.0).to(x.dtype.element_ty)
 
 
 @triton.jit

@@ -156,7 +156,7 @@ def _pairs(
 def linear_gram_solve(
     q, k, log, beta, sums, pairs, system, inverse, cu, table, T, NC,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, VARLEN: tl.constexpr, C: tl.constexpr,
-    SUB: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    SUB: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """`linear_gram` and `linear_solve` in one, for keys that a single warp can hold: P, M and G of one chunk and head.
 
@@ -165,7 +165,7 @@ def linear_gram_solve(
     bg, chunk = tl.program_id(0), tl.program_id(1)
     g = bg % G
     first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
-    within, channel = tl.arange(0, C), tl.arange(0, BK)
+    within, channel = tl.arange(0, C), tl.arange(0, KP)
     # Places count from the chunk's first row: numbers of 64 bits for each element would fill the registers.
     base = first + c * C
     count = tl.maximum(tl.minimum(length - c * C, C), 0).to(tl.int32)
@@ -401,7 +401,7 @@ def linear_output(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, GRAM: tl.constexpr,
     VARLEN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O of one chunk and head, a block of value channels; with GRAM, P as well."""
+    """O of one chunk and head, a block of value channels; with GRAM, P as well, which is kept where it is not None."""
     bg, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = bg % G
     first, length, c, h = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
@@ -423,7 +423,7 @@ def linear_output(
         if GRAM:
             k_CK = tl.load(k + key_row, mask=in_keys, other=0.0)
             inner = tl.dot(q_CK, tl.trans(k_CK), inner, input_precision=PRECISION)
-    place = pairs + (row * G + g)[:, None] * C + within[None, :]
+    place = (row * G + g)[:, None] * C + within[None, :]
     causal = within[:, None] >= within[None, :]
     if (GATE == 1) or (GATE == 2):
         total = running_sums(log, sums, g, row, valid, within, G, GATE)
@@ -431,9 +431,10 @@ def linear_output(
         if GRAM:
             inner *= pair_weights(total, causal & valid[:, None])
     if GRAM:
-        p_CC = tl.where(causal, inner, 0.0).to(pairs.dtype.element_ty)
-        tl.store(place, p_CC, mask=valid[:, None] & (block == 0))
+        p_CC = tl.where(causal, inner, 0.0).to(q_read.dtype.element_ty)
+        if pairs is not None:
+            tl.store(pairs + place, p_CC, mask=valid[:, None] & (block == 0))
     else:
-        p_CC = tl.load(place, mask=valid[:, None], other=0.0)
+        p_CC = tl.load(pairs + place, mask=valid[:, None], other=0.0)
     o_CV = tl.dot(p_CC, tl.load(u + spot, mask=in_values, other=0.0), o_CV, input_precision=PRECISION)
     tl.store(o + spot, o_CV.to(o.dtype.element_ty), mask=in_values)

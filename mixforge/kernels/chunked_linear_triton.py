@@ -63,6 +63,7 @@ from mixforge.kernels.chunked_linear_forward_triton import (
 )
 from mixforge.kernels.chunked_linear_wide_triton import linear_scan_backward_wide, linear_scan_wide
 from mixforge.kernels.launch import check_device, dot_precision, generation, launch, on_device, recording
+from mixforge.kernels.operands import wants_gradient
 
 CHUNK = 64
 BLOCK = 16
@@ -98,15 +99,8 @@ def chunked_linear_triton(
     check_limits(q_BTHK, ANY)
     if q_BTHK.shape[3] > MOST_KEYS[q_BTHK.dtype] and beta_BTG is None:
         return by_groups_of_keys(q_BTHK, k_BTHK, v_BTGV, decay, state_BGKV, cu_seqlens)
-    given = (
-        q_BTHK,
-        k_BTHK,
-        v_BTGV,
-        None if decay is None else decay.float(),
-        None if beta_BTG is None else beta_BTG.float(),
-        None if state_BGKV is None else state_BGKV.float(),
-    )
-    keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    given = (q_BTHK, k_BTHK, v_BTGV, decay, beta_BTG, state_BGKV)
+    keeps = wants_gradient(*given)
     o_BTGV, state, *_ = forward(*given, cu_seqlens, keeps)
     return o_BTGV, state
 
@@ -191,6 +185,7 @@ class Shape:
         self.sums = self.gate in ("scalar", "channel")
         # Queries and keys that a decay per channel has scaled are those of value heads.
         self.read_heads = self.heads if self.gate == "channel" else self.key_heads
+        self._configs: dict[str, Config] = {}
         self.cu = cu
         self.table = self.offsets = None
         self.sequences = self.batch
@@ -217,6 +212,8 @@ class Shape:
         self.fuses = fills and self._has_blocks("linear_scan", "output, ")
         # Whether P, A and M are made by one kernel: for narrow keys, whose products are work for a single warp.
         self.is_narrow = self.delta and self.gate != "channel" and self._has_blocks("linear_gram_solve")
+        # Whether dP stays within linear_gradients: where one block of keys is all of them.
+        self.joins = not self.delta and self._has_blocks("linear_gradients", "pairs, ")
         # The scan goes on from what it stored.
         self.of_states = torch.float32 if self.is_wide else v.dtype
         # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
@@ -238,9 +235,15 @@ class Shape:
     def config(self, kernel: Any, used: tuple[str, ...]) -> Config:
         """Blocks of a kernel, no wider than the dims are."""
         name = kernel.fn.__name__
-        variant = f"output, {self.variant}" if kernel is linear_scan and self.fuses else self.variant
+        if name not in self._configs:
+            self._configs[name] = self._config(name, used)
+        return self._configs[name]
+
+    def _config(self, name: str, used: tuple[str, ...]) -> Config:
+        more = {"linear_scan": "output, " * self.fuses, "linear_gradients": "pairs, " * self.joins}
+        variant = more.get(name, "") + self.variant
         # Of decays per channel, linear_gram multiplies what their powers have scaled.
-        dtype = self.wide if kernel is linear_gram else self.dtype
+        dtype = self.wide if name == "linear_gram" else self.dtype
         found = choose(name, generation(), dtype, self.keys, self.values, variant)
         dims = {"BK": self.keys, "BV": self.values}
         if (
@@ -303,7 +306,7 @@ def forward_kernels(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     decay, beta, state = (None if x is None else x.contiguous() for x in (decay, beta, state))
     shape = Shape(q, v, decay, beta, cu_seqlens)
-    common = {"K": shape.keys, "GATE": GATES[shape.gate]}
+    common: dict[str, Any] = {"K": shape.keys, "GATE": GATES[shape.gate]}
     value, precision = {"V": shape.values}, dot_precision(shape.dtype)
     cells = (shape.batch, shape.length, shape.heads)
     scaled = [q.new_empty(*cells, shape.keys) for _ in range(3)] if shape.gate == "channel" else []
@@ -311,7 +314,7 @@ def forward_kernels(
     has_later = keeps or not shape.fuses
     has_sums = shape.sums and (has_later or shape.has_gram)
     sums = q.new_empty(decay.shape, dtype=torch.float32) if has_sums and decay is not None else None
-    pairs = q.new_empty(*cells, CHUNK) if has_later or shape.has_gram else None
+    pairs = q.new_empty(*cells, CHUNK) if keeps or shape.has_gram else None
     system = q.new_empty(*cells, CHUNK, dtype=torch.float32) if shape.delta else None
     inverse = q.new_empty(*cells, CHUNK) if shape.delta else None
     u = torch.empty_like(v) if shape.delta and has_later else None
@@ -325,8 +328,8 @@ def forward_kernels(
     solve = dot_precision(torch.float32)
     if shape.is_narrow:
         shape.run(
-            linear_gram_solve, each_chunk, q, k, decay, beta, sums, pairs, system, inverse, blocks=("BK",),
-            **common, H=shape.key_heads, SUB=BLOCK, PRECISION=precision, SOLVE=solve,
+            linear_gram_solve, each_chunk, q, k, decay, beta, sums, pairs, system, inverse,
+            **common, H=shape.key_heads, SUB=BLOCK, KP=padded(shape.keys), PRECISION=precision, SOLVE=solve,
         )  # fmt: skip
     elif shape.has_gram:
         shape.run(
@@ -374,10 +377,11 @@ def backward_kernels(
     do: Tensor,
     dfinal: Tensor | None,
     of_decay: bool = True,
+    of_state: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, decay, beta and the first state, from those of o and the last state.
 
-    What has none is empty; that of the decay also where it is not wanted, as of constants.
+    What has none is empty; those of the decay and the first state also where they are not wanted, as of constants.
     """
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
     decay, beta, dfinal = (None if x is None else x.contiguous() for x in (decay, beta, dfinal))
@@ -389,26 +393,30 @@ def backward_kernels(
     kept_u = u if shape.delta else v
     cells = (shape.batch, shape.length, shape.heads)
     dx, dstates = torch.empty_like(v), torch.empty_like(states)
-    dfirst = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
+    dfirst = None
+    if of_state or shape.is_wide:
+        # That of a wide scan is also its room to work in.
+        dfirst = q.new_empty(shape.sequences, shape.heads, shape.keys, shape.values, dtype=torch.float32)
     kernel, blocks, how = shape.scan(linear_scan_backward, linear_scan_backward_wide)
     shape.run(
         kernel, shape.of_scan(kernel, blocks),
         *scaled, decay, beta, kept_sums, pairs, inverse if shape.delta else None, do, dx, dstates, dfinal, dfirst,
         blocks=blocks, **common, **value, **how, H=shape.read_heads, PRECISION=precision,
     )  # fmt: skip
-    dpairs = q.new_empty(*cells, CHUNK, dtype=shape.wide)
-    dsystem = torch.empty_like(dpairs) if shape.delta else None
+    dpairs = None if shape.joins else q.new_empty(*cells, CHUNK, dtype=shape.wide)
+    dsystem = None if dpairs is None or not shape.delta else torch.empty_like(dpairs)
     each_chunk = (shape.batch * shape.heads, shape.chunks)
     wide = shape.config(linear_gradients, ("BK", "BV")).blocks["BK"]
     parts = -(-shape.keys // wide)
     dbeta = q.new_empty(1 + parts if parts > 1 else 1, *cells, dtype=torch.float32) if shape.delta else None
     dv = torch.empty_like(v) if shape.delta else dx
-    shape.run(
-        linear_pairs_backward, each_chunk,
-        v if shape.delta else None, decay, beta, kept_sums, kept_u, do,
-        dx if shape.delta else None, dv if shape.delta else None, dbeta, dpairs, dsystem,
-        blocks=("BV",), GATE=common["GATE"], DELTA=shape.delta, **value, PRECISION=precision,
-    )  # fmt: skip
+    if not shape.joins:
+        shape.run(
+            linear_pairs_backward, each_chunk,
+            v if shape.delta else None, decay, beta, kept_sums, kept_u, do,
+            dx if shape.delta else None, dv if shape.delta else None, dbeta, dpairs, dsystem,
+            blocks=("BV",), GATE=common["GATE"], DELTA=shape.delta, **value, PRECISION=precision,
+        )  # fmt: skip
     # Value heads that share a key head add their gradients, in float32.
     is_shared = shape.heads > shape.key_heads
     dq = q.new_empty(*cells, shape.keys, dtype=torch.float32 if is_shared else q.dtype)
@@ -436,7 +444,8 @@ def backward_kernels(
     if dlog is not None and shape.gate == "scalar":
         dlog = dlog[0] if parts == 1 else dlog.sum(0)
     dbeta = None if dbeta is None else dbeta[0] if parts == 1 else dbeta.sum(0)
-    return dq, dk, dv, _or_empty(q, dlog), _or_empty(q, dbeta), dfirst
+    dfirst = dfirst if of_state else None
+    return dq, dk, dv, _or_empty(q, dlog), _or_empty(q, dbeta), _or_empty(q, dfirst)
 
 
 def _or_empty(like: Tensor, x: Tensor | None) -> Tensor:
@@ -471,14 +480,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     do, dfinal = grads[:2]
-    v, beta = ctx.saved_tensors[2], ctx.saved_tensors[4]
-    do = torch.zeros_like(v) if do is None else do
-    of_decay = ctx.needs_input_grad[3]
-    dq, dk, dv, dlog, dbeta, dfirst = backward(*ctx.saved_tensors, do, dfinal, of_decay)
-    return (
-        dq, dk, dv, dlog if of_decay else None, None if beta is None else dbeta,
-        dfirst if ctx.needs_input_grad[5] else None, None, None,
-    )  # fmt: skip
+    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
+    wanted = [ctx.needs_input_grad[place] for place in (3, 5)]
+    made = backward(*ctx.saved_tensors, do, dfinal, *wanted)
+    # Those of the decay, the step size and the state are float32, whatever these are: autograd casts them.
+    return (*(grad if grad.numel() else None for grad in made), None, None)
 
 
 forward.register_autograd(_gradients, setup_context=_keep)

@@ -35,7 +35,7 @@ def linear_scan_wide(
         in_matrix = (channel < K)[:, None] & (value < V)[None, :]
         state_KV = tl.zeros([BK, BV], tl.float32)
         if first_state is not None:
-            state_KV = tl.load(first_state + ng.to(tl.int64) * K * V + matrix, mask=in_matrix, other=0.0)
+            state_KV += tl.load(first_state + ng.to(tl.int64) * K * V + matrix, mask=in_matrix, other=0.0)
         tl.store(states + (chunk * G + g) * K * V + matrix, state_KV, mask=in_matrix & (length > 0))
         tl.store(final + matrix, state_KV, mask=in_matrix & (length == 0))
     for start in range(0, length, C):
