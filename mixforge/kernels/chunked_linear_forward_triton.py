@@ -218,7 +218,7 @@ def linear_solve(
     """M = (I + A)^-1 of one chunk and head. A is lost."""
     bg, chunk = tl.program_id(0), tl.program_id(1)
     first, length, c, _ = chunk_place(chunk, bg // G, cu, table, T, NC, VARLEN)
-    count = tl.maximum(tl.minimum(length - c * C, C), 0).to(tl.int32)
+    count = tl.minimum(length - c * C, C).to(tl.int32)
     head = ((first + c * C) * G + bg % G) * C
     _solve(system + head, inverse + head, count, G, C, SUB, PRECISION)
 
@@ -260,20 +260,20 @@ def _solve(
     a_30 = _block(system, in_3, 3, 0, G, C, SUB)
     a_31 = _block(system, in_3, 3, 1, G, C, SUB)
     a_32 = _block(system, in_3, 3, 2, G, C, SUB)
+    zero = tl.zeros([SUB, SUB], tl.float32)
+    _store_row(inverse, in_0, 0, m_00, zero, zero, zero, G, C, SUB)
     m_10 = -tl.dot(m_11, tl.dot(a_10, m_00, input_precision=PRECISION), input_precision=PRECISION)
+    _store_row(inverse, in_1, 1, m_10, m_11, zero, zero, G, C, SUB)
     m_21 = -tl.dot(m_22, tl.dot(a_21, m_11, input_precision=PRECISION), input_precision=PRECISION)
     m_32 = -tl.dot(m_33, tl.dot(a_32, m_22, input_precision=PRECISION), input_precision=PRECISION)
     sum_20 = tl.dot(a_20, m_00, input_precision=PRECISION) + tl.dot(a_21, m_10, input_precision=PRECISION)
     m_20 = -tl.dot(m_22, sum_20, input_precision=PRECISION)
+    _store_row(inverse, in_2, 2, m_20, m_21, m_22, zero, G, C, SUB)
     sum_31 = tl.dot(a_31, m_11, input_precision=PRECISION) + tl.dot(a_32, m_21, input_precision=PRECISION)
     m_31 = -tl.dot(m_33, sum_31, input_precision=PRECISION)
     sum_30 = tl.dot(a_30, m_00, input_precision=PRECISION) + tl.dot(a_31, m_10, input_precision=PRECISION)
     sum_30 += tl.dot(a_32, m_20, input_precision=PRECISION)
     m_30 = -tl.dot(m_33, sum_30, input_precision=PRECISION)
-    zero = tl.zeros([SUB, SUB], tl.float32)
-    _store_row(inverse, in_0, 0, m_00, zero, zero, zero, G, C, SUB)
-    _store_row(inverse, in_1, 1, m_10, m_11, zero, zero, G, C, SUB)
-    _store_row(inverse, in_2, 2, m_20, m_21, m_22, zero, G, C, SUB)
     _store_row(inverse, in_3, 3, m_30, m_31, m_32, m_33, G, C, SUB)
 
 

@@ -9,13 +9,13 @@ gram, reading, writing and keep as in `chunk_gates`, and S0 the state before the
     linear_output    O = reading(Q) S0 + P U; P, where no stage before has made it
 
 Where it has programs enough to fill a device, `linear_scan` makes O as well, and P under rule add: U and the states, that
-`linear_output` would read, are then written for backward alone, and not at all without gradients. Backwards, from dO and
-the gradient of the last state:
+`linear_output` would read, are then written for backward alone, and not at all without gradients. Where keys are narrow,
+`linear_gram_solve` is the first two stages in one. Backwards, from dO and the gradient of the last state:
 
     linear_scan_backward     dU = P^T dO + writing(K) dS1;  dX = M^T dU (dU under rule add);
                              dS0 = keep(dS1) + reading(Q)^T dO - reading(K)^T (beta dX)
     linear_pairs_backward    dP = dO U^T, dA = -dX U^T
-    linear_gradients         dQ, dK, dV, dG and dbeta of a block of key channels
+    linear_gradients         dQ, dK, dV, dG and dbeta of a block of key channels; of narrow keys under rule add dP too
 
 The rule decides how U is made, the decay decides gram and three scalings: a new combination needs no new kernel.
 For backward P, M, U and the states between the chunks are kept; W = M beta reading(K) of the papers is never formed.

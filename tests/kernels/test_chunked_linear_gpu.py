@@ -45,7 +45,9 @@ def draw(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", ["add", "delta"])
-@pytest.mark.parametrize(("length", "dim"), [(1, 64), (65, 16), (200, 128), (1000, 100), (130, 256)])
+@pytest.mark.parametrize(
+    ("length", "dim"), [(1, 64), (65, 16), (200, 32), (150, 48), (200, 128), (1000, 100), (130, 256)]
+)
 def test_as_good_as_torch(rule: str, decay: str, length: int, dim: int, dtype: torch.dtype) -> None:
     from mixforge.kernels.chunked_linear_triton import chunked_linear_triton
 

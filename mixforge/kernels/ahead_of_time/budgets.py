@@ -89,7 +89,7 @@ STACK_BUDGETS: tuple[StackBudget, ...] = (
     StackBudget("linear_scan_backward", "sm_80", 8, _OLDER),
     StackBudget("linear_scan_backward", "sm_89", 16, _FEW),
     StackBudget("linear_scan_backward", "sm_100", 8, _FEW),
-    StackBudget("linear_scan_backward", "sm_120", 16, _FEW),
+    StackBudget("linear_scan_backward", "sm_120", 32, _FEW),
     StackBudget("linear_pairs_backward", "sm_80", 32, _FEW),
     StackBudget("linear_pairs_backward", "sm_120", 32, _FEW),
     StackBudget("dplr_pairs", "sm_120", 8, _OLDER),

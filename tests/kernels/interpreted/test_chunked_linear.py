@@ -274,6 +274,22 @@ def test_registered_with_torch(decay: str, rule: str) -> None:
         )
 
 
+@pytest.mark.parametrize("decay", ["head", "scalar", "channel"])
+def test_decays_and_step_sizes_of_half_precision(decay: str) -> None:
+    """They count as the numbers that they are, and have gradients of their dtype."""
+    wide = [x if x is None else x.bfloat16().float() for x in draw(decay, "delta", 70)]
+    half = [x if i < 3 else x.bfloat16() for i, x in enumerate(wide)]
+    made = []
+    for inputs in (wide, half):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        o, last = chunked_linear_triton.chunked_linear_triton(*leaves)
+        grads = torch.autograd.grad(o.square().sum() + last.square().sum(), leaves)
+        assert [x.dtype for x in grads] == [x.dtype for x in inputs]
+        made.append([o, last, *grads])
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(other, one.to(other.dtype), rtol=0, atol=0)
+
+
 def test_compiles_as_one_graph() -> None:
     inputs = draw("scalar", "delta", 20)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
