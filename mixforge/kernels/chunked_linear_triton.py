@@ -209,11 +209,11 @@ class Shape:
         # blocks for it, and there are programs enough, since each of them goes from chunk to chunk.
         programs = self.sequences * self.heads * -(-self.values // 64)
         fills = programs >= ENOUGH and not self.is_wide
-        self.fuses = fills and self._has_blocks("linear_scan", "output, ")
+        self.fuses = fills and self._has_blocks("linear_scan", "output")
         # Whether P, A and M are made by one kernel: for narrow keys, whose products are work for a single warp.
         self.is_narrow = self.delta and self.gate != "channel" and self._has_blocks("linear_gram_solve")
         # Whether dP stays within linear_gradients: where one block of keys is all of them.
-        self.joins = not self.delta and self._has_blocks("linear_gradients", "pairs, ")
+        self.joins = not self.delta and self._has_blocks("linear_gradients", "pairs")
         # The scan goes on from what it stored.
         self.of_states = torch.float32 if self.is_wide else v.dtype
         # Powers up to e^75 are beyond float16; its mantissa is that of TF32.
@@ -222,10 +222,11 @@ class Shape:
             self.wide = torch.float32
             self.wide_precision = "tf32" if generation().startswith("sm_") else "ieee"
 
-    def _has_blocks(self, kernel: str, part: str = "") -> bool:
-        """Whether the table has blocks of a kernel, for what it makes beside its own."""
-        wanted = ShapeClass(kernel, self.dtype, self.keys, self.values, f"{part}{self.variant}")
-        return any(row.variant.startswith(part.rstrip(", ")) for row in rows_for(wanted, generation()))
+    def _has_blocks(self, kernel: str, *more: str) -> bool:
+        """Whether the table has blocks of a kernel that makes a part more than its own."""
+        variant = ", ".join((*more, self.variant))
+        wanted = ShapeClass(kernel, self.dtype, self.keys, self.values, variant)
+        return any(row.variant.startswith("".join(more)) for row in rows_for(wanted, generation()))
 
     @property
     def variant(self) -> str:
@@ -480,11 +481,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     do, dfinal = grads[:2]
-    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
-    wanted = [ctx.needs_input_grad[place] for place in (3, 5)]
-    made = backward(*ctx.saved_tensors, do, dfinal, *wanted)
+    v, beta = ctx.saved_tensors[2], ctx.saved_tensors[4]
+    do = torch.zeros_like(v) if do is None else do
+    of_decay, of_state = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+    dq, dk, dv, dlog, dbeta, dfirst = backward(*ctx.saved_tensors, do, dfinal, of_decay, of_state)
     # Those of the decay, the step size and the state are float32, whatever these are: autograd casts them.
-    return (*(grad if grad.numel() else None for grad in made), None, None)
+    return (
+        dq, dk, dv, dlog if of_decay else None, None if beta is None else dbeta,
+        dfirst if of_state else None, None, None,
+    )  # fmt: skip
 
 
 forward.register_autograd(_gradients, setup_context=_keep)

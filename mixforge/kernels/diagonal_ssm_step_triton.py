@@ -18,8 +18,16 @@ from torch import Tensor
 
 from mixforge.kernels.blocks import choose
 from mixforge.kernels.diagonal_ssm import check_diagonal, diagonal_ssm_triton
-from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, turn
-from mixforge.kernels.launch import check_runs, generation, launch, on_device, recording
+from mixforge.kernels.gated_scan_triton import turn
+from mixforge.kernels.launch import (
+    check_dtypes,
+    check_runs,
+    check_state,
+    generation,
+    launch,
+    on_device,
+    recording,
+)
 from mixforge.kernels.operands import wants_gradient
 
 
@@ -101,7 +109,7 @@ def diagonal_ssm_step_triton(
         return y_BTD[:, 0], after_BDPN
     check_runs("x", x_BD)
     check_dtypes(x=x_BD, rate=rate_DP, frequency=frequency_DP, c=c_DPN)
-    check_state(state_BDPN, state_BDPN.shape)
+    check_state(state_BDPN)
     frequency = None if frequency_DP is None else frequency_DP.contiguous()
     y_BD = one_step(x_BD.contiguous(), rate_DP.contiguous(), frequency, c_DPN.contiguous(), state_BDPN)
     return y_BD, state_BDPN

@@ -22,7 +22,7 @@ from mixforge.kernels.blocks import choose
 from mixforge.kernels.chunked_linear_triton import check_limits, padded
 from mixforge.kernels.dplr import check_dplr
 from mixforge.kernels.dplr_triton import dplr_triton, twofold_linear_triton
-from mixforge.kernels.launch import check_runs, generation, launch, on_device, recording
+from mixforge.kernels.launch import check_runs, check_state, generation, launch, on_device, recording
 from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.twofold_linear import check_twofold
 
@@ -146,11 +146,3 @@ def check_token(q_BHK: Tensor) -> None:
     """Raise ValueError for a device, a dtype or a dim that the kernel does not take."""
     check_runs("q", q_BHK)
     check_limits(q_BHK[:, None])
-
-
-def check_state(state: Tensor) -> None:
-    """Raise ValueError for a state that cannot be written in place."""
-    if state.dtype != torch.float32 or not state.is_contiguous():
-        raise ValueError(
-            f"state is {state.dtype} with strides {state.stride()}; it must be float32 and contiguous"
-        )

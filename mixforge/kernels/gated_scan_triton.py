@@ -29,7 +29,7 @@ from torch import Tensor
 from mixforge.kernels.blocks import Config, choose
 from mixforge.kernels.gated_scan import check_scan
 from mixforge.kernels.gated_scan_complex import check_complex
-from mixforge.kernels.launch import check_runs, generation, launch, on_device
+from mixforge.kernels.launch import check_dtypes, check_runs, check_state, generation, launch, on_device
 from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.packed import sequence_edges, write_untouched
 
@@ -620,21 +620,3 @@ _step_op = torch.library.custom_op("mixforge::gated_scan_step", on_device(run_st
 @_step_op.register_fake
 def _(log_a: Tensor, phase: Tensor | None, b: Tensor, state: Tensor) -> Tensor:
     return run_step(log_a, phase, b, state) if b.device.type == "meta" else torch.empty_like(b)
-
-
-def check_dtypes(**tensors: Tensor | None) -> None:
-    """Raise ValueError where a tensor is of no dtype that the kernels take."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{name} is {tensor.dtype}; backend='triton' takes float32, bfloat16 and float16"
-            )
-
-
-def check_state(state: Tensor, shape: torch.Size) -> None:
-    """Raise ValueError where a state cannot be updated in place."""
-    if state.shape != shape or state.dtype != torch.float32 or not state.is_contiguous():
-        raise ValueError(
-            f"state must be float32, contiguous and of shape {list(shape)}, "
-            f"got {state.dtype} of shape {list(state.shape)} and strides {list(state.stride())}"
-        )

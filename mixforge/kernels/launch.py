@@ -8,7 +8,7 @@ checked on a machine without a GPU is what a machine with one would launch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -153,4 +153,24 @@ def check_runs(name: str, tensor: Tensor) -> None:
     raise ValueError(
         f"{name} is on {kind}, and backend='triton' runs on a GPU: move model and inputs with .to('cuda'), "
         "or build with backend='torch'"
+    )
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """Raise ValueError where a tensor is of no dtype that the kernels take."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name} is {tensor.dtype}; backend='triton' takes float32, bfloat16 and float16"
+            )
+
+
+def check_state(state: Tensor, shape: Sequence[int] | None = None) -> None:
+    """Raise ValueError where a state cannot be updated in place, or has another shape than the one given."""
+    fits = shape is None or tuple(state.shape) == tuple(shape)
+    if fits and state.dtype == torch.float32 and state.is_contiguous():
+        return
+    wanted = "float32 and contiguous" + ("" if shape is None else f", of shape {list(shape)}")
+    raise ValueError(
+        f"state is {state.dtype} of shape {list(state.shape)} with strides {list(state.stride())}; it must be {wanted}"
     )

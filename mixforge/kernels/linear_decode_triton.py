@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.launch import check_device, generation, launch, on_device, recording
+from mixforge.kernels.launch import check_device, check_state, generation, launch, on_device, recording
+from mixforge.kernels.operands import check_axes
 
 DECAYS = ("none", "head", "scalar", "channel")
 FEATURES = ("none", "elu1", "relu")
@@ -111,15 +112,6 @@ def linear_decode(
     tl.store(o + bg * V + value, o_V.to(o.dtype.element_ty), mask=in_values)
 
 
-def check_state(state: Tensor) -> None:
-    """Raise ValueError where a state cannot be brought up to date in place."""
-    if state.dim() != 4 or state.dtype != torch.float32 or not state.is_contiguous():
-        raise ValueError(
-            f"state is {state.dtype} of shape {list(state.shape)} with strides {list(state.stride())}; it must be "
-            "float32, contiguous and [batch, heads, key dim, value dim]"
-        )
-
-
 def decode_kernels(
     mixed: Tensor,
     decay: Tensor | None,
@@ -152,6 +144,7 @@ def decode_kernels(
         weight=weight,
         state=state,
     )
+    check_axes("state", state, "batch, heads, key dim, value dim")
     check_state(state)
     batch, heads, keys, values = state.shape
     inputs = (mixed, decay, bias, rate, beta, gate, skip, weight)

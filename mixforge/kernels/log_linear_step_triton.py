@@ -21,8 +21,7 @@ from mixforge.kernels.arguments import check_arguments
 from mixforge.kernels.blocks import ANY, choose
 from mixforge.kernels.chunked_linear_step_triton import MOST_KEYS_NOW
 from mixforge.kernels.chunked_linear_triton import GATES, GROUP, check_limits, padded
-from mixforge.kernels.gated_scan_triton import check_state
-from mixforge.kernels.launch import check_device, generation, launch, on_device, recording
+from mixforge.kernels.launch import check_device, check_state, generation, launch, on_device, recording
 
 
 @triton.jit(do_not_specialize=["levels"])
@@ -133,5 +132,5 @@ def log_linear_step_triton(
     beta = None if beta_BG is None else beta_BG[:, None]
     check_arguments(q, k, v, decay, beta, state_BGNKV[:, :, 0], None)
     check_limits(q, ANY if beta is None else MOST_KEYS_NOW)
-    check_state(state_BGNKV, state_BGNKV.shape)
+    check_state(state_BGNKV)
     return one_step(q_BHK, k_BHK, v_BGV, decay_now, beta_BG, state_BGNKV, weight_BGE, position), state_BGNKV

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.gated_scan_triton import check_dtypes
-from mixforge.kernels.launch import check_runs, generation, launch, on_device
+from mixforge.kernels.launch import check_dtypes, check_runs, generation, launch, on_device
 from mixforge.kernels.norm import check_gated, check_norm
 
 # Programs of the backward pass, each of which writes one partial gradient of the weight.

@@ -25,8 +25,15 @@ import triton
 from torch import Tensor
 
 from mixforge.kernels.blocks import CONSUMER, choose
-from mixforge.kernels.gated_scan_triton import check_dtypes, check_state
-from mixforge.kernels.launch import check_runs, dot_precision, generation, launch, on_device
+from mixforge.kernels.launch import (
+    check_dtypes,
+    check_runs,
+    check_state,
+    dot_precision,
+    generation,
+    launch,
+    on_device,
+)
 from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.recurrent_cells import CELLS, check_cell, first_state
 from mixforge.kernels.recurrent_cells_backward_triton import cell_backward, cell_backward_wide
@@ -271,7 +278,7 @@ def run_token(
     if wants_gradient(gates_BHF, recurrent_HKF, bias_HK, state_BSHK):
         h_BTHK, final_BSHK = run(cell, gates_BHF[:, None], recurrent_HKF, bias_HK, state_BSHK)
         return h_BTHK[:, 0], final_BSHK
-    check_state(state_BSHK, state_BSHK.shape)
+    check_state(state_BSHK)
     h_BHK: Tensor = _step(cell, *prepared(gates_BHF, recurrent_HKF, bias_HK), state_BSHK)
     return h_BHK, state_BSHK
 

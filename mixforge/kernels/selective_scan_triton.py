@@ -34,8 +34,8 @@ from torch import Tensor
 
 from mixforge.kernels.backend import BeyondKernels
 from mixforge.kernels.blocks import Config, choose
-from mixforge.kernels.gated_scan_triton import check_dtypes, check_state, cut_time
-from mixforge.kernels.launch import check_runs, generation, launch, on_device
+from mixforge.kernels.gated_scan_triton import cut_time
+from mixforge.kernels.launch import check_dtypes, check_runs, check_state, generation, launch, on_device
 from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.selective_scan import check_selective
 
@@ -540,7 +540,7 @@ def selective_scan_step_triton(
         )
         return y_BTD[:, 0], after_BDN
     check_limits(x_BD, dt_BD, rate_DN, b_BN, c_BN, skip_D)
-    check_state(state_BDN, state_BDN.shape)
+    check_state(state_BDN)
     inputs = tuple(value.contiguous() for value in (x_BD, dt_BD, rate_DN, b_BN, c_BN))
     y: Tensor = _step(*inputs, None if skip_D is None else skip_D.contiguous(), state_BDN)
     return y, state_BDN

@@ -24,8 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.gated_scan_triton import check_dtypes
-from mixforge.kernels.launch import check_runs, generation, launch, on_device
+from mixforge.kernels.launch import check_dtypes, check_runs, generation, launch, on_device
 from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.packed import write_untouched
 from mixforge.kernels.short_conv import check_conv

@@ -16,8 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mixforge.kernels.blocks import choose
-from mixforge.kernels.gated_scan_triton import check_dtypes, check_state
-from mixforge.kernels.launch import check_runs, generation, launch, on_device, recording
+from mixforge.kernels.launch import (
+    check_dtypes,
+    check_runs,
+    check_state,
+    generation,
+    launch,
+    on_device,
+    recording,
+)
 from mixforge.kernels.operands import wants_gradient
 from mixforge.kernels.softmax_scan import Carry, check_scan
 

@@ -452,7 +452,7 @@ def _device(device: str | torch.device) -> torch.device:
     count = torch.cuda.device_count() if where.type == "cuda" else 0
     if where.type == "cuda" and (where.index or 0) >= count:
         raise ValueError(
-            f"device {str(where)!r} is not here: torch {torch.__version__} sees {count} GPUs; build with device='cpu'"
+            f"device {str(where)!r} is not here: torch {torch.__version__} sees GPUs: {count}; build with device='cpu'"
         )
     return where
 

@@ -221,7 +221,8 @@ def test_illegal_architectures_and_backends_are_refused() -> None:
     with pytest.raises(ValueError, match="device 'gpu' is none that torch knows; give cpu, cuda"):
         parse(TEXTS[0]).build(device="gpu")
     with pytest.raises(
-        ValueError, match=r"device 'cuda:99' is not here: torch .* sees .* GPUs; build with device='cpu'"
+        ValueError,
+        match=r"device 'cuda:99' is not here: torch .* sees GPUs: .*; build with device='cpu'",
     ):
         parse(TEXTS[0]).build("triton", device="cuda:99")
 

@@ -294,9 +294,9 @@ def _fine(op: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     )
 
 
-def _linear(variant: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+def _linear(variant: str, dim: int, dtype: torch.dtype = torch.bfloat16, op: str = "chunked_linear") -> Case:
     sizes = {"B": 8, "T": 4096, "H": 16, "G": 16, "K": dim, "V": dim}
-    return _case("chunked_linear", variant, _chunked_linear, sizes, chunked_linear_reference, dtype)
+    return _case(op, variant, _chunked_linear, sizes, chunked_linear_reference, dtype)
 
 
 def _cell(name: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -322,8 +322,12 @@ CASES: tuple[Case, ...] = (
     *(_linear("channel, delta", dim, torch.float32) for dim in (64, 128)),
     _linear("channel, delta", 128, torch.float16),
     # Narrow heads, whose parts are made by fewer kernels.
-    *(_linear(variant, dim) for variant in ("scalar, add", "scalar, delta") for dim in (32, 64)),
-    *(_linear("scalar, delta", dim, torch.float16) for dim in (64,)),
+    *(
+        _linear(variant, dim, op="narrow linear")
+        for variant in ("scalar, add", "scalar, delta")
+        for dim in (32, 64)
+    ),
+    _linear("scalar, delta", 64, torch.float16, "narrow linear"),
     # Few key channels beside many of the values, of which compilers have made wrong code.
     *(
         _case("chunked_linear", variant, _chunked_linear, {**_NARROW, "V": values}, chunked_linear_reference)
@@ -398,6 +402,8 @@ CASES: tuple[Case, ...] = (
 # What asks most of a compiler, and launches every kernel.
 _HARDEST = (
     ("chunked_linear", "channel, delta"),
+    ("narrow linear", "scalar, add"),
+    ("narrow linear", "scalar, delta"),
     ("long linear", "channel, delta"),
     ("linear decode", "channel, delta"),
     ("wide linear", "channel, delta"),

@@ -294,6 +294,10 @@ def test_compiles_as_one_graph() -> None:
     inputs = draw("scalar", "delta", 20)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_agree(compiled, chunked_linear_reference, inputs, RATIO, gradient_3=OF_DECAY)
+    leaves = [(x if i < 3 else x.bfloat16()).requires_grad_() for i, x in enumerate(inputs)]
+    made = [torch.autograd.grad(form(*leaves)[0].square().sum(), leaves) for form in (compiled, run)]
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_launches() -> None:

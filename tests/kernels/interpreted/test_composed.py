@@ -97,7 +97,7 @@ def test_steps_of_diagonal_states(is_complex: bool, poles: int) -> None:
         assert_close("output", y, expected, RATIO)
         assert_close("state", state, wide, RATIO)
     torch.library.opcheck(diagonal_ssm_step_triton.one_step, (x, *fixed, state), test_utils=CHECKS)
-    with pytest.raises(ValueError, match="state must be float32, contiguous"):
+    with pytest.raises(ValueError, match="it must be float32 and contiguous"):
         diagonal_ssm.step_form("triton")(x, *fixed, state.half())
     with pytest.raises(ValueError, match="rate has shape"):
         diagonal_ssm.step_form("triton")(x[:, :4], *fixed, state)
@@ -118,7 +118,7 @@ def test_steps_of_the_softmax_scan(dim: int) -> None:
             assert_close(name, kept, right)
     given = (scores[:, :, 0].contiguous(), values[:, :, 0].contiguous(), *carry)
     torch.library.opcheck(softmax_scan_step_triton.one_step, given, test_utils=CHECKS)
-    with pytest.raises(ValueError, match="state must be float32, contiguous"):
+    with pytest.raises(ValueError, match="it must be float32 and contiguous"):
         softmax_scan.step_form("triton")(
             scores[:, :, 0], values[:, :, 0], tuple(kept.half() for kept in carry)
         )

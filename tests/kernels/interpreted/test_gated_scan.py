@@ -174,5 +174,5 @@ def test_triton_refuses_other_dtypes_and_states() -> None:
     log_a, b, state = draw(4, "real")
     with pytest.raises(ValueError, match=r"b is torch\.float64"):
         gated_scan_triton.gated_scan_triton(log_a.double(), b.double(), state.double())
-    with pytest.raises(ValueError, match="state must be float32, contiguous"):
+    with pytest.raises(ValueError, match="it must be float32 and contiguous"):
         gated_scan_triton.gated_scan_step_triton(log_a[:, 0], b[:, 0], state.half())

@@ -141,7 +141,7 @@ def test_a_state_that_cannot_be_written_is_refused() -> None:
         for layer in state.layers:
             if "matrix" in layer:
                 layer["matrix"] = layer["matrix"][:1].expand(2, -1, -1, -1)
-        with pytest.raises(ValueError, match="it must be float32, contiguous"):
+        with pytest.raises(ValueError, match="it must be float32 and contiguous"):
             model.step(torch.zeros(2, dtype=torch.long), state)
 
 

@@ -110,5 +110,5 @@ def test_refuses_what_does_not_fit() -> None:
         run(gates.double(), recurrent.double(), None, state.double())
     with pytest.raises(ValueError, match=r"it must be \[3, 4, 2, 64\]"):
         run(gates[..., :48], recurrent, None, state)
-    with pytest.raises(ValueError, match="state must be float32, contiguous"):
+    with pytest.raises(ValueError, match="it must be float32 and contiguous"):
         step_form("triton", "lstm")(gates[:, 0], recurrent, None, state.half())
