@@ -10,7 +10,6 @@ fla-core only ours are timed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -18,14 +17,13 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from on_gpu.cases import Case, Size, sequences, steps
 from on_gpu.measuring import outputs_of
-from traffic import GENERATION, is_timed, written_down
+from traffic import GENERATION, asked_for, is_timed, written_down
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
@@ -111,22 +109,15 @@ def measure(case: Case) -> list[Row]:
     forms = [form for form in case.forms if is_timed(form)]
     phases = (False,) if case.is_step else (False, True)
     found = least_us([call(case, form, phase) for phase in phases for form in forms])
-    both = found[len(forms) :] or [None] * len(forms)
+    forward, both = found[: len(forms)], found[len(forms) :] or [None] * len(forms)
     return [
-        Row(op=case.op, variant=case.variant, form=form, forward_us=forward, both_us=after)
-        for form, forward, after in zip(forms, found, both, strict=False)
+        Row(op=case.op, variant=case.variant, form=form, forward_us=without, both_us=with_backward)
+        for form, without, with_backward in zip(forms, forward, both, strict=True)
     ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument(
-        "--only", default="", metavar="PATTERN", help="cases in whose label this regular expression is found"
-    )
-    asked = parser.parse_args()
+    asked = asked_for(__doc__)
     if interpreting():
         print("benchmarks/overhead.py times no interpreter: unset TRITON_INTERPRET", file=sys.stderr)
         return 2

@@ -257,15 +257,28 @@ def is_timed(form: str) -> bool:
     return form == OURS or form.startswith("fla ")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def asked_for(words: str | None) -> argparse.Namespace:
+    """What the command line asks for: `json`, a file, and `only`, a pattern. `words` describes the script."""
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--only", default="", metavar="PATTERN", help="cases in whose label this regular expression is found"
     )
     asked = parser.parse_args()
+    try:
+        re.compile(asked.only)
+    except re.error as error:
+        parser.error(
+            f"--only {asked.only!r} is no regular expression: {error}; give a part of a case's label"
+        )
+    # Before what takes long, not after it.
+    if asked.json is not None and not asked.json.resolve().parent.is_dir():
+        parser.error(f"--json {str(asked.json)!r} lies in no folder; make that first")
+    return asked
+
+
+def main() -> int:
+    asked = asked_for(__doc__)
     if fla_version() is None or interpreting():
         said = "needs fla-core, which `make fla` brings to .venv-oracle, and no TRITON_INTERPRET"
         print(f"benchmarks/traffic.py {said}", file=sys.stderr)

@@ -42,7 +42,16 @@ def test_every_form_of_a_case_is_timed(tmp_path):
         assert 1 < row["forward_us"] < (row["both_us"] or 1000) < 20_000, row
 
 
-def test_what_no_case_is_called_is_said():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--only", "nothing"], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--only", "nothing"), "no case is found by 'nothing'"),
+        (("--only", "("), "--only '(' is no regular expression"),
+        (("--json", "nowhere/rows.json"), "--json 'nowhere/rows.json' lies in no folder"),
+    ],
+)
+def test_bad_words_are_said_before_anything_is_timed(words, said):
+    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "no case is found by 'nothing'" in done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

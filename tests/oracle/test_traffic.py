@@ -45,10 +45,12 @@ def launches(made: dict[str, Any]) -> int:
 
 def test_a_sequence_takes_no_more_launches_or_bytes(rows):
     for theirs, ours in pairs(rows, has_backward=True):
-        assert launches(ours["forward"]) <= launches(theirs["forward"]), (ours, theirs)
-        assert launches(ours["both"]) < launches(theirs["both"]), (ours, theirs)
+        # Of one long sequence both write each state once and read it once, in two launches.
+        is_even = ours["size"].startswith("B1 ")
         for name in ("forward", "both"):
-            assert ours[name]["bytes"] <= theirs[name]["bytes"], (ours, theirs)
+            least = 0 if is_even and name == "forward" else 1
+            assert launches(theirs[name]) - launches(ours[name]) >= least, (ours, theirs)
+            assert theirs[name]["bytes"] - ours[name]["bytes"] >= least, (ours, theirs)
 
 
 def test_a_step_is_one_launch_and_moves_half_the_bytes(rows):
